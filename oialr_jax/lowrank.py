@@ -1,0 +1,225 @@
+"""The node of the one idea: a matrix held as W = U S Vᵀ in place of an array leaf."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """Which axes of a dense array are stack, inputs (rows) and outputs (columns).
+
+    Each group is in ascending order, and the three groups together are all axes. The
+    matrix view has shape (*l, m, n): stack sizes, product of inputs, product of
+    outputs, each flattened in row-major order.
+
+    >>> axes = Axes(shape=(3, 3, 16, 32), stack=(), inputs=(0, 1, 2), outputs=(3,))
+    >>> axes.m, axes.n
+    (144, 32)
+    """
+
+    shape: tuple[int, ...]
+    stack: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    @property
+    def l(self) -> tuple[int, ...]:  # noqa: E743 -- the papers' word for the stack
+        """Sizes of the stack axes."""
+        return tuple(self.shape[a] for a in self.stack)
+
+    @property
+    def m(self) -> int:
+        """Rows of one matrix: the fan-in."""
+        return math.prod(self.shape[a] for a in self.inputs)
+
+    @property
+    def n(self) -> int:
+        """Columns of one matrix: the fan-out."""
+        return math.prod(self.shape[a] for a in self.outputs)
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The permutation of the dense axes that puts stack, inputs, outputs first."""
+        return self.stack + self.inputs + self.outputs
+
+    def to_matrix(self, array: Array) -> Array:
+        """The matrix view (*l, m, n) of a dense array of shape `shape`."""
+        return jnp.transpose(array, self.order).reshape(*self.l, self.m, self.n)
+
+    def to_array(self, matrix: Array) -> Array:
+        """The dense array of shape `shape` of a matrix view (*l, m, n)."""
+        sizes = [self.shape[a] for a in self.order]
+        inverse = [self.order.index(a) for a in range(len(self.order))]
+        return jnp.transpose(matrix.reshape(sizes), inverse)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class LowRank:
+    """A matrix W = U S Vᵀ that stands where its dense array stood in a params tree.
+
+    `u` and `vt` are frozen and have orthonormal columns and rows; the core `s` is what
+    trains. The node runs no checks: it is also built by JAX with tracers, shapes or
+    None in the place of arrays.
+
+    Shapes:   u: (*l, m, r); s: (*l, r, r); vt: (*l, r, n).
+    Source:   OIALR (Coquelin et al., ECAI 2024), section 1; the authors keep the tall
+              orientation, here U always spans the inputs.
+    """
+
+    u: Float[Array, "*l m r"]
+    s: Float[Array, "*l r r"]
+    vt: Float[Array, "*l r n"]
+    axes: Axes = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense array that this node stands for."""
+        return self.axes.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the dense array that this node stands for."""
+        return len(self.axes.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the core, and so of the dense array; bases may be narrower."""
+        return self.s.dtype
+
+    @property
+    def rank(self) -> int:
+        """Rank r, shared by all matrices of a stack."""
+        return self.s.shape[-1]
+
+    def materialize(self) -> Array:
+        """The dense array of shape `shape` and dtype `dtype`, in full precision."""
+        with jax.default_matmul_precision("highest"):
+            matrix = (self.u.astype(self.dtype) @ self.s) @ self.vt.astype(self.dtype)
+        return self.axes.to_array(matrix)
+
+
+def is_low_rank(x: object) -> bool:
+    """Whether x is a LowRank node; the `is_leaf` of every tree function here."""
+    return isinstance(x, LowRank)
+
+
+def map_low_rank(fn: Callable[[LowRank], Any], tree: PyTree) -> PyTree:
+    """The tree with every LowRank node replaced by fn(node), other leaves untouched."""
+    return jax.tree.map(
+        lambda x: fn(x) if is_low_rank(x) else x, tree, is_leaf=is_low_rank
+    )
+
+
+def materialize(tree: PyTree) -> PyTree:
+    """The tree with every LowRank node replaced by its dense array."""
+    return map_low_rank(LowRank.materialize, tree)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """The name by which matrices, rules, errors and reports call a leaf.
+
+    >>> path_name(jax.tree_util.tree_flatten_with_path({"a": {"b": 1}})[0][0][0])
+    'a/b'
+    """
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+    """Leaves by name, a LowRank node being one leaf, in tree order."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_low_rank)
+    return {path_name(path): leaf for path, leaf in leaves}
+
+
+def compute_dtype(dtype: Any) -> Any:
+    """Float32 or wider: what factorisations and rotations of `dtype` run in."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def svd(
+    matrix: Float[Array, "*l m n"],
+) -> tuple[Float[Array, "*l m k"], Float[Array, "*l k"], Float[Array, "*l k n"]]:
+    """Thin SVD with k = min(m, n), in float32 or wider and full matmul precision.
+
+    JAX does not raise when a matrix is not finite or the SVD does not converge: the
+    factors of that matrix are NaN, those of the others in a stack are not touched.
+    """
+    with jax.default_matmul_precision("highest"):
+        u, sigma, vt = jnp.linalg.svd(
+            matrix.astype(compute_dtype(matrix.dtype)), full_matrices=False
+        )
+    return u, sigma, vt
+
+
+def factor(array: Array, axes: Axes, rank: int | None = None) -> LowRank:
+    """The best rank-r LowRank of one dense array; full rank min(m, n) by default.
+
+    Traceable. Factors have the array's dtype, the computation is float32 or wider.
+
+    Raises:   ValueError: when the rank is outside [1, min(m, n)].
+    Source:   Eckart-Young; OIALR's conversion without truncation.
+    """
+    k = min(axes.m, axes.n)
+    rank = k if rank is None else rank
+    if not 1 <= rank <= k:
+        raise ValueError(f"`rank` must be in [1, {k}] for shape {axes.shape}: {rank}")
+    u, sigma, vt = svd(axes.to_matrix(array))
+    s = sigma[..., :rank, None] * jnp.eye(rank, dtype=sigma.dtype)
+    u, s, vt = (f.astype(array.dtype) for f in (u[..., :rank], s, vt[..., :rank, :]))
+    return LowRank(u, s, vt, axes)
+
+
+def orthogonality_error(u: Float[Array, "*l m r"], vt: Float[Array, "*l r n"]) -> Array:
+    """Largest entry of |UᵀU - I| and |VᵀV - I| over the stack, a float32 scalar."""
+
+    def gram_error(basis: Array) -> Array:
+        basis = basis.astype(compute_dtype(basis.dtype))
+        with jax.default_matmul_precision("highest"):
+            gram = jnp.swapaxes(basis, -1, -2) @ basis
+        return jnp.max(jnp.abs(gram - jnp.eye(gram.shape[-1], dtype=gram.dtype)))
+
+    return jnp.maximum(gram_error(u), gram_error(jnp.swapaxes(vt, -1, -2)))
+
+
+class Counts(NamedTuple):
+    """Numbers of weights of a params tree.
+
+    `dense`: of the model with every matrix dense. `stored`: both bases, cores and every
+    other weight. `trainable`: cores and every other weight; alone it flatters.
+    """
+
+    dense: int
+    stored: int
+    trainable: int
+
+
+def counts(params: PyTree) -> Counts:
+    """Numbers of dense, stored and trainable weights; shapes suffice, no values."""
+    dense = stored = trainable = 0
+    for leaf in jax.tree.leaves(params, is_leaf=is_low_rank):
+        if is_low_rank(leaf):
+            dense += math.prod(leaf.shape)
+            stored += sum(math.prod(f.shape) for f in (leaf.u, leaf.s, leaf.vt))
+            trainable += math.prod(leaf.s.shape)
+        elif hasattr(leaf, "shape"):
+            dense += math.prod(leaf.shape)
+            stored += math.prod(leaf.shape)
+            trainable += math.prod(leaf.shape)
+    return Counts(dense, stored, trainable)
+
+
+def ranks(params: PyTree) -> dict[str, tuple[int, int, int]]:
+    """(m, n, rank) of every LowRank leaf, by path."""
+    return {
+        name: (leaf.axes.m, leaf.axes.n, leaf.rank)
+        for name, leaf in named_leaves(params).items()
+        if is_low_rank(leaf)
+    }

@@ -1,0 +1,103 @@
+"""Optax over cores: frozen bases have no optimizer state, no decay and no update."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from oialr_jax.lowrank import LowRank, PyTree, is_low_rank, map_low_rank
+
+
+class FreezeBasesState(NamedTuple):
+    """State of `freeze_bases`: that of the inner transformation over `trainable`."""
+
+    inner_state: Any
+
+
+def trainable(params: PyTree) -> PyTree:
+    """What is trained: cores in the place of their nodes, every other leaf as it is.
+
+    The tree has the structure of the dense params tree, so masks, labels and rules that
+    were written for the dense model fit it, before and after any change of rank.
+    """
+    return map_low_rank(lambda node: node.s, params)
+
+
+def with_trainable(params: PyTree, trained: PyTree) -> PyTree:
+    """`params` with cores and dense leaves from a tree shaped like `trainable`."""
+    return jax.tree.map(
+        lambda leaf, new: (
+            LowRank(leaf.u, new, leaf.vt, leaf.axes) if is_low_rank(leaf) else new
+        ),
+        params,
+        trained,
+        is_leaf=is_low_rank,
+    )
+
+
+def freeze_bases(
+    inner: optax.GradientTransformation | optax.MultiSteps,
+) -> optax.GradientTransformationExtraArgs:
+    """The inner transformation on cores and dense leaves; the bases never move.
+
+    Wrap the whole chain, outermost: clipping then sees the norm of the trained leaves
+    only, weight decay acts on the core (which is decay of W, linear in S), and state
+    exists for cores and dense leaves alone. Updates of bases are zeros, so
+    `optax.apply_updates` and `TrainState.apply_gradients` work as they are.
+
+    Takes gradients of `jax.grad` (LowRank nodes) or of `oialr_jax.value_and_grad`
+    (arrays in the place of cores); the latter need `params` in `update`.
+
+    >>> params = {"w": LowRank(jnp.ones((4, 1)) / 2, jnp.ones((1, 1)),
+    ...                        jnp.ones((1, 1)), None)}
+    >>> [leaf.shape for leaf in jax.tree.leaves(freeze_bases(optax.trace(0.9)).init(params))]
+    [(1, 1)]
+    """
+    if isinstance(inner, optax.MultiSteps):
+        inner = inner.gradient_transformation()
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: PyTree) -> FreezeBasesState:
+        return FreezeBasesState(inner.init(trainable(params)))
+
+    def update(
+        updates: PyTree,
+        state: FreezeBasesState,
+        params: PyTree | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, FreezeBasesState]:
+        cores, inner_state = inner.update(
+            trainable(updates),
+            state.inner_state,
+            None if params is None else trainable(params),
+            **extra_args,
+        )
+        frozen = map_low_rank(_still, updates if params is None else params)
+        return with_trainable(frozen, cores), FreezeBasesState(inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def value_and_grad(
+    loss: Callable[..., Any], *, has_aux: bool = False
+) -> Callable[..., Any]:
+    """Like `jax.value_and_grad(loss)` over the first argument, without its bases.
+
+    The gradient has an array in the place of each core and of each dense leaf, and
+    nothing for the bases: what is averaged over devices is r x r, not (m + n) x r.
+    """
+
+    def run(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
+        def of_trainable(trained: PyTree) -> Any:
+            return loss(with_trainable(params, trained), *args, **kwargs)
+
+        grad = jax.value_and_grad(of_trainable, has_aux=has_aux)
+        return grad(trainable(params))
+
+    return run
+
+
+def _still(node: LowRank) -> LowRank:
+    return LowRank(jnp.zeros_like(node.u), node.s, jnp.zeros_like(node.vt), node.axes)

@@ -1,0 +1,117 @@
+"""The vision transformer to be held in low rank: plain Flax, knows nothing of it."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+Dense = functools.partial(nn.Dense, kernel_init=nn.initializers.normal(0.02))
+
+
+class VisionTransformer(nn.Module):
+    """Class logits of images, from the class token of a pre-norm encoder.
+
+    Patches are embedded by a strided convolution, a class token is put in front and a
+    learned position embedding is added to all of them. No dropout anywhere.
+
+    Shapes:   images: (b, h, w, c), h and w multiples of `patch` and the same in every
+              call; logits: (b, classes), float32 whatever `dtype`.
+    Args:     dtype: of the computation; the parameters are float32.
+    Raises:   ValueError: when the image does not split into patches.
+    Source:   Dosovitskiy et al. 2021 as timm builds it: fused query, key and value,
+              exact GELU, LayerNorm epsilon 1e-6, Dense kernels from normal(0.02).
+    """
+
+    patch: int
+    depth: int
+    heads: int
+    width: int
+    classes: int
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b classes"]:
+        """Logits of a batch."""
+        b, height, width, channels = images.shape
+        if height % self.patch or width % self.patch:
+            raise ValueError(
+                f"`patch` must divide the image, got patch {self.patch} for "
+                f"{height}x{width} pixels"
+            )
+        x = nn.Conv(
+            self.width,
+            (self.patch, self.patch),
+            strides=(self.patch, self.patch),
+            padding="VALID",
+            kernel_init=_symmetric_uniform(channels * self.patch**2),
+            bias_init=_symmetric_uniform(channels * self.patch**2),
+            dtype=self.dtype,
+            name="patch",
+        )(images)
+        x = x.reshape(b, -1, self.width)
+        token = self.param(
+            "class_token", nn.initializers.normal(1e-6), (1, 1, self.width)
+        )
+        token = jnp.broadcast_to(token.astype(self.dtype), (b, 1, self.width))
+        x = jnp.concatenate([token, x], axis=1)
+        position = self.param(
+            "position", nn.initializers.normal(0.02), (1, x.shape[1], self.width)
+        )
+        x = x + position.astype(self.dtype)
+        for i in range(self.depth):
+            x = Block(
+                self.heads, self.mlp_ratio, self.qkv_bias, self.dtype, name=f"block{i}"
+            )(x)
+        x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
+        return Dense(self.classes, dtype=jnp.float32, name="head")(x[:, 0])
+
+
+class Block(nn.Module):
+    """Tokens after one pre-norm block: attention, then a two-layer perceptron."""
+
+    heads: int
+    mlp_ratio: float
+    qkv_bias: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """x + attention(norm(x)), then x + perceptron(norm(x))."""
+        width = x.shape[-1]
+        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm1")(x)
+        x = x + self.attention(y)
+        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm2")(x)
+        y = Dense(int(width * self.mlp_ratio), dtype=self.dtype, name="mlp_in")(y)
+        y = nn.gelu(y, approximate=False)  # Flax's default is the tanh formula
+        return x + Dense(width, dtype=self.dtype, name="mlp_out")(y)
+
+    def attention(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """Softmax attention over all tokens, scaled by head width to the -1/2."""
+        b, tokens, width = x.shape
+        if width % self.heads:
+            raise ValueError(
+                f"`heads` must divide the width, got {self.heads} for {width}"
+            )
+        qkv = Dense(
+            3 * width, use_bias=self.qkv_bias, dtype=self.dtype, name="attention_in"
+        )(x)
+        qkv = qkv.reshape(b, tokens, 3, self.heads, width // self.heads)
+        query, key, value = (qkv[:, :, i] for i in range(3))
+        y = nn.dot_product_attention(query, key, value, dtype=self.dtype)
+        y = y.reshape(b, tokens, width)
+        return Dense(width, dtype=self.dtype, name="attention_out")(y)
+
+
+def _symmetric_uniform(fan_in: int) -> nn.initializers.Initializer:
+    """Uniform on ±fan_in^(-1/2), which torch gives a convolution's kernel and bias."""
+    bound = fan_in**-0.5
+
+    def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
