@@ -71,7 +71,7 @@ class _Contraction:
     def materialize(self, view: interpret.View) -> Array:
         return contract.materialize(view, self.axes[view.path])
 
-    def scale(self, view: interpret.View, factor: Array) -> interpret.View:
+    def scale(self, view: interpret.View, factor: Any) -> interpret.View:
         u, s, vt = view.data
         return view.replace(data=(u, s * jnp.asarray(factor, s.dtype), vt))
 

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ class View:
     leaf's axes that it runs over, slowest first. A dimension of size one may be empty.
     """
 
-    data: tuple[Array, ...]
+    data: Any  # arrays, or what JAX puts in their place when it rebuilds the node
     path: str = dataclasses.field(metadata={"static": True})
     leaf_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     dims: Dims = dataclasses.field(metadata={"static": True})
@@ -82,6 +82,7 @@ class Use(NamedTuple):
     groups: int = 1
 
 
+@runtime_checkable
 class Handler(Protocol):
     """What a walk does with views; `data` is the handler's own."""
 
@@ -89,7 +90,7 @@ class Handler(Protocol):
         """The present value as an array."""
         ...
 
-    def scale(self, view: View, factor: Array) -> View:
+    def scale(self, view: View, factor: Any) -> View:
         """The view times a scalar."""
         ...
 

@@ -75,9 +75,9 @@ class LowRank:
               orientation, here U always spans the inputs.
     """
 
-    u: Float[Array, "*l m r"]
-    s: Float[Array, "*l r r"]
-    vt: Float[Array, "*l r n"]
+    u: Any
+    s: Any
+    vt: Any
     axes: Axes = dataclasses.field(metadata={"static": True})
 
     @property
@@ -159,6 +159,12 @@ def svd(
     return u, sigma, vt
 
 
+def diagonal(sigma: Float[Array, "*l r"]) -> Float[Array, "*l r r"]:
+    """Diagonal matrices, one per stack entry."""
+    eye = jnp.eye(sigma.shape[-1], dtype=sigma.dtype)
+    return sigma[..., None] * jnp.broadcast_to(eye, (*sigma.shape, sigma.shape[-1]))
+
+
 def factor(array: Array, axes: Axes, rank: int | None = None) -> LowRank:
     """The best rank-r LowRank of one dense array; full rank min(m, n) by default.
 
@@ -172,7 +178,7 @@ def factor(array: Array, axes: Axes, rank: int | None = None) -> LowRank:
     if not 1 <= rank <= k:
         raise ValueError(f"`rank` must be in [1, {k}] for shape {axes.shape}: {rank}")
     u, sigma, vt = svd(axes.to_matrix(array))
-    s = sigma[..., :rank, None] * jnp.eye(rank, dtype=sigma.dtype)
+    s = diagonal(sigma[..., :rank])
     u, s, vt = (f.astype(array.dtype) for f in (u[..., :rank], s, vt[..., :rank, :]))
     return LowRank(u, s, vt, axes)
 
@@ -184,7 +190,7 @@ def orthogonality_error(u: Float[Array, "*l m r"], vt: Float[Array, "*l r n"]) -
         basis = basis.astype(compute_dtype(basis.dtype))
         with jax.default_matmul_precision("highest"):
             gram = jnp.swapaxes(basis, -1, -2) @ basis
-        return jnp.max(jnp.abs(gram - jnp.eye(gram.shape[-1], dtype=gram.dtype)))
+        return jnp.max(jnp.abs(gram - diagonal(jnp.ones_like(gram[..., 0]))))
 
     return jnp.maximum(gram_error(u), gram_error(jnp.swapaxes(vt, -1, -2)))
 

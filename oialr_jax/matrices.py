@@ -194,7 +194,7 @@ class _Probe:
     def materialize(self, view: interpret.View) -> Array:
         return interpret.arrange(view, view.data[0])
 
-    def scale(self, view: interpret.View, factor: Array) -> interpret.View:
+    def scale(self, view: interpret.View, factor: Any) -> interpret.View:
         return view
 
     def unstack(self, view: interpret.View, axis: int) -> tuple[Array, ...]:

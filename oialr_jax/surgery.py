@@ -23,6 +23,7 @@ from oialr_jax.lowrank import (
     LowRank,
     PyTree,
     compute_dtype,
+    diagonal,
     is_low_rank,
     orthogonality_error,
     path_name,
@@ -153,7 +154,7 @@ def factorize(
         error = 0.0
         if finite[path]:
             u, vt = u[..., :r], vt[..., :r, :]
-            s = sigma[..., :r, None] * jnp.eye(r, dtype=sigma.dtype)
+            s = diagonal(sigma[..., :r])
             dtype = leaves[path].dtype
             moves[path] = Move(
                 jnp.swapaxes(u, -1, -2), vt, before=matrix.axes, after=None
@@ -305,10 +306,8 @@ def _turn_stacks(factors: tuple[Array, Array, Array]) -> _Turned:
         # A repair moves the bases by no more than the drift: overlaps are Us and Vs.
         left, right = jnp.swapaxes(us, -1, -2), vst
         new_u, new_vt = u @ us, vst @ jnp.swapaxes(v, -1, -2)
-    core = sigma[..., None] * jnp.eye(sigma.shape[-1], dtype=wide)
-    outputs = [
-        f.astype(old.dtype) for f, old in zip((new_u, core, new_vt), stored, strict=True)
-    ]
+    new = (new_u, diagonal(sigma), new_vt)
+    outputs = [f.astype(old.dtype) for f, old in zip(new, stored, strict=True)]
     finite = jax.vmap(lambda *f: jnp.all(jnp.stack([_finite(x) for x in f])))(
         new_u, sigma, new_vt
     )

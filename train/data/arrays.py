@@ -1,0 +1,67 @@
+"""Labelled images in memory, and batches as a pure function of seed and step."""
+
+import dataclasses
+from typing import TypedDict
+
+import grain
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+
+class Batch(TypedDict):
+    """One batch, on the host: raw pixels and class numbers."""
+
+    image: UInt8[np.ndarray, "b h w c"]
+    label: Int[np.ndarray, " b"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """A dataset of small images, whole, as the publisher split it."""
+
+    train_image: UInt8[np.ndarray, "n h w c"]
+    train_label: Int[np.ndarray, " n"]
+    test_image: UInt8[np.ndarray, "k h w c"]
+    test_label: Int[np.ndarray, " k"]
+    classes: tuple[str, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean of all training pixels."""
+        return float(np.mean(self.train_image, dtype=np.float64))
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of all training pixels."""
+        return float(np.std(self.train_image, dtype=np.float64))
+
+
+def standardize(image: Array, mean: float, deviation: float) -> Float[Array, "b h w c"]:
+    """Raw pixels as numbers of mean 0 and deviation 1 over the training images."""
+    return (image.astype(np.float32) - mean) / deviation
+
+
+def batches(
+    image: UInt8[np.ndarray, "n h w c"],
+    label: Int[np.ndarray, " n"],
+    *,
+    batch: int,
+    seed: int,
+) -> grain.MapDataset[Batch]:
+    """A sequence without end whose item t is the batch of step t.
+
+    Every epoch is a new permutation of all images, and a batch may span two epochs.
+    Item t depends on `seed` and t alone: a run that resumes at step t needs only t.
+
+    Raises:   ValueError: `batch` below 1, or no images.
+    """
+    if batch < 1:
+        raise ValueError(f"`batch` must be at least 1, got {batch}")
+    if len(image) == 0 or len(image) != len(label):
+        raise ValueError(f"got {len(image)} images for {len(label)} labels")
+
+    def rows(index: Int[np.ndarray, " b"]) -> Batch:
+        return {"image": image[index], "label": label[index]}
+
+    order = grain.MapDataset.range(len(image)).seed(seed).shuffle().repeat()
+    return order.batch(batch).map(rows)

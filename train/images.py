@@ -1,0 +1,280 @@
+"""Train an image classifier in low rank: python -m train.images PRESET.
+
+Command:   python -m train.images digits
+Hardware:  TODO
+"""
+
+import dataclasses
+import functools
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+from flax import linen as nn
+from flax.training.train_state import TrainState
+from jaxtyping import Array
+
+import oialr_jax as oialr
+from train import loop, names, report
+from train.data.arrays import Batch, Images, batches, standardize
+from train.data.augment import random_shift
+from train.models.lenet5 import LeNet5
+from train.models.vit import VisionTransformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """One run. Times are fractions of it, so that a short run meets every event."""
+
+    dataset: str
+    """digits, fashion_mnist or mnist."""
+    model: str
+    """vit-digits or lenet5."""
+    method: Literal["oialr", "dense"] = "oialr"
+    """Low rank, or the same recipe with every matrix dense."""
+    seed: int = 0
+    """Of the weights, the order of the data and the augmentation."""
+    steps: int = 1500
+    """Length of the run in batches."""
+    batch: int = 64
+    """Images in a batch."""
+    learning_rate: float = 2e-3
+    """Peak of AdamW's rate: linear warm-up, then cosine to zero."""
+    warmup: float = 0.05
+    """When the peak is reached."""
+    weight_decay: float = 0.1
+    """AdamW's, on matrices only."""
+    shift: int = 0
+    """Training images are moved by up to this many pixels each way."""
+    delay: float = 1 / 3
+    """When the dense warm-up ends; a third is the paper's rule of thumb."""
+    every: float = 0.1
+    """Time between rank events."""
+    layer_step: float = 0.5
+    """Share of the layers, last executed first, that each event treats in addition."""
+    cutoff: float = 0.1
+    """Singular values below this fraction of the largest go."""
+    min_aspect: float = 0.1
+    """Matrices narrower than this, short over long side, stay dense."""
+    log_every: int = 25
+    """Steps between training records."""
+    eval_every: int = 100
+    """Steps between evaluations on the whole test set."""
+    data_dir: pathlib.Path = pathlib.Path("data")
+    """Where `python -m train.data.prepare` put the dataset."""
+    out: pathlib.Path = pathlib.Path("runs")
+    """Runs go to folders in here."""
+    name: str | None = None
+    """Folder of this run; by default from preset, method and seed."""
+
+
+PRESETS: Mapping[str, tuple[str, Settings]] = {
+    "digits": (
+        "a small vision transformer on scikit-learn's handwritten digits",
+        Settings(dataset="digits", model="vit-digits", shift=1),
+    ),
+    "fashion": (
+        "LeNet5 on Fashion-MNIST",
+        Settings(dataset="fashion_mnist", model="lenet5"),
+    ),
+}
+
+MODELS: Mapping[str, Callable[[int], nn.Module]] = {
+    "vit-digits": lambda classes: VisionTransformer(
+        patch=2, depth=4, heads=4, width=64, classes=classes
+    ),
+    "lenet5": lambda classes: LeNet5(classes=classes),
+}
+
+
+def _digits(data_dir: pathlib.Path) -> Images:
+    from train.data import digits  # scikit-learn takes a second to import
+
+    del data_dir  # embedded
+    return digits.load()
+
+
+def _idx(name: str, data_dir: pathlib.Path) -> Images:
+    from train.data import fashion_mnist  # needs tensorflow-datasets, digits do not
+
+    return fashion_mnist.load(data_dir, name)
+
+
+DATASETS: Mapping[str, Callable[[pathlib.Path], Images]] = {
+    "digits": _digits,
+    "fashion_mnist": functools.partial(_idx, "fashion_mnist"),
+    "mnist": functools.partial(_idx, "mnist"),
+}
+
+EVALUATION_BATCH = 500
+"""Divides both test sets, so that one shape is compiled for each set of ranks."""
+
+
+def run(settings: Settings, *, name: str) -> dict[str, Any]:
+    """Host side: train, record, plot; the summary that was written.
+
+    Raises:   ValueError: a setting out of range, an unknown dataset or model, a low-rank
+              schedule that the run never reaches. FileNotFoundError: the dataset is not
+              prepared. FloatingPointError: the loss stopped being finite.
+    """
+    started = time.perf_counter()
+    pace = loop.Pace(settings.steps, settings.log_every, settings.eval_every)
+    build = names.find("model", settings.model, MODELS)
+    data = names.find("dataset", settings.dataset, DATASETS)(settings.data_dir)
+    model = build(len(data.classes))
+
+    def forward(params: Any, image: Array) -> Array:
+        x = standardize(image, data.mean, data.deviation)
+        return model.apply({"params": params}, x)
+
+    init_key, augment_key = jax.random.split(jax.random.key(settings.seed))
+    sample = standardize(jnp.asarray(data.train_image[:1]), data.mean, data.deviation)
+    params = jax.jit(model.init)(init_key, sample)["params"]
+    abstract = jax.ShapeDtypeStruct(
+        (settings.batch, *data.train_image.shape[1:]), jnp.uint8
+    )
+    matrices = oialr.select(
+        oialr.find_matrices(forward, params, abstract), min_aspect=settings.min_aspect
+    )
+    factored = oialr.factored(forward)
+    tx = oialr.freeze_bases(optimizer(settings))
+
+    def loss(params: Any, image: Array, label: Array) -> tuple[Array, Array]:
+        logits = factored(params, image)
+        entropy = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+        return jnp.mean(entropy), jnp.mean(jnp.argmax(logits, -1) == label)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
+        image = jnp.asarray(batch["image"])
+        if settings.shift:
+            key = jax.random.fold_in(augment_key, state.step)
+            image = random_shift(key, image, settings.shift)
+        grad = oialr.value_and_grad(loss, has_aux=True)
+        (value, accuracy), grads = grad(state.params, image, batch["label"])
+        state = state.apply_gradients(grads=grads)
+        return state, {"loss": value, "accuracy": accuracy}
+
+    state = TrainState.create(apply_fn=factored, params=params, tx=tx)
+    if settings.method == "oialr":
+        schedule = low_rank_schedule(settings)
+        rule = oialr.RankRule(cutoff=settings.cutoff)
+        adaptive = oialr.adaptive(train_step, tx, matrices, schedule, rule)
+        step, reports = adaptive, adaptive.reports
+    else:
+        step = jax.jit(chex.assert_max_traces(train_step, n=1))
+        reports = []
+    folder = settings.out / name
+    loop.begin(folder)
+    state, evaluation = loop.train(
+        state,
+        step,
+        batches(
+            data.train_image, data.train_label, batch=settings.batch, seed=settings.seed
+        ),
+        functools.partial(evaluate, jax.jit(factored), data),
+        pace=pace,
+        folder=folder,
+        reports=reports,
+    )
+    count = oialr.counts(state.params)
+    summary = {
+        "dataset": settings.dataset,
+        "model": settings.model,
+        "method": settings.method,
+        "seed": settings.seed,
+        "steps": settings.steps,
+        "test_accuracy": evaluation["accuracy"],
+        "test_loss": evaluation["loss"],
+        "dense_weights": count.dense,
+        "stored_weights": count.stored,
+        "trainable_weights": count.trainable,
+        "stored_fraction": count.stored / count.dense,
+        "trainable_fraction": count.trainable / count.dense,
+        "wall_seconds": round(time.perf_counter() - started, 2),
+        "compilations": adaptive.compilations if settings.method == "oialr" else 1,
+        "ranks": oialr.ranks(state.params),
+    }
+    loop.finish(folder, summary)
+    report.draw(folder)
+    return summary
+
+
+def optimizer(settings: Settings) -> optax.GradientTransformation:
+    """AdamW with warm-up and cosine; decay on whatever has more than one axis."""
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0,
+        settings.learning_rate,
+        warmup_steps=round(settings.warmup * settings.steps),
+        decay_steps=settings.steps,
+    )
+    return optax.adamw(
+        rate,
+        weight_decay=settings.weight_decay,
+        mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+    )
+
+
+def low_rank_schedule(settings: Settings) -> oialr.Schedule:
+    """When to convert and to truncate, in steps.
+
+    Raises:   ValueError: a fraction outside (0, 1), or a run too short to convert.
+    """
+    for name in ("delay", "every"):
+        value = getattr(settings, name)
+        if not 0 < value < 1:
+            raise ValueError(f"`{name}` is a fraction of the run in (0, 1), got {value}")
+    schedule = oialr.Schedule(
+        delay=max(1, round(settings.delay * settings.steps)),
+        every=max(1, round(settings.every * settings.steps)),
+        layer_step=settings.layer_step,
+    )
+    schedule.events(settings.steps)  # raises when the run ends before the conversion
+    return schedule
+
+
+def evaluate(
+    forward: Callable[[Any, Array], Array], data: Images, params: Any
+) -> dict[str, float]:
+    """Accuracy and mean loss over the whole test set."""
+    correct, total = 0.0, 0.0
+    for start in range(0, len(data.test_label), EVALUATION_BATCH):
+        rows = slice(start, start + EVALUATION_BATCH)
+        label = data.test_label[rows]
+        logits = forward(params, data.test_image[rows])
+        correct += float(jnp.sum(jnp.argmax(logits, -1) == label))
+        entropy = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+        total += float(jnp.sum(entropy))
+    count = len(data.test_label)
+    return {"accuracy": correct / count, "loss": total / count}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Host side: read the command line, run, say the result in one line."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        if arguments and not arguments[0].startswith("-"):
+            names.find("preset", arguments[0], PRESETS)
+        preset, settings = tyro.extras.overridable_config_cli(
+            dict(PRESETS), args=arguments, prog="python -m train.images"
+        )
+        name = settings.name or f"{preset}-{settings.method}-seed{settings.seed}"
+        summary = run(settings, name=name)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    print(
+        f"{name}: {summary['test_accuracy']:.2%} of the test set right, "
+        f"{summary['stored_fraction']:.1%} of the dense weights stored, "
+        f"{summary['trainable_fraction']:.1%} trained, "
+        f"{summary['wall_seconds']:.0f} s, {settings.out / name}"
+    )
+
+
+if __name__ == "__main__":
+    main()
