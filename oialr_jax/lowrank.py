@@ -149,14 +149,22 @@ def svd(
 ) -> tuple[Float[Array, "*l m k"], Float[Array, "*l k"], Float[Array, "*l k n"]]:
     """Thin SVD with k = min(m, n), in float32 or wider and full matmul precision.
 
-    JAX does not raise when a matrix is not finite or the SVD does not converge: the
-    factors of that matrix are NaN, those of the others in a stack are not touched.
+    The factors of a matrix that is not finite, or whose SVD does not converge, are NaN;
+    those of the others in a stack are right. Such a matrix never reaches the solver,
+    because LAPACK's divide and conquer may not return from infinite input.
     """
+    matrix = matrix.astype(compute_dtype(matrix.dtype))
+    finite = jnp.all(jnp.isfinite(matrix), axis=(-2, -1), keepdims=True)
+    finite = jnp.broadcast_to(finite, matrix.shape)
     with jax.default_matmul_precision("highest"):
         u, sigma, vt = jnp.linalg.svd(
-            matrix.astype(compute_dtype(matrix.dtype)), full_matrices=False
+            jnp.where(finite, matrix, 0), full_matrices=False
         )
-    return u, sigma, vt
+
+    def marked(factor: Array) -> Array:
+        return jnp.where(finite[..., :1, :1], factor, jnp.nan)
+
+    return marked(u), marked(sigma[..., None, :])[..., 0, :], marked(vt)
 
 
 def diagonal(sigma: Float[Array, "*l r"]) -> Float[Array, "*l r r"]:

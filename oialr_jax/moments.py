@@ -8,7 +8,7 @@ averages of squares by a rule, because the entries that would be needed were not
 
 import dataclasses
 import warnings
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,11 +73,11 @@ class MomentRule:
     `b1` and `b2` undo and redo Adam's bias correction in `variance`; they matter in the
     first 1/(1 - b2) steps only.
 
-    Source:   derivation and measured errors: project notes on the rotation of second
-              moments; first moments as in SOAP (Vyas et al., 2024).
+    Source:   SOAP (Vyas et al., 2024) turns first moments alike; `variance` after LDAdam
+              (Robert et al., 2024).
     """
 
-    second: Literal["variance", "squared", "scalar", "keep"] = "variance"
+    second: str = "variance"
     b1: float = 0.9
     b2: float = 0.999
 

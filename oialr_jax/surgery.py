@@ -142,17 +142,17 @@ def factorize(
     for group in groups.values():
         stacks = [jobs[path][0].axes.to_matrix(leaves[path]) for path in group]
         factors |= zip(group, _batched(_factor_stacks, stacks), strict=True)
-    sigmas, finite = jax.device_get(
-        [{p: f[1] for p, f in factors.items()}, {p: _finite(*f) for p, f in factors.items()}]
-    )
+    checks = [(f[1], _finite(*f)) for f in factors.values()]
+    host = dict(zip(factors, jax.device_get(checks), strict=True))
 
     nodes: dict[tuple[Any, ...], LowRank] = {}
     moves: dict[tuple[Any, ...], Move] = {}
     layers = []
     for path, (matrix, r) in jobs.items():
         u, sigma, vt = factors[path]
+        host_sigma, finite = host[path]
         error = 0.0
-        if finite[path]:
+        if finite:
             u, vt = u[..., :r], vt[..., :r, :]
             s = diagonal(sigma[..., :r])
             dtype = leaves[path].dtype
@@ -162,10 +162,8 @@ def factorize(
             node = LowRank(*(f.astype(dtype) for f in (u, s, vt)), matrix.axes)
             nodes[path] = node
             error = float(_error(node.u, node.vt))
-        after = r if finite[path] else None
-        layers.append(
-            _layer(matrix.path, matrix.axes, None, after, sigmas[path], error)
-        )
+        after = r if finite else None
+        layers.append(_layer(matrix.path, matrix.axes, None, after, host_sigma, error))
     new_params, new_state = _rebuilt(params, opt_state, tx, nodes, moves, moment_rule)
     return new_params, new_state, Report(tuple(layers), "conversion")
 
@@ -210,8 +208,8 @@ def truncate(
     for group in groups.values():
         stacks = [(leaves[p].u, leaves[p].s, leaves[p].vt) for p in group]
         turned |= zip(group, _batched(_turn_stacks, stacks), strict=True)
-    small = {p: (t.sigma, t.finite, t.error) for p, t in turned.items()}
-    host = jax.device_get(small)
+    checks = [(t.sigma, t.finite, t.error) for t in turned.values()]
+    host = dict(zip(turned, jax.device_get(checks), strict=True))
 
     nodes: dict[tuple[Any, ...], LowRank] = {}
     moves: dict[tuple[Any, ...], Move] = {}

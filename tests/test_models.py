@@ -112,8 +112,6 @@ def norm(p, x):
     return x * p["scale"] + p["bias"]
 
 
-
-
 @pytest.mark.parametrize(
     ("change", "image", "message"),
     [

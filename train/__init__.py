@@ -1,0 +1,1 @@
+"""Programs: everything that owns data, time or files."""

@@ -89,7 +89,8 @@ def train(
             state, metrics = step(state, batches[t])
             window.append(metrics)
             for report in reports[written:]:
-                record("event", {"step": t, "event": report.to_dict()})
+                now = _fractions(state.params)
+                record("event", {"step": t, **now, "event": report.to_dict()})
                 bar.write(f"{report}\n")
             written = len(reports)
             done = t + 1

@@ -36,7 +36,7 @@ def draw(folder: pathlib.Path) -> list[pathlib.Path]:
     events = [record for record in records if record["kind"] == "event"]
     figures = {
         "accuracy.png": _over_steps(records, "accuracy", "accuracy"),
-        "loss.png": _over_steps(records, "loss", "cross entropy"),
+        "loss.png": _over_steps(records, "loss", "loss"),
         "fractions.png": _fractions(records),
     }
     if events:
@@ -79,14 +79,12 @@ def _over_steps(records: Sequence[Record], name: str, label: str) -> Figure:
         points = [(r["step"], r[name]) for r in records if r["kind"] == kind]
         if points:
             x, y = zip(*points, strict=True)
-            axes.plot(x, y, style, color=color, label=title, markersize=4)
             if kind == "eval":
-                axes.annotate(
-                    f"{y[-1]:.4f}", (x[-1], y[-1]), (4, 0), textcoords="offset points"
-                )
+                title = f"{title}, {y[-1]:.4f} at the end"
+            axes.plot(x, y, style, color=color, label=title, markersize=4)
     _mark_events(axes, records)
     axes.set(xlabel="step", ylabel=label, xlim=(0, None))
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     axes.grid(alpha=0.3)
     return figure
 
@@ -94,24 +92,22 @@ def _over_steps(records: Sequence[Record], name: str, label: str) -> Figure:
 def _fractions(records: Sequence[Record]) -> Figure:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    lines = [r for r in records if r["kind"] == "train"]
-    x = [r["step"] for r in lines]
+    known = [r for r in records if "stored_fraction" in r]
     named = [
         ("stored_fraction", "stored: bases, cores, the rest", BLUE),
         ("trainable_fraction", "trained: cores, the rest", ORANGE),
     ]
     for key, title, color in named:
-        y = [100 * r[key] for r in lines]
-        axes.plot(x, y, color=color, label=title, drawstyle="steps-pre")
-        if y:
-            axes.annotate(
-                f"{y[-1]:.1f} %", (x[-1], y[-1]), (4, 0), textcoords="offset points"
-            )
+        x = [0, *(r["step"] for r in known)]  # what holds at the first record held at 0
+        y = [100 * r[key] for r in [*known[:1], *known]]
+        if known:
+            title = f"{title}; {y[-1]:.1f} % at the end"
+            axes.plot(x, y, color=color, label=title, drawstyle="steps-post")
     axes.axhline(100, color="0.5", linewidth=1, linestyle=":", label="dense model")
     _mark_events(axes, records)
     axes.set(xlabel="step", ylabel="% of the dense model's weights", xlim=(0, None))
     axes.set_ylim(0, None)
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     axes.grid(alpha=0.3)
     return figure
 
@@ -162,12 +158,12 @@ def _ranks(records: Sequence[Record], events: Sequence[Record]) -> Figure:
 
 
 def _spectra(events: Sequence[Record]) -> Figure:
-    """One panel per layer, one line per event; the dot is the last value kept."""
+    """One panel per layer, one line per event; a dot is the last value that is kept."""
     paths = list(_full_ranks(events))
     columns = min(4, len(paths))
     rows = -(-len(paths) // columns)
     figure = Figure(figsize=(2.9 * columns, 1 + 1.9 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    panels = figure.subplots(rows, columns, squeeze=False)
     steps = [event["step"] for event in events]
     norm = mpl.colors.Normalize(min(steps), max(max(steps), min(steps) + 1))
     for panel in panels.flat[len(paths) :]:
@@ -181,14 +177,20 @@ def _spectra(events: Sequence[Record]) -> Figure:
                 for sigma in layer["sigma"]:
                     panel.plot(range(1, len(sigma) + 1), sigma, color=color)
                     kept = layer["after"]
-                    panel.plot(kept, sigma[kept - 1], "o", color=color, markersize=4)
+                    if kept < len(sigma):
+                        panel.plot(kept, sigma[kept - 1], "o", color=color, ms=4)
         panel.set_title(path, fontsize=8)
+        panel.tick_params(labelsize=7)
+        panel.set_ylim(0, None)
         panel.grid(alpha=0.3)
-    figure.supxlabel("index of the singular value (the dot: the last one kept)")
+    figure.supxlabel("index of the singular value (dot: the last one that a cut kept)")
     figure.supylabel("singular value")
-    scale = mpl.cm.ScalarMappable(norm, mpl.colors.LinearSegmentedColormap.from_list(
-        "events", LAYERS(np.linspace(0, 0.9, 256))
-    ))
+    scale = mpl.cm.ScalarMappable(
+        norm,
+        mpl.colors.LinearSegmentedColormap.from_list(
+            "events", LAYERS(np.linspace(0, 0.9, 256))
+        ),
+    )
     figure.colorbar(scale, ax=panels, label="step of the event", aspect=40, pad=0.01)
     return figure
 

@@ -1,0 +1,1 @@
+"""Datasets: prepared once, read without TensorFlow, batched by seed and step."""

@@ -11,6 +11,7 @@ Result:    data/fashion_mnist/3.0.1, ArrayRecord with PNG images, which
 import dataclasses
 import gzip
 import hashlib
+import math
 import pathlib
 import shutil
 import sys
@@ -113,7 +114,7 @@ def prepare(
     files = source or data_dir / "downloads" / name
     builder = _builder(name, original, files, data_dir)
     folder = pathlib.Path(builder.data_dir)
-    if builder.is_prepared():
+    if (folder / "dataset_info.json").exists():  # written last, then renamed as a whole
         return folder
     for file, expected in original.sha256.items():
         if source is None and not (files / file).exists():
@@ -134,7 +135,7 @@ def _builder(
     Images go in as PIL images: tfds encodes arrays with TensorFlow.
     """
 
-    class Idx(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    class Idx(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]  # untyped base
         VERSION = tfds.core.Version(original.version)
 
         def _info(self) -> Any:
@@ -165,9 +166,7 @@ def _builder(
     return Idx(data_dir=data_dir, file_format="array_record")
 
 
-def _download(
-    name: str, original: Original, file: str, folder: pathlib.Path
-) -> None:
+def _download(name: str, original: Original, file: str, folder: pathlib.Path) -> None:
     """One file into `folder`, under its name only when it is whole and right."""
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{file}.part"
@@ -218,10 +217,11 @@ def _read(path: pathlib.Path, *, dimensions: int) -> Int[np.ndarray, "..."]:
     # Two zero bytes, 8 for unsigned bytes, the number of sizes; then the sizes.
     if data[:4] != bytes([0, 0, 8, dimensions]):
         raise ValueError(f"{path} is no idx{dimensions} file: begins {data[:4].hex()}")
-    shape = np.frombuffer(data, ">u4", count=dimensions, offset=4)
+    sizes = np.frombuffer(data, ">u4", count=dimensions, offset=4)
+    shape = tuple(sizes.tolist())
     values = np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions)
-    if values.size != np.prod(shape, dtype=np.int64):
-        raise ValueError(f"{path} says shape {tuple(shape)}, has {values.size} values")
+    if values.size != math.prod(shape):
+        raise ValueError(f"{path} says shape {shape}, has {values.size} values")
     return values.reshape(shape)
 
 
@@ -234,7 +234,7 @@ class Settings:
     data_dir: pathlib.Path = pathlib.Path("data")
     """Where prepared datasets live; give the same folder to the training program."""
     source: Annotated[pathlib.Path | None, tyro.conf.arg(name="from")] = None
-    """Folder that holds the publisher's four files already; else they are downloaded."""
+    """Folder that has the publisher's four files; without it they are downloaded."""
 
 
 def main(settings: Settings) -> None:

@@ -1,0 +1,179 @@
+"""When the one idea acts: which ranks stay, and which step turns which layers.
+
+Plain integers and numpy, no JAX: every answer is a function of its arguments alone, so
+a resumed run does what the uninterrupted one does.
+"""
+
+import dataclasses
+from typing import final
+
+import numpy as np
+from jaxtyping import Float
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class RankRule:
+    """How many singular values of a core stay.
+
+    Values below `cutoff` times the largest go; one update drops at most the part
+    `max_drop` of the rank (rounded up), and stops at `floor` times the small side of
+    the dense matrix. `multiple` rounds the choice up. A core of zeros has no value
+    below its largest and keeps its rank.
+
+    Raises:   ValueError: `cutoff` or `floor` outside [0, 1], `max_drop` outside (0, 1],
+              `multiple` below 1.
+    Source:   Coquelin et al. 2024 (arXiv 2401.08505), the rule of the authors' code at
+              the defaults. Their floor may exceed the present rank, which asks for
+              directions that are gone: here no choice is above the rank or below 1.
+
+    >>> rule = RankRule(cutoff=0.1)
+    >>> rule.choose(np.array([4.0, 2.0, 1.0, 0.3, 0.1]), small_side=5)
+    3
+    >>> rule.choose(np.array([4.0, 0.0, 0.0, 0.0]), small_side=4)  # 1, but half at most
+    2
+    """
+
+    cutoff: float = 0.1
+    floor: float = 0.01
+    max_drop: float = 0.5
+    multiple: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse settings out of range."""
+        for name in ("cutoff", "floor"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"`{name}` must be in [0, 1], got {value}")
+        if not 0 < self.max_drop <= 1:
+            raise ValueError(f"`max_drop` must be in (0, 1], got {self.max_drop}")
+        if self.multiple < 1:
+            raise ValueError(f"`multiple` must be at least 1, got {self.multiple}")
+
+    def floor_rank(self, small_side: int) -> int:
+        """The rank below which nothing is dropped, at least 1."""
+        return max(1, int(self.floor * small_side))
+
+    def choose(self, sigma: Float[np.ndarray, "*l k"], small_side: int) -> int:
+        """The new rank of a core with the singular values `sigma`, in [1, k].
+
+        Shapes:   sigma: (k,), descending; or (l, k), a stack that shares one rank and
+                  gets the largest choice of its members.
+        Args:     small_side: min(m, n) of the dense matrix.
+        Raises:   ValueError: `sigma` is empty, neither 1-D nor 2-D, not finite,
+                  negative or not descending; `small_side` is below k.
+        """
+        if sigma.ndim not in (1, 2) or sigma.size == 0:
+            raise ValueError(
+                f"`sigma` must have shape (k,) or (l, k), none 0; got {sigma.shape}"
+            )
+        spectra = np.atleast_2d(sigma).astype(np.float64)
+        for spectrum in spectra:
+            if not np.isfinite(spectrum).all():
+                raise ValueError(f"`sigma` must be finite, got {spectrum}")
+            if (spectrum < 0).any() or (np.diff(spectrum) > 0).any():
+                raise ValueError(
+                    f"`sigma` must be descending and not negative, got {spectrum}"
+                )
+        k = spectra.shape[1]
+        if small_side < k:
+            raise ValueError(
+                f"`small_side` must be at least the rank {k}, got {small_side}"
+            )
+        return max(self._choose(spectrum, small_side) for spectrum in spectra)
+
+    def _choose(self, sigma: np.ndarray, small_side: int) -> int:
+        k = len(sigma)
+        floor = self.floor_rank(small_side)
+        least = k - k * self.max_drop  # exact where k * (1 - 0.9) would be a bit less
+        below = np.flatnonzero(sigma < self.cutoff * sigma[0])
+        # cutoff <= 1, so the largest value stays and every branch gives at least 1
+        r = int(below[0]) if below.size else k
+        if r < least and least > floor:
+            r = int(least)
+        elif r < floor:
+            r = floor
+        return min(k, -(-r // self.multiple) * self.multiple)
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Which step converts and which steps update how many layers.
+
+    Before the batch of step `delay`, counted from 0, dense matrices become low-rank.
+    Update j = 0, 1, ... happens at u_j = delay + j * every while u_j < stop, the first
+    one with the conversion, and treats the last executed layers: a share `layer_step`
+    of them at first, as many more each time.
+
+    Raises:   ValueError: `delay` below 0, `every` below 1, `layer_step` outside [0, 1],
+              `stop` not after `delay`.
+    Source:   Coquelin et al. 2024 (arXiv 2401.08505). The authors' code counts steps
+              from 1 and acts when a counter equals the next update, so a counter that
+              starts past it or jumps over it never acts again; here an update is due
+              from its step on. Where a share is less than one layer their code treats
+              all layers at every update; here each update treats one more.
+
+    >>> schedule = Schedule(delay=100, every=50)
+    >>> schedule.events(300)
+    (100, 150, 200, 250)
+    >>> [schedule.treated(j, layers=24) for j in range(4)]
+    [2, 4, 6, 8]
+    """
+
+    delay: int
+    every: int
+    layer_step: float = 0.1
+    stop: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse settings out of range."""
+        if self.delay < 0:
+            raise ValueError(f"`delay` must be at least 0, got {self.delay}")
+        if self.every < 1:
+            raise ValueError(f"`every` must be at least 1, got {self.every}")
+        if not 0 <= self.layer_step <= 1:
+            raise ValueError(f"`layer_step` must be in [0, 1], got {self.layer_step}")
+        if self.stop is not None and self.stop <= self.delay:
+            raise ValueError(
+                f"`stop` must be after delay={self.delay}, got {self.stop}"
+            )
+
+    def converted(self, step: int) -> bool:
+        """Whether the batch of this step meets low-rank params."""
+        return step >= self.delay
+
+    def due(self, step: int, previous: int | None = None) -> int | None:
+        """The newest update j with previous < u_j <= step, or None.
+
+        A loop that takes several steps per call passes the step of its call before as
+        `previous` (default step - 1) and misses no update; of several that lie in
+        between it gets the newest, which treats the layers of all of them.
+        """
+        previous = step - 1 if previous is None else previous
+        last = step if self.stop is None else min(step, self.stop - 1)
+        if last < self.delay:
+            return None
+        j = (last - self.delay) // self.every
+        return j if self.delay + j * self.every > previous else None
+
+    def treated(self, j: int, layers: int) -> int:
+        """How many layers, from the last executed backwards, update j treats."""
+        if j < 0:
+            raise ValueError(f"`j` must be at least 0, got {j}")
+        if layers < 1:
+            raise ValueError(f"`layers` must be at least 1, got {layers}")
+        return min(layers, (j + 1) * max(1, int((layers - 1) * self.layer_step)))
+
+    def events(self, steps: int) -> tuple[int, ...]:
+        """The steps below `steps` at which ranks may change, the conversion first.
+
+        Raises:   ValueError: a run of `steps` steps ends before the conversion.
+        """
+        if self.delay >= steps:
+            raise ValueError(
+                f"the conversion at delay={self.delay} is never reached in {steps} "
+                "steps"
+            )
+        end = steps if self.stop is None else min(steps, self.stop)
+        return tuple(range(self.delay, end, self.every))

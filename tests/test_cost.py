@@ -1,0 +1,262 @@
+"""The FLOP model: the published expressions and break-evens, and what XLA counts."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import oialr_jax as oialr
+from oialr_jax import cost
+from oialr_jax.cost import Cost, Order
+
+LOW_RANK = (Order.CHAIN, Order.MERGED, Order.REBUILT)
+MANY = 10**9  # rows for which work that does not grow with the rows vanishes
+XLA_TOLERANCE = 0.01  # the counts are equal; XLA may come to count element-wise work
+
+sides = st.integers(1, 5000)
+
+
+@st.composite
+def uses(draw):
+    m, n = draw(sides), draw(sides)
+    return draw(st.integers(0, 10**6)), m, n, draw(st.integers(1, min(m, n)))
+
+
+def dense(rows, m, n, r):
+    return 6 * rows * m * n
+
+
+def rebuilt(rows, m, n, r):
+    return 6 * rows * m * n + 4 * m * n * r + 4 * min(m, n) * r**2
+
+
+def chain(rows, m, n, r):
+    return rows * (4 * r * (m + n) + 6 * r**2)
+
+
+def merged(rows, m, n, r):
+    q = min(m, n)
+    return rows * (4 * r * (m + n) + 2 * r * q) + 4 * q * r**2
+
+
+@pytest.mark.parametrize("reference", [dense, rebuilt, chain, merged])
+@given(use=uses())
+@settings(deadline=None)
+def test_training_step_costs_the_closed_expression(reference, use):
+    order = Order(reference.__name__)
+    assert cost.flops(order, *use).total == reference(*use)
+
+
+@pytest.mark.parametrize("order", Order)
+@given(use=uses(), stack=st.integers(1, 100))
+@settings(deadline=None)
+def test_a_stack_costs_its_members(order, use, stack):
+    one, many = cost.flops(order, *use), cost.flops(order, *use, stack=stack)
+    assert many == Cost(stack * one.forward, stack * one.backward)
+
+
+@pytest.mark.parametrize("order", Order)
+@given(use=uses())
+@settings(deadline=None)
+def test_parts_of_a_step_only_add(order, use):
+    whole = cost.flops(order, *use)
+    first = cost.flops(order, *use, input_gradient=False)
+    inference = cost.flops(order, *use, training=False)
+    assert first.forward == whole.forward
+    assert first.backward <= whole.backward
+    assert inference == Cost(whole.forward, 0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "by_chain", "by_merged", "at_inference"),
+    [
+        ((768, 768), 411, 461, 384),
+        ((768, 3072), 719, None, 614),
+        ((3072, 768), 719, None, 614),
+        ((768, 2304), 655, 768, 576),
+        ((512, 512), 274, 307, 256),
+        ((512, 2048), 480, None, 410),
+        ((9 * 100, 100), None, None, 90),  # 3x3 convolution, same channels
+        ((9 * 100, 200), 194, None, 164),  # 3x3 convolution, twice the channels
+        ((200, 100), 73, 86, 67),  # 1x1 convolution, half the channels
+    ],
+    ids=str,
+)
+def test_break_even_ranks(shape, by_chain, by_merged, at_inference):
+    """The largest rank cheaper than dense, where the table has the rounded crossing."""
+
+    def break_even(order, training):
+        ranks = range(1, min(shape) + 1)
+        saving = [
+            cost.flops(order, MANY, *shape, r, training=training).total
+            < cost.flops(Order.DENSE, MANY, *shape, r, training=training).total
+            for r in ranks
+        ]
+        assert saving == sorted(saving, reverse=True)
+        return None if all(saving) else sum(saving)
+
+    for order, training, expected in [
+        (Order.CHAIN, True, by_chain),
+        (Order.MERGED, True, by_merged),
+        (Order.MERGED, False, at_inference),
+    ]:
+        found = break_even(order, training)
+        assert found == expected or found == expected - 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "chain_until", "merged_until"),
+    [
+        ((768, 768), 256, 460),
+        ((768, 3072), 256, 768),
+        ((3072, 768), 256, 768),
+        ((512, 512), 170, 307),
+    ],
+    ids=str,
+)
+def test_chain_up_to_a_third_of_the_small_side(shape, chain_until, merged_until):
+    picked = [cost.cheapest(MANY, *shape, r) for r in range(1, min(shape) + 1)]
+    # 4 q r^2 for merging moves the switch past q / 3 by less than one rank
+    expected = [Order.CHAIN] * chain_until
+    expected += [Order.MERGED] * (merged_until - chain_until)
+    expected += [Order.REBUILT] * (min(shape) - merged_until)
+    assert picked == expected
+
+
+@given(use=uses())
+@settings(deadline=None)
+def test_rebuilding_never_costs_less_than_dense(use):
+    rows, m, n, r = use
+    low, full = (cost.flops(x, *use).total for x in (Order.REBUILT, Order.DENSE))
+    assert low > full
+    if rows:
+        ratio = 1 + 2 * r / (3 * rows) * (1 + r / max(m, n))
+        assert low / full == pytest.approx(ratio)
+
+
+@given(use=uses(), input_gradient=st.booleans(), training=st.booleans())
+@settings(deadline=None)
+def test_cheapest_is_the_first_of_the_cheapest(use, input_gradient, training):
+    options = {"input_gradient": input_gradient, "training": training}
+    totals = [cost.flops(x, *use, **options).total for x in LOW_RANK]
+    assert cost.cheapest(*use, **options) == LOW_RANK[totals.index(min(totals))]
+
+
+def test_ties_go_to_the_earlier_order():
+    use = (64, 100, 64, 20)  # as many rows as the small side: merging saves nothing
+    a, b = (cost.flops(x, *use, training=False).total for x in LOW_RANK[:2])
+    assert a == b
+    assert cost.cheapest(*use, training=False) == Order.CHAIN
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"rows": -1}, r"^`rows` must be at least 0, got -1$"),
+        ({"m": 0}, r"^`m` must be at least 1, got 0$"),
+        ({"n": 0}, r"^`n` must be at least 1, got 0$"),
+        ({"stack": 0}, r"^`stack` must be at least 1, got 0$"),
+        ({"rank": 0}, r"^`rank` must be in \[1, 64\], got 0$"),
+        ({"rank": 80}, r"^`rank` must be in \[1, 64\], got 80$"),
+    ],
+)
+def test_bad_sizes_are_named(changed, message):
+    sizes = {"rows": 10, "m": 100, "n": 64, "rank": 5, "stack": 1} | changed
+    with pytest.raises(ValueError, match=message):
+        cost.flops(Order.CHAIN, **sizes)
+    if "stack" not in changed:
+        del sizes["stack"]
+        with pytest.raises(ValueError, match=message):
+            cost.cheapest(**sizes)
+
+
+def use_of(order, x, u, s, vt):
+    """One use of a matrix, written out in the given order."""
+    small_out = vt.shape[-1] <= u.shape[-2]
+    if order == Order.CHAIN:
+        return ((x @ u) @ s) @ vt
+    if order == Order.MERGED:
+        return (x @ u) @ (s @ vt) if small_out else (x @ (u @ s)) @ vt
+    w = u @ (s @ vt) if small_out else (u @ s) @ vt
+    return x @ w
+
+
+def counted_by_xla(order, rows, m, n, r, *, stack, input_gradient, training):
+    """FLOPs in the compiled program of one use and its vector-Jacobian product."""
+    lead = (stack,) if stack > 1 else ()
+    x, g, u, s, vt, w = (
+        jax.ShapeDtypeStruct((*lead, *shape), jnp.float32)
+        for shape in [(rows, m), (rows, n), (m, r), (r, r), (r, n), (m, n)]
+    )
+
+    def program(x, g, u, s, vt, w):
+        if order == Order.DENSE:
+            trained = w
+            use = jnp.matmul
+        else:
+            trained = s
+
+            def use(x, s):
+                return use_of(order, x, u, s, vt)
+
+        if not training:
+            return use(x, trained)
+        if input_gradient:
+            y, pullback = jax.vjp(use, x, trained)
+        else:
+            y, pullback = jax.vjp(lambda trained: use(x, trained), trained)
+        return y, pullback(g)
+
+    compiled = jax.jit(program).lower(x, g, u, s, vt, w).compile()
+    return compiled.cost_analysis()["flops"]
+
+
+PARTS = {
+    "step": {"input_gradient": True, "training": True},
+    "first-layer": {"input_gradient": False, "training": True},
+    "inference": {"input_gradient": True, "training": False},
+}
+SHAPES = {"tall": (384, 160), "wide": (160, 384), "square": (256, 256)}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("order", Order)
+def test_xla_counts_the_same(order, shape, part):
+    use = (512, *SHAPES[shape], 96)
+    counted = counted_by_xla(order, *use, stack=1, **PARTS[part])
+    expected = cost.flops(order, *use, **PARTS[part]).total
+    assert counted == pytest.approx(expected, rel=XLA_TOLERANCE)
+
+
+@pytest.mark.parametrize("order", Order)
+def test_xla_counts_the_same_for_a_stack(order):
+    use = (256, 192, 128, 48)
+    counted = counted_by_xla(order, *use, stack=3, **PARTS["step"])
+    expected = cost.flops(order, *use, stack=3).total
+    assert counted == pytest.approx(expected, rel=XLA_TOLERANCE)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("order", [Order.CHAIN, Order.MERGED])
+def test_a_factored_function_costs_what_the_order_says(order, shape, monkeypatch):
+    monkeypatch.setattr(cost, "cheapest", lambda *a, **k: order)
+    rows, (m, n), r = 512, SHAPES[shape], 96
+    axes = oialr.Axes(shape=(m, n), stack=(), inputs=(0,), outputs=(1,))
+    leaf = oialr.factor(jax.random.normal(jax.random.key(0), (m, n)), axes, r)
+    apply = oialr.factored(lambda params, x: x @ params["w"])
+
+    def program(leaf, x, g):
+        def use(x, s):
+            return apply({"w": dataclasses.replace(leaf, s=s)}, x)
+
+        y, pullback = jax.vjp(use, x, leaf.s)
+        return y, pullback(g)
+
+    x, g = jnp.ones((rows, m)), jnp.ones((rows, n))
+    counted = jax.jit(program).lower(leaf, x, g).compile().cost_analysis()["flops"]
+    expected = cost.flops(order, rows, m, n, r).total
+    assert counted == pytest.approx(expected, rel=XLA_TOLERANCE)

@@ -1,0 +1,383 @@
+"""RankRule and Schedule against the authors' rule written out, and published runs."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+
+from oialr_jax.schedule import RankRule, Schedule
+
+# ---------------------------------------------------------------- the authors' rule
+
+
+def reference_rank(sigma, small_side, cutoff=0.1, floor=0.01):
+    """One update of one layer as the authors' code does it, from its description."""
+    k = len(sigma)
+    floor_rank = int(floor * small_side)
+    r = None
+    for i in range(k):
+        if sigma[i] < cutoff * sigma[0]:
+            r = i
+            break
+    if r is None:
+        return k
+    if r < k / 2 and k / 2 > floor_rank:
+        return int(k / 2)
+    if r < floor_rank:
+        return floor_rank
+    return r
+
+
+def reference_events(delay, every, steps):
+    """Steps of the updates when a counter is compared with the next one at each."""
+    due, events = delay, []
+    for step in range(steps):
+        if step == due:
+            events.append(step)
+            due += every
+    return tuple(events)
+
+
+def descending(values):
+    return np.sort(np.asarray(values, np.float64))[::-1]
+
+
+lengths = st.integers(1, 60)
+spectra = st.one_of(
+    st.builds(np.full, lengths, st.floats(1e-3, 1e3)).map(descending),
+    lengths.map(np.zeros),
+    lengths.map(lambda k: descending([1.0] + [1e-9] * (k - 1))),
+    lengths.map(lambda k: descending([2.0] + [0.0] * (k - 1))),
+    st.builds(
+        lambda k, p: descending(np.arange(1.0, k + 1) ** -p), lengths, st.floats(0, 4)
+    ),
+    st.lists(st.sampled_from([1.0, 0.5, 0.1, 0.05, 0.0]), min_size=1).map(descending),
+    st.lists(st.floats(0, 1e6), min_size=1, max_size=60).map(descending),
+)
+room = st.integers(0, 5000)  # how far the small side is above the rank
+from_device = spectra.map(lambda sigma: sigma.astype(np.float32))
+
+
+@given(sigma=spectra, extra=room)
+@example(sigma=np.ones(1), extra=0)
+@example(sigma=descending([1.0, 0.1, 0.1]), extra=0)  # equal to the cutoff stays
+@settings(deadline=None)
+def test_defaults_are_the_authors_rule(sigma, extra):
+    small_side = len(sigma) + extra
+    expected = reference_rank(sigma, small_side)
+    expected = min(expected, len(sigma))  # their floor may be above the rank
+    assert RankRule().choose(sigma, small_side) == expected
+
+
+@given(
+    sigma=from_device,
+    extra=room,
+    cutoff=st.floats(0, 1),
+    floor=st.floats(0, 1),
+)
+@settings(deadline=None)
+def test_other_cutoffs_and_floors_too(sigma, extra, cutoff, floor):
+    small_side = len(sigma) + extra
+    expected = reference_rank(sigma.astype(np.float64), small_side, cutoff, floor)
+    rule = RankRule(cutoff=cutoff, floor=floor)
+    assert rule.choose(sigma, small_side) == min(expected, len(sigma))
+
+
+rules = st.builds(
+    RankRule,
+    cutoff=st.floats(0, 1),
+    floor=st.floats(0, 1),
+    max_drop=st.floats(0, 1, exclude_min=True),
+    multiple=st.integers(1, 70),
+)
+
+
+@given(sigma=spectra, extra=room, rule=rules)
+@settings(deadline=None)
+def test_choice_is_a_rank_between_1_and_the_present_one(sigma, extra, rule):
+    r = rule.choose(sigma, len(sigma) + extra)
+    assert isinstance(r, int)
+    assert 1 <= r <= len(sigma)
+
+
+@given(sigma=spectra, extra=room, rule=rules)
+@settings(deadline=None)
+def test_multiple_rounds_up_and_stays_below_the_present_rank(sigma, extra, rule):
+    k = len(sigma)
+    exact = dataclasses.replace(rule, multiple=1).choose(sigma, k + extra)
+    r = rule.choose(sigma, k + extra)
+    assert r == k or (r % rule.multiple == 0 and exact <= r < exact + rule.multiple)
+    assert r >= exact
+
+
+@given(sigma=spectra, extra=room, rule=rules)
+@settings(deadline=None)
+def test_no_update_drops_more_than_allowed_or_goes_below_the_floor(sigma, extra, rule):
+    k = len(sigma)
+    kept = rule.choose(sigma, k + extra)
+    assert kept >= int(k - k * rule.max_drop)
+    assert kept >= min(k, rule.floor_rank(k + extra))
+
+
+@given(sigmas=st.lists(spectra, min_size=1, max_size=4), extra=room, rule=rules)
+@settings(deadline=None)
+def test_a_stack_gets_the_largest_choice_of_its_members(sigmas, extra, rule):
+    k = min(len(sigma) for sigma in sigmas)
+    sigmas = [sigma[:k] for sigma in sigmas]
+    alone = [rule.choose(sigma, k + extra) for sigma in sigmas]
+    assert rule.choose(np.stack(sigmas), k + extra) == max(alone)
+
+
+def test_a_stack_of_unlike_members():
+    sigma = np.array(
+        [[5.0, 1e-3, 0.0, 0.0], [1.0, 0.9, 0.8, 0.0], [9.0, 1.0, 0.8, 0.0]]
+    )
+    rule = RankRule()
+    assert [rule.choose(member, 4) for member in sigma] == [2, 3, 2]
+    assert rule.choose(sigma, 4) == 3
+
+
+def chain_of(rule, k, small_side):
+    """Ranks of a layer that is numerically of rank 1 until nothing changes."""
+    ranks = [k]
+    while True:
+        sigma = np.full(ranks[-1], 1e-12)
+        sigma[0] = 1.0
+        r = rule.choose(sigma, small_side)
+        if r == ranks[-1]:
+            return ranks
+        ranks.append(r)
+
+
+@pytest.mark.parametrize(
+    "ranks",
+    [(400, 200, 100, 50, 25, 12, 6, 4), (50, 25, 12, 6, 3, 1)],
+    ids=lambda ranks: f"from-{ranks[0]}",
+)
+def test_published_chains_of_a_rank_1_layer(ranks):
+    assert chain_of(RankRule(), ranks[0], ranks[0]) == list(ranks)
+
+
+@pytest.mark.parametrize(
+    ("rule", "k", "ranks"),
+    [
+        (RankRule(multiple=8), 400, [400, 200, 104, 56, 32, 16, 8]),
+        (RankRule(multiple=64), 100, [100, 64]),
+        (RankRule(floor=0.1), 400, [400, 200, 100, 50, 40]),
+        (RankRule(max_drop=1.0), 400, [400, 4]),
+        (RankRule(max_drop=1.0, floor=0.0), 400, [400, 1]),
+        (RankRule(max_drop=0.9), 400, [400, 40, 4]),  # 40 * (1 - 0.9) is below 4
+        (RankRule(max_drop=0.8, floor=0.0), 125, [125, 25, 5, 1]),
+        (RankRule(cutoff=0.0), 400, [400]),
+    ],
+    ids=str,
+)
+def test_chains_of_other_rules(rule, k, ranks):
+    assert chain_of(rule, k, k) == ranks
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_scale_of_the_core_does_not_matter(scale):
+    sigma = np.array([1.0, 0.7, 0.3, 0.11, 0.09, 0.01])
+    assert RankRule().choose(scale * sigma, 6) == 4
+
+
+def test_a_rank_below_the_floor_is_kept():
+    sigma = np.array([1.0, 1e-9])
+    assert reference_rank(sigma, 400) == 4  # two directions that do not exist
+    assert RankRule().choose(sigma, 400) == 2
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 7)], ids=str)
+def test_a_core_of_zeros_keeps_its_rank(shape):
+    assert RankRule().choose(np.zeros(shape), 7) == 7
+
+
+@pytest.mark.parametrize(("small_side", "rank"), [(1, 1), (99, 1), (100, 1), (768, 7)])
+def test_floor_rank(small_side, rank):
+    assert RankRule().floor_rank(small_side) == rank
+
+
+@pytest.mark.parametrize(
+    ("sigma", "message"),
+    [
+        ([], r"^`sigma` must have shape \(k,\) or \(l, k\), none 0; got \(0,\)$"),
+        (np.ones((2, 0)), r"none 0; got \(2, 0\)$"),
+        (np.ones((2, 2, 2)), r"none 0; got \(2, 2, 2\)$"),
+        ([1.0, np.nan], r"^`sigma` must be finite, got \[ 1. nan\]$"),
+        ([np.inf, 1.0], r"^`sigma` must be finite, got \[inf  1.\]$"),
+        ([[2.0, 1.0], [np.nan, 1.0]], r"^`sigma` must be finite, got \[nan  1.\]$"),
+        ([1.0, 2.0], r"must be descending and not negative, got \[1. 2.\]$"),
+        ([[2.0, 1.0], [1.0, 2.0]], r"must be descending and .*, got \[1. 2.\]$"),
+        ([1.0, -1.0], r"must be descending and not negative, got \[ 1. -1.\]$"),
+        (np.ones(9), r"^`small_side` must be at least the rank 9, got 8$"),
+    ],
+)
+def test_bad_spectra_are_named(sigma, message):
+    with pytest.raises(ValueError, match=message):
+        RankRule().choose(np.asarray(sigma, np.float64), 8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"cutoff": -0.1}, r"^`cutoff` must be in \[0, 1\], got -0.1$"),
+        ({"cutoff": 1.1}, r"^`cutoff` must be in \[0, 1\], got 1.1$"),
+        ({"cutoff": float("nan")}, r"^`cutoff` must be in \[0, 1\], got nan$"),
+        ({"floor": 1.5}, r"^`floor` must be in \[0, 1\], got 1.5$"),
+        ({"max_drop": 0.0}, r"^`max_drop` must be in \(0, 1\], got 0.0$"),
+        ({"max_drop": 1.5}, r"^`max_drop` must be in \(0, 1\], got 1.5$"),
+        ({"multiple": 0}, r"^`multiple` must be at least 1, got 0$"),
+    ],
+)
+def test_bad_rules_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        RankRule(**settings)
+
+
+# ------------------------------------------------------------------------- schedule
+
+
+@pytest.mark.parametrize(
+    ("layers", "per_update", "updates"),
+    [
+        (24, 2, 12),  # mini-ViT
+        (49, 4, 13),  # ViT-B/16
+        (173, 17, 11),  # ResNet-RS 101
+        (5, 1, 5),  # the authors' code treats all five at every update
+        (1, 1, 1),
+    ],
+)
+def test_published_growth_of_the_treated_layers(layers, per_update, updates):
+    schedule = Schedule(delay=0, every=1)
+    treated = [schedule.treated(j, layers) for j in range(updates + 2)]
+    expected = [min(layers, per_update * (j + 1)) for j in range(updates + 2)]
+    assert treated == expected
+    assert treated.index(layers) == updates - 1
+
+
+@pytest.mark.parametrize(
+    ("layer_step", "treated"),
+    [(0.0, [1, 2, 3]), (0.5, [4, 8, 10]), (1.0, [9, 10, 10])],
+)
+def test_layer_step(layer_step, treated):
+    schedule = Schedule(delay=0, every=1, layer_step=layer_step)
+    assert [schedule.treated(j, 10) for j in range(3)] == treated
+
+
+schedules = st.builds(
+    Schedule,
+    delay=st.integers(0, 50),
+    every=st.integers(1, 20),
+    stop=st.none(),
+)
+
+
+@given(schedule=schedules, steps=st.integers(1, 300))
+@settings(deadline=None)
+def test_events_are_the_authors(schedule, steps):
+    assume(schedule.delay < steps)
+    expected = reference_events(schedule.delay, schedule.every, steps)
+    assert schedule.events(steps) == expected
+    due = [(t, schedule.due(t)) for t in range(steps)]
+    assert [(t, j) for t, j in due if j is not None] == list(
+        zip(expected, itertools.count(), strict=False)
+    )
+
+
+@given(schedule=schedules, length=st.integers(1, 100), steps=st.integers(1, 300))
+@settings(deadline=None)
+def test_stop_cuts_the_events_and_nothing_else(schedule, length, steps):
+    assume(schedule.delay < steps)
+    stop = schedule.delay + length
+    stopped = dataclasses.replace(schedule, stop=stop)
+    kept = tuple(t for t in schedule.events(steps) if t < stop)
+    assert stopped.events(steps) == kept
+    assert tuple(t for t in range(steps) if stopped.due(t) is not None) == kept
+
+
+@given(
+    schedule=schedules,
+    stop=st.none() | st.integers(51, 200),
+    strides=st.lists(st.integers(1, 30), min_size=1, max_size=40),
+)
+@settings(deadline=None)
+def test_a_counter_that_jumps_misses_no_update(schedule, stop, strides):
+    schedule = dataclasses.replace(schedule, stop=stop)
+    previous, found = -1, []
+    for step in itertools.accumulate(strides, initial=0):
+        updates = [schedule.due(t) for t in range(previous + 1, step + 1)]
+        newest = max((j for j in updates if j is not None), default=None)
+        assert schedule.due(step, previous) == newest
+        if newest is not None:
+            found.append(newest)
+        previous = step
+    assert found == sorted(set(found))
+    last = previous if stop is None else min(previous, stop - 1)
+    if last >= schedule.delay:
+        assert found[-1] == (last - schedule.delay) // schedule.every
+
+
+def test_overshoot():
+    schedule = Schedule(delay=100, every=50)
+    assert schedule.due(104) is None
+    assert schedule.due(104, previous=94) == 0
+    assert schedule.due(104, previous=99) == 0
+    assert schedule.due(104, previous=100) is None
+    assert schedule.due(100, previous=100) is None
+    assert schedule.due(1000, previous=94) == 18  # several at once: the newest
+    assert schedule.due(1000) == 18
+
+
+def test_an_update_jumped_over_together_with_the_stop_still_happens():
+    schedule = Schedule(delay=100, every=50, stop=151)
+    assert schedule.due(170, previous=140) == 1
+    assert schedule.due(170, previous=150) is None
+    assert schedule.due(200) is None
+
+
+def test_delay_0_converts_and_updates_before_the_first_batch():
+    schedule = Schedule(delay=0, every=10)
+    assert schedule.converted(0)
+    assert schedule.events(25) == (0, 10, 20)
+    assert [schedule.due(t) for t in (0, 1, 10)] == [0, None, 1]
+
+
+def test_converted_from_the_delay_on():
+    schedule = Schedule(delay=3, every=10, stop=4)
+    assert [schedule.converted(t) for t in range(6)] == [False] * 3 + [True] * 3
+
+
+@pytest.mark.parametrize("steps", [300, 500])
+def test_a_run_that_ends_before_the_conversion_is_an_error(steps):
+    message = rf"^the conversion at delay=500 is never reached in {steps} steps$"
+    with pytest.raises(ValueError, match=message):
+        Schedule(delay=500, every=100).events(steps)
+    assert Schedule(delay=500, every=100).events(501) == (500,)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"delay": -1}, r"^`delay` must be at least 0, got -1$"),
+        ({"every": 0}, r"^`every` must be at least 1, got 0$"),
+        ({"layer_step": 1.5}, r"^`layer_step` must be in \[0, 1\], got 1.5$"),
+        ({"layer_step": -0.5}, r"^`layer_step` must be in \[0, 1\], got -0.5$"),
+        ({"stop": 100}, r"^`stop` must be after delay=100, got 100$"),
+        ({"stop": 0}, r"^`stop` must be after delay=100, got 0$"),
+    ],
+)
+def test_bad_schedules_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Schedule(**({"delay": 100, "every": 50} | settings))
+
+
+def test_bad_updates_are_named():
+    schedule = Schedule(delay=0, every=1)
+    with pytest.raises(ValueError, match=r"^`j` must be at least 0, got -1$"):
+        schedule.treated(-1, 5)
+    with pytest.raises(ValueError, match=r"^`layers` must be at least 1, got 0$"):
+        schedule.treated(0, 0)

@@ -1,0 +1,419 @@
+"""Events: function and training preserved, moments carried, nothing lost on bad input."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import BY_NAME, CASES, normal
+from helpers import TOLERANCE, assert_close, in_low_rank, scalar_loss
+
+import oialr_jax as oialr
+from oialr_jax import surgery
+from oialr_jax.lowrank import named_leaves
+
+F32 = TOLERANCE[jnp.dtype(jnp.float32)]
+KEEP_ALL = oialr.RankRule(cutoff=0.0)
+CASES_WITH_ARRAYS = [c for c in CASES if c.name != "equinox"]  # functions are no params
+
+
+def muon_like():
+    """Momentum, then exact orthogonalisation: equivariant under any change of basis."""
+
+    def polar(g):
+        if g.ndim != 2:
+            return g
+        u, _, vt = jnp.linalg.svd(g, full_matrices=False)
+        return u @ vt
+
+    return optax.chain(
+        optax.trace(0.9),
+        optax.stateless(lambda g, _: jax.tree.map(polar, g)),
+        optax.scale(-0.02),
+    )
+
+
+GAUGE_INVARIANT = {
+    "sgd_momentum": optax.sgd(0.1, momentum=0.9),
+    "sgd_nesterov_decay": optax.chain(
+        optax.add_decayed_weights(0.01), optax.sgd(0.1, momentum=0.9, nesterov=True)
+    ),
+    "normalized": optax.chain(optax.ema(0.9), optax.normalize_by_update_norm(0.1)),
+    "muon_like": muon_like(),
+    "optax_muon": optax.contrib.muon(0.02),
+}
+
+
+def regression(tx, *, square=True):
+    """A two-layer regression in low rank with some steps of momentum gathered."""
+    m, n = (12, 12) if square else (16, 10)
+    params = {"a": {"w": normal(0, m, n), "b": jnp.zeros(n)}, "z": normal(2, n, 3)}
+    x, y = normal(3, 40, m), normal(4, 40, 3) * 3
+
+    def fn(params, x):
+        h = jnp.tanh(x @ params["a"]["w"] + params["a"]["b"].reshape(1, -1))
+        return h @ params["z"]
+
+    matrices = oialr.select(oialr.find_matrices(fn, params, x))
+
+    def loss(params, shift):
+        return jnp.mean((oialr.factored(fn)(params, x) - y * shift) ** 2)
+
+    @jax.jit
+    def step(params, state, shift):
+        _, grads = oialr.value_and_grad(loss)(params, shift)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return params, matrices, step
+
+
+def trained(tx, steps=6, *, square=True, convert=True):
+    params, matrices, step = regression(tx, square=square)
+    state = tx.init(params)
+    if convert:
+        params, state, _ = oialr.factorize(params, state, matrices, tx=tx)
+    for i in range(steps):
+        params, state = step(params, state, 1.0 + 0.3 * i)
+    return params, state, matrices, step
+
+
+@pytest.mark.parametrize("name", GAUGE_INVARIANT)
+def test_turning_the_bases_does_not_change_training(name):
+    tx = oialr.freeze_bases(GAUGE_INVARIANT[name])
+    params, state, _, step = trained(tx)
+    turned, turned_state, report = oialr.truncate(params, state, KEEP_ALL, tx=tx)
+    assert [(x.before, x.after) for x in report.layers] == [(12, 12)]
+    assert_close(oialr.materialize(turned), oialr.materialize(params), F32)
+    core = turned["a"]["w"].s
+    np.testing.assert_allclose(core, jnp.diag(jnp.diag(core)), atol=1e-6)
+    for i in range(10):
+        params, state = step(params, state, 1.5 - 0.1 * i)
+        turned, turned_state = step(turned, turned_state, 1.5 - 0.1 * i)
+    assert_close(oialr.materialize(turned), oialr.materialize(params), 5 * F32)
+
+
+def test_stale_momentum_fails_the_same_test_by_far():
+    tx = oialr.freeze_bases(GAUGE_INVARIANT["sgd_momentum"])
+    params, state, _, step = trained(tx)
+    turned, _, _ = oialr.truncate(params, state, KEEP_ALL, tx=tx)
+    after, _ = step(params, state, 1.0)
+    stale, _ = step(turned, state, 1.0)
+    moved = after["a"]["w"].materialize() - params["a"]["w"].materialize()
+    error = stale["a"]["w"].materialize() - after["a"]["w"].materialize()
+    assert np.linalg.norm(error) > 0.1 * np.linalg.norm(moved)
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_conversion_projects_the_next_step_of_momentum(rank):
+    tx = oialr.freeze_bases(optax.sgd(0.1, momentum=0.9))
+    params, state, matrices, step = trained(tx, square=False, convert=False)
+    low, low_state, _ = oialr.factorize(params, state, matrices, tx=tx, rank=rank)
+    if rank is None:
+        assert_close(oialr.materialize(low), params, F32)
+    # With a truncated start, compare with the dense step from the truncated weights.
+    start = oialr.materialize(low)
+    dense_after, _ = step(start, state, 1.0)
+    low_after, _ = step(low, low_state, 1.0)
+    u, vt = low["a"]["w"].u, low["a"]["w"].vt
+    delta = dense_after["a"]["w"] - start["a"]["w"]
+    expected = start["a"]["w"] + u @ u.T @ delta @ vt.T @ vt
+    assert_close(low_after["a"]["w"].materialize(), expected, F32)
+    assert_close(low_after["z"], dense_after["z"], F32)
+    assert np.linalg.norm(u @ u.T @ delta @ vt.T @ vt - delta) > 1e-3  # it does project
+
+
+@pytest.mark.parametrize("case", CASES_WITH_ARRAYS, ids=str)
+@pytest.mark.filterwarnings("ignore:.*is materialised:UserWarning")
+def test_events_preserve_the_function_of_every_kind_of_matrix(case):
+    fn, params, x = case.build()
+    matrices = oialr.find_matrices(fn, params, x)
+    tx = oialr.freeze_bases(optax.adam(1e-3))
+    low, state, report = oialr.factorize(params, tx.init(params), matrices, tx=tx)
+    assert_close(oialr.materialize(low), params, F32)
+    assert [layer.path for layer in report.layers] == [m.path for m in matrices]
+    turned, state, report = oialr.truncate(low, state, KEEP_ALL, tx=tx)
+    assert_close(oialr.materialize(turned), params, F32)
+    assert all(layer.energy == 1 for layer in report.layers)
+    cut, state, _ = oialr.truncate(
+        turned, state, oialr.RankRule(cutoff=1.0, max_drop=0.5), tx=tx
+    )
+    for name, node in named_leaves(cut).items():
+        if oialr.is_low_rank(node):
+            whole = node.axes.to_matrix(named_leaves(turned)[name].materialize())
+            best = np.linalg.svd(np.asarray(whole, np.float64), compute_uv=False)
+            error = node.axes.to_matrix(node.materialize()) - whole
+            tail = np.sqrt(np.sum(best[..., node.rank :] ** 2, -1))
+            norms = np.linalg.norm(error, axis=(-2, -1))
+            np.testing.assert_allclose(norms, tail, atol=1e-4)  # Eckart-Young
+    back, back_state = oialr.densify(cut, state, tx=tx)
+    assert jax.tree.map(jnp.shape, back_state) == jax.tree.map(
+        jnp.shape, tx.init(params)
+    )
+    assert_close(back, oialr.materialize(cut), F32)
+    assert_close(oialr.densify(cut), oialr.materialize(cut), F32)
+
+
+def test_against_a_slow_numpy_oialr():
+    """Several events and momentum steps of one linear layer, written out in float64."""
+    rng = np.random.default_rng(0)
+    m, n, lr, beta = 24, 16, 0.02, 0.9
+    left, right = rng.normal(size=(m, 6)), rng.normal(size=(6, n))
+    w0 = left @ right / 6 + 0.02 * rng.normal(size=(m, n))
+    x = rng.normal(size=(64, m))
+    target = x @ (w0 + 0.3 * rng.normal(size=(m, n)) / 4)
+    cutoff = 0.2
+
+    u, sigma, vt = np.linalg.svd(w0, full_matrices=False)
+    s, momentum = np.diag(sigma), np.zeros((n, n))
+    ranks, losses = [], []
+    for i in range(12):
+        if i % 3 == 0:
+            us, sigma, vst = np.linalg.svd(s)
+            u, vt, s = u @ us, vst @ vt, np.diag(sigma)
+            momentum = us.T @ momentum @ vst.T
+            k, floor = len(sigma), int(0.01 * n)
+            below = [j for j in range(k) if sigma[j] < cutoff * sigma[0]]
+            r = below[0] if below else k
+            if r < k / 2 and k / 2 > floor:
+                r = int(k / 2)
+            r = max(r, floor)
+            u, vt, s, momentum = u[:, :r], vt[:r], s[:r, :r], momentum[:r, :r]
+            ranks.append(r)
+        residual = x @ u @ s @ vt - target
+        losses.append(np.mean(residual**2))
+        grad = 2 / residual.size * x.T @ residual
+        momentum = beta * momentum + u.T @ grad @ vt.T
+        s = s - lr * n * momentum
+
+    tx = oialr.freeze_bases(optax.sgd(lr * n, momentum=beta))
+    params = {"w": jnp.asarray(w0, jnp.float32)}
+    state = tx.init(params)
+
+    def loss(params, x, y):
+        out = oialr.factored(lambda p, x: x @ p["w"])(params, x)
+        return jnp.mean((out - y) ** 2)
+
+    batch = jnp.asarray(x, jnp.float32), jnp.asarray(target, jnp.float32)
+    matrices = oialr.find_matrices(lambda p, x: x @ p["w"], params, batch[0])
+    actual_ranks, actual_losses = [], []
+    for i in range(12):
+        if i == 0:
+            params, state, _ = oialr.factorize(params, state, matrices, tx=tx)
+        if i % 3 == 0:
+            rule = oialr.RankRule(cutoff=cutoff)
+            params, state, report = oialr.truncate(params, state, rule, tx=tx)
+            actual_ranks.append(report.layers[0].after)
+        value, grads = oialr.value_and_grad(loss)(params, *batch)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        actual_losses.append(value)
+    assert actual_ranks == ranks
+    assert len(set(ranks)) > 1
+    np.testing.assert_allclose(actual_losses, losses, rtol=1e-4)
+    np.testing.assert_allclose(params["w"].materialize(), u @ s @ vt, atol=1e-4)
+
+
+def test_equal_shapes_are_one_batched_call(monkeypatch):
+    fn, params, x = BY_NAME["attention"].build()
+    matrices = oialr.find_matrices(fn, params, x)
+    tx = oialr.freeze_bases(optax.sgd(0.1))
+    batches = []
+    for name in ("_factor_stacks", "_turn_stacks"):
+        real = getattr(surgery, name)
+
+        def spy(stacks, real=real):
+            batches.append(jax.tree.leaves(stacks)[0].shape)
+            return real(stacks)
+
+        monkeypatch.setattr(surgery, name, spy)
+    low, state, _ = oialr.factorize(params, tx.init(params), matrices, tx=tx)
+    oialr.truncate(low, state, KEEP_ALL, tx=tx)
+    assert batches == [(4, 8, 8), (4, 8, 8)]
+
+
+def test_a_stack_shares_its_largest_rank():
+    strong, weak = jnp.diag(jnp.arange(8.0, 0, -1)), jnp.diag(0.5 ** jnp.arange(8.0))
+    params = {"w": jnp.stack([weak, strong])}
+    axes = oialr.Axes((2, 8, 8), (0,), (1,), (2,))
+    tx = oialr.freeze_bases(optax.sgd(0.1))
+    matrices = [oialr.Matrix("w", axes, rows=1, kind="dot")]
+    low, state, _ = oialr.factorize(params, tx.init(params), matrices, tx=tx)
+    rule = oialr.RankRule(cutoff=0.3)
+    cut, _, report = oialr.truncate(low, state, rule, tx=tx)
+    assert report.layers[0].after == 6  # 8 6 .. 3 of the strong, 2 of the weak
+    assert report.layers[0].sigma.shape == (2, 8)
+    assert cut["w"].u.shape == (2, 8, 6)
+
+
+def test_a_leaf_that_is_not_finite_stays_dense_and_the_others_convert():
+    def fn(p, x):
+        return jnp.tanh(x @ p["a"]) @ p["b"]
+
+    # infinity, not NaN: LAPACK may never return from it
+    params = {"a": normal(0, 6, 6).at[0, 0].set(jnp.inf), "b": normal(1, 6, 6)}
+    tx = oialr.freeze_bases(optax.adam(1e-3))
+    matrices = oialr.find_matrices(fn, params, normal(2, 3, 6))
+    low, state, report = oialr.factorize(params, tx.init(params), matrices, tx=tx)
+    np.testing.assert_array_equal(low["a"], params["a"])
+    assert oialr.is_low_rank(low["b"])
+    assert [(x.finite, x.after) for x in report.layers] == [(False, None), (True, 6)]
+    assert "not finite, left as it was" in str(report)
+    assert jax.tree.structure(tx.init(low)) == jax.tree.structure(state)
+
+
+def test_a_core_that_is_not_finite_is_left_as_it_was():
+    params = in_low_rank({"a": normal(0, 6, 6), "b": normal(1, 6, 6)}, [
+        oialr.Matrix(n, oialr.Axes((6, 6), (), (0,), (1,)), 1, "dot") for n in "ab"
+    ], fraction=1.0)
+    a = params["a"]
+    params["a"] = oialr.LowRank(a.u, a.s.at[2, 1].set(jnp.nan), a.vt, a.axes)
+    tx = oialr.freeze_bases(optax.sgd(0.1, momentum=0.9))
+    state = jax.tree.map(lambda x: x + 1, tx.init(params))
+    rule = oialr.RankRule(cutoff=0.9)
+    new, new_state, report = oialr.truncate(params, state, rule, tx=tx)
+    jax.tree.map(np.testing.assert_array_equal, new["a"], params["a"])
+    trace = new_state.inner_state[0].trace
+    np.testing.assert_array_equal(trace["a"], np.ones((6, 6)))
+    assert new["b"].rank < 6
+    assert [x.finite for x in report.layers] == [False, True]
+
+
+def test_drifted_bases_are_repaired_and_the_matrix_kept():
+    node = oialr.factor(normal(0, 10, 8), oialr.Axes((10, 8), (), (0,), (1,)))
+    drifted = oialr.LowRank(
+        node.u + 0.02 * normal(1, 10, 8), node.s, node.vt * 1.01, node.axes
+    )
+    assert oialr.orthogonality_error(drifted.u, drifted.vt) > 1e-2
+    params = {"w": drifted}
+    tx = oialr.freeze_bases(optax.sgd(0.1))
+    new, _, report = oialr.truncate(params, tx.init(params), KEEP_ALL, tx=tx)
+    assert oialr.orthogonality_error(new["w"].u, new["w"].vt) < 1e-5
+    assert_close(new["w"].materialize(), drifted.materialize(), F32)
+    assert report.layers[0].orthogonality_error > 1e-2
+
+
+def test_dtypes_survive_events():
+    axes = oialr.Axes((8, 6), (), (0,), (1,))
+    node = oialr.factor(normal(0, 8, 6), axes)
+    params = {
+        "half": oialr.LowRank(*(f.astype(jnp.bfloat16) for f in (node.u, node.s, node.vt)), axes),
+        "narrow": oialr.LowRank(
+            node.u.astype(jnp.bfloat16), node.s, node.vt.astype(jnp.bfloat16), axes
+        ),
+    }
+    tx = oialr.freeze_bases(optax.adam(1e-3))
+    rule = oialr.RankRule(cutoff=0.5)
+    new, state, _ = oialr.truncate(params, tx.init(params), rule, tx=tx)
+
+    def dtypes(tree):
+        return [x.dtype for x in jax.tree.leaves(tree)]
+
+    assert dtypes(new) == dtypes(params)
+    assert dtypes(state) == dtypes(tx.init(new))
+
+
+def test_report_is_a_table_and_json():
+    tx = oialr.freeze_bases(optax.sgd(0.1))
+    params, state, matrices, _ = trained(tx, convert=False)
+    _, _, report = oialr.factorize(params, state, matrices, tx=tx, rank=5)
+    assert re.search(r"a/w +12x12 +dense -> 5 +\d\d\.\d%", str(report))
+    (layer,) = json.loads(json.dumps(report.to_dict()))["layers"]
+    assert layer["path"] == "a/w"
+    assert layer["after"] == 5
+    assert layer["before"] is None
+    sigma = np.linalg.svd(params["a"]["w"], compute_uv=False)
+    np.testing.assert_allclose(layer["sigma"], [sigma], rtol=1e-4)
+    kept = float(np.sum(sigma[:5] ** 2) / np.sum(sigma**2))
+    assert layer["energy"] == pytest.approx(kept, rel=1e-4)
+
+
+# Bad input: the exact error, and nothing changed
+
+
+def _params():
+    tx = oialr.freeze_bases(optax.sgd(0.1, momentum=0.9))
+    params, matrices, _ = regression(tx)
+    return params, tx.init(params), matrices, tx
+
+
+@pytest.mark.parametrize("rank", [0, 13, {"a/w": 80}])
+def test_rank_outside_its_range(rank):
+    params, state, matrices, tx = _params()
+    value = rank["a/w"] if isinstance(rank, dict) else rank
+    said = rf"`rank` must be in \[1, 12\] for a/w, got {value}"
+    with pytest.raises(ValueError, match=said):
+        oialr.factorize(params, state, matrices, tx=tx, rank=rank)
+
+
+def test_matrix_without_its_leaf():
+    params, state, matrices, tx = _params()
+    with pytest.raises(ValueError, match="no leaf at a/w; there are: z"):
+        oialr.factorize({"z": params["z"]}, state, matrices, tx=tx)
+
+
+def test_matrix_of_another_shape():
+    params, state, matrices, tx = _params()
+    params["a"]["w"] = jnp.ones((3, 3))
+    said = re.escape("a/w has shape (3, 3), the matrix has (12, 12)")
+    with pytest.raises(ValueError, match=said):
+        oialr.factorize(params, state, matrices, tx=tx)
+
+
+def test_path_that_is_not_low_rank():
+    params, state, matrices, tx = _params()
+    params, state, _ = oialr.factorize(params, state, matrices, tx=tx)
+    with pytest.raises(ValueError, match="no low-rank leaf at z; there are: a/w"):
+        oialr.truncate(params, state, KEEP_ALL, tx=tx, paths=["z"])
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.adam(1e-3),
+        optax.sgd(0.1),
+        optax.chain(oialr.freeze_bases(optax.sgd(0.1)), optax.trace(0.9)),
+        optax.MultiSteps(oialr.freeze_bases(optax.sgd(0.1)), 2).gradient_transformation(),
+    ],
+    ids=["adam", "stateless", "half_wrapped", "multi_steps_outside"],
+)
+def test_optimizer_that_was_not_wrapped(tx):
+    params, _, matrices, _ = _params()
+    with pytest.raises(ValueError, match=r"build it as oialr_jax\.freeze_bases\(tx\)"):
+        oialr.factorize(params, tx.init(params), matrices, tx=tx)
+
+
+def test_densify_needs_the_optimizer_of_a_state():
+    params, state, _, _ = _params()
+    with pytest.raises(ValueError, match="`densify` needs `tx`"):
+        oialr.densify(params, state)
+
+
+def test_factorize_twice_changes_nothing():
+    params, state, matrices, tx = _params()
+    low, low_state, _ = oialr.factorize(params, state, matrices, tx=tx, rank=5)
+    again, _, report = oialr.factorize(low, low_state, matrices, tx=tx)
+    assert report.layers == ()
+    jax.tree.map(np.testing.assert_array_equal, again, low)
+
+
+def test_training_goes_on_after_a_cut():
+    tx = oialr.freeze_bases(optax.adamw(1e-2))
+    params, state, _, step = trained(tx)
+    params, state, _ = oialr.truncate(params, state, oialr.RankRule(cutoff=0.3), tx=tx)
+    fitted, fitted_state = params, state
+    for _ in range(5):
+        fitted, fitted_state = step(fitted, fitted_state, 1.0)
+    assert np.all(np.isfinite(fitted["a"]["w"].s))
+    assert np.any(fitted["a"]["w"].s != params["a"]["w"].s)
+    np.testing.assert_array_equal(fitted["a"]["w"].u, params["a"]["w"].u)
+
+
+def test_loss_of_a_low_rank_network_is_that_of_its_dense_twin():
+    fn, params, x = BY_NAME["attention"].build()
+    low = in_low_rank(params, oialr.find_matrices(fn, params, x))
+    dense = scalar_loss(fn)(oialr.materialize(low), x)
+    np.testing.assert_allclose(scalar_loss(oialr.factored(fn))(low, x), dense, rtol=1e-4)

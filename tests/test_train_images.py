@@ -1,0 +1,331 @@
+"""The image program end to end, as a user starts it, and its one loop."""
+
+import dataclasses
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.training.train_state import TrainState
+
+from train import images, loop, report
+
+STEPS = 12
+SHORT = [
+    "--steps",
+    str(STEPS),
+    "--log-every",
+    "4",
+    "--eval-every",
+    "6",
+    "--batch",
+    "16",
+]
+LOW_RANK = ["--cutoff", "0.9", "--every", "0.25", "--layer-step", "1"]
+SUMMARY_KEYS = {
+    "dataset",
+    "model",
+    "method",
+    "seed",
+    "steps",
+    "test_accuracy",
+    "dense_weights",
+    "stored_weights",
+    "trainable_weights",
+    "stored_fraction",
+    "trainable_fraction",
+    "wall_seconds",
+    "compilations",
+    "ranks",
+}
+
+
+def start(out, *arguments):
+    images.main(["digits", *SHORT, "--out", str(out), *arguments])
+
+
+def records(folder, *, timed=False):
+    lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    return lines if timed else [strip(x) for x in lines]
+
+
+def strip(record):
+    return {name: value for name, value in record.items() if name != "seconds"}
+
+
+@pytest.fixture(scope="module")
+def low_rank(tmp_path_factory):
+    """Folder of one short low-rank run; high cutoff, so that ranks surely fall."""
+    out = tmp_path_factory.mktemp("low_rank")
+    start(out, *LOW_RANK)
+    return out / "digits-oialr-seed0"
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    out = tmp_path_factory.mktemp("dense")
+    start(out, "--method", "dense", "--seed", "3")
+    return out / "digits-dense-seed3"
+
+
+def test_summary_of_a_low_rank_run(low_rank):
+    summary = json.loads((low_rank / "summary.json").read_text())
+    assert summary.keys() >= SUMMARY_KEYS
+    assert summary["dataset"] == "digits"
+    assert summary["method"] == "oialr"
+    assert (summary["seed"], summary["steps"]) == (0, STEPS)
+    assert 0 <= summary["test_accuracy"] <= 1
+    assert summary["trainable_weights"] < summary["stored_weights"]
+    assert summary["stored_weights"] < summary["dense_weights"]
+    for part in ("stored", "trainable"):
+        fraction = summary[f"{part}_weights"] / summary["dense_weights"]
+        assert summary[f"{part}_fraction"] == fraction
+    depth = 4
+    assert len(summary["ranks"]) == 4 * depth
+    for m, n, rank in summary["ranks"].values():
+        assert 1 <= rank < min(m, n)
+    events = images.schedule(images.PRESETS["digits"][1]).events(1000)
+    assert summary["compilations"] <= 1 + len(events)
+
+
+def test_record_of_a_low_rank_run(low_rank):
+    lines = records(low_rank, timed=True)
+    train = [x for x in lines if x["kind"] == "train"]
+    assert [x["step"] for x in train] == [4, 8, 12]
+    assert [x["step"] for x in lines if x["kind"] == "eval"] == [6, 12]
+    events = [x for x in lines if x["kind"] == "event"]
+    kinds = [x["event"]["kind"] for x in events]
+    assert kinds[0] == "conversion"
+    assert kinds.count("truncation") >= 2
+    assert events[0]["step"] == STEPS // 3
+    assert events[-1]["stored_fraction"] == train[-1]["stored_fraction"]
+    assert train[0]["stored_fraction"] == 1.0
+    assert train[-1]["stored_fraction"] < 1.0
+    seconds = [x["seconds"] for x in lines]
+    assert seconds == sorted(seconds)
+
+
+def test_plots_of_a_low_rank_run(low_rank):
+    names = {"accuracy", "loss", "fractions", "ranks", "spectra"}
+    plots = {path.stem: path for path in (low_rank / "plots").iterdir()}
+    assert plots.keys() == names
+    assert all(path.stat().st_size > 5000 for path in plots.values())
+
+
+def test_plots_are_redrawn_from_the_record(low_rank, capsys):
+    target = low_rank / "plots" / "ranks.png"
+    before = target.read_bytes()
+    target.unlink()
+    report.main([str(low_rank)])
+    assert target.read_bytes() == before
+    assert str(target) in capsys.readouterr().out
+
+
+def test_report_of_no_run_is_an_error(tmp_path):
+    with pytest.raises(SystemExit, match="is no folder of a run"):
+        report.main([str(tmp_path)])
+
+
+def test_a_dense_run_holds_no_low_rank(dense):
+    summary = json.loads((dense / "summary.json").read_text())
+    assert summary["method"] == "dense"
+    assert summary["stored_fraction"] == summary["trainable_fraction"] == 1.0
+    assert summary["compilations"] == 1
+    assert summary["ranks"] == {}
+    assert not [x for x in records(dense) if x["kind"] == "event"]
+    plots = {path.stem for path in (dense / "plots").iterdir()}
+    assert plots == {"accuracy", "loss", "fractions"}
+
+
+def test_the_same_seed_gives_the_same_record(low_rank, tmp_path):
+    start(tmp_path, *LOW_RANK, "--name", "again")
+    assert records(tmp_path / "again") == records(low_rank)
+
+
+def test_another_seed_gives_another_record(dense, low_rank):
+    assert records(low_rank)[0]["loss"] != records(dense)[0]["loss"]
+
+
+def test_until_the_conversion_both_methods_are_the_same(low_rank, tmp_path):
+    start(tmp_path, "--method", "dense", "--name", "dense")
+    expected = records(tmp_path / "dense")[0]
+    found = records(low_rank)[0]
+    assert found["step"] == expected["step"] == 4
+    assert math.isclose(found["loss"], expected["loss"], rel_tol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["digit"], "unknown preset 'digit', did you mean 'digits'?"),
+        (
+            ["digits", "--model", "lenet"],
+            "unknown model 'lenet', did you mean 'lenet5'",
+        ),
+        (
+            ["digits", "--dataset", "digitz"],
+            "unknown dataset 'digitz', did you mean 'dig",
+        ),
+        (["digits", "--steps", "0"], "`steps` must be at least 1, got 0"),
+        (["digits", "--batch", "0"], "`batch` must be at least 1, got 0"),
+        (["digits", "--delay", "1.5"], "`delay` must be in (0, 1], part of the run"),
+        (
+            ["digits", "--delay", "0.5", "--stop", "0.4"],
+            "no step is left for low rank: `delay` 0.5 and `stop` 0.4 are steps 500 "
+            "and 400 of 1000",
+        ),
+        (["fashion", "--data-dir", "no/such"], "python -m train.data.prepare fashion"),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_clear_line(arguments, message, tmp_path):
+    with pytest.raises(SystemExit) as caught:
+        images.main([*arguments, "--out", str(tmp_path)])
+    text = str(caught.value)
+    assert text.startswith("error: ")
+    assert message in text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments", [["digits", "--sed", "1"], []], ids=["flag", "nothing"]
+)
+def test_a_wrong_command_line_says_what_there_is(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        images.main(arguments)
+    assert caught.value.code == 2
+    text = capsys.readouterr().err
+    assert ("--seed" if arguments else "digits") in text
+
+
+def toy(losses):
+    """A step whose loss at t is losses[t], and a state for it."""
+    tx = optax.sgd(0.1)
+    state = TrainState.create(apply_fn=None, params={"w": jnp.ones(2)}, tx=tx)
+
+    def step(state, batch):
+        state = state.replace(step=state.step + 1)
+        return state, {"loss": jnp.asarray(losses[batch], jnp.float32)}
+
+    return step, state
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=["nan", "inf"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, bad):
+    losses = [1.0] * 10
+    losses[6] = bad
+    step, state = toy(losses)
+    loop.begin(tmp_path)
+    with pytest.raises(FloatingPointError, match=f"the loss is {bad} at step 6;"):
+        loop.train(
+            state,
+            step,
+            range(10),
+            lambda params: {"accuracy": 0.0},
+            pace=loop.Pace(10, 5, 10),
+            folder=tmp_path,
+        )
+    assert [x["step"] for x in records(tmp_path)] == [5]
+
+
+def test_records_hold_means_since_the_last_one_and_the_last_step(tmp_path):
+    step, state = toy(list(range(7)))
+    loop.begin(tmp_path)
+    state, evaluation = loop.train(
+        state,
+        step,
+        range(7),
+        lambda params: {"accuracy": 0.5},
+        pace=loop.Pace(7, 3, 5),
+        folder=tmp_path,
+    )
+    assert int(state.step) == 7
+    assert evaluation == {"accuracy": 0.5}
+    lines = records(tmp_path)
+    losses = [(x["step"], x["loss"]) for x in lines if x["kind"] == "train"]
+    assert losses == [(3, 1.0), (6, 4.0), (7, 6.0)]
+    assert [x["step"] for x in lines if x["kind"] == "eval"] == [5, 7]
+
+
+def test_a_run_goes_on_from_the_step_of_its_state(tmp_path):
+    step, state = toy(list(range(7)))
+    loop.begin(tmp_path)
+    loop.train(
+        state.replace(step=4),
+        step,
+        range(7),
+        lambda params: {"accuracy": 0.5},
+        pace=loop.Pace(7, 3, 7),
+        folder=tmp_path,
+    )
+    losses = [x["loss"] for x in records(tmp_path) if x["kind"] == "train"]
+    assert losses == [4.5, 6.0]
+
+
+def test_only_process_0_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    folder = tmp_path / "run"
+    loop.begin(folder)
+    loop.append(folder / loop.METRICS, {"kind": "train"})
+    loop.finish(folder, {})
+    assert report.draw(folder) == []
+    assert not folder.exists()
+
+
+def test_a_new_run_forgets_the_record_of_the_old_one(tmp_path):
+    loop.begin(tmp_path)
+    loop.append(tmp_path / loop.METRICS, {"kind": "train"})
+    loop.finish(tmp_path, {"test_accuracy": 1.0})
+    loop.begin(tmp_path)
+    assert records(tmp_path) == []
+    assert not (tmp_path / loop.SUMMARY).exists()
+
+
+def test_events_scale_with_the_length_of_the_run():
+    settings = images.PRESETS["digits"][1]
+    for steps in (30, 300, 3000):
+        short = dataclasses.replace(settings, steps=steps)
+        events = np.array(images.schedule(short).events(steps))
+        assert len(events) == len(images.schedule(settings).events(settings.steps))
+        np.testing.assert_allclose(events[0] / steps, settings.delay, atol=0.02)
+
+
+def test_presets_name_data_and_models_that_exist():
+    for _, settings in images.PRESETS.values():
+        assert settings.dataset in images.DATASETS
+        assert settings.model in images.MODELS
+
+
+def test_decay_spares_biases_and_scales():
+    settings = dataclasses.replace(
+        images.PRESETS["digits"][1], learning_rate=0.1, weight_decay=1.0, warmup=0.0
+    )
+    tx = images.optimizer(settings)
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    zeros = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
+    updates, _ = tx.update(zeros, tx.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -0.1, rtol=1e-6)
+    np.testing.assert_array_equal(updates["bias"], 0.0)
+
+
+def test_evaluation_counts_every_test_image_once():
+    data = images.DATASETS["digits"](None)
+    repeated = dataclasses.replace(
+        data,
+        test_image=np.concatenate([data.test_image] * 2),
+        test_label=np.concatenate([data.test_label] * 2),
+    )
+    truth = {
+        x.tobytes(): y for x, y in zip(data.test_image, data.test_label, strict=True)
+    }
+
+    def oracle(params, image):
+        labels = np.array([truth[x.tobytes()] for x in image])
+        wrong = np.arange(len(labels)) % 4 == 0
+        return 50 * jnp.eye(10)[(labels + wrong) % 10]
+
+    found = images.evaluate(oracle, repeated, 0.0, {})
+    assert found["accuracy"] == pytest.approx(0.75)
+    assert found["loss"] == pytest.approx(12.5, rel=1e-4)
