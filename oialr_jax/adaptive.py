@@ -121,9 +121,7 @@ class AdaptiveStep:
     def _event(self, state: Any, number: int, update: int) -> Any:
         params, opt_state = state.params, state.opt_state
         leaves = named_leaves(params)
-        dense = [
-            x for x in self._matrices if not is_low_rank(leaves.get(x.path))
-        ]
+        dense = [x for x in self._matrices if not is_low_rank(leaves.get(x.path))]
         if dense:
             params, opt_state, report = factorize(
                 params, opt_state, dense, tx=self._tx, moment_rule=self._moment_rule

@@ -39,12 +39,11 @@ def materialize(view: interpret.View, axes: Axes) -> Array:
         inputs=tuple(left.index(a) for a in axes.inputs),
         outputs=tuple(left.index(a) for a in axes.outputs),
     )
-    return interpret.arrange(view, LowRank(*view.data, present).materialize())
+    u, s, vt = view.data
+    return interpret.arrange(view, LowRank(u, s, vt, present).materialize())
 
 
-def unstack(
-    view: interpret.View, axes: Axes, axis: int
-) -> tuple[Array, ...] | None:
+def unstack(view: interpret.View, axes: Axes, axis: int) -> tuple[Array, ...] | None:
     """The three factors with one stack axis at the front, None for another axis."""
     left = [a for a in axes.stack if a not in view.taken]
     if axis not in left:
@@ -52,9 +51,7 @@ def unstack(
     return tuple(jnp.moveaxis(array, left.index(axis), 0) for array in view.data)
 
 
-def turned(
-    view: interpret.View, axes: Axes, use: interpret.Use
-) -> Factors | None:
+def turned(view: interpret.View, axes: Axes, use: interpret.Use) -> Factors | None:
     """The factors for one use of a view, or None when the use does not fit its axes."""
     stack = [a for a in axes.stack if a not in view.taken]
     contracted = set(interpret.atoms(view, use.contracted))
@@ -101,7 +98,7 @@ def turned(
 def dot(
     x: Array, factors: Factors, use: interpret.Use, params: dict[str, Any]
 ) -> Array | None:
-    """What `dot_general` of x and the view gives; None when rebuilding W is cheapest."""
+    """What `dot_general` of x and the view gives; None where rebuilding W is best."""
     first, core, last = factors
     b = len(use.batch)
     kept = [d for d in range(x.ndim) if d not in (*use.x_contracted, *use.x_batch)]
@@ -183,7 +180,7 @@ def _order(factors: Factors, b: int, rows: int) -> cost.Order:
 def _merged(
     order: cost.Order, first: Array, core: Array, last: Array, b: int, precision: Any
 ) -> tuple[Array, Array]:
-    """First and last factor with the core folded into the smaller one, if so ordered."""
+    """First and last factor, the core folded into the smaller one if so ordered."""
     if order != cost.Order.MERGED:
         return first, last
     stack = tuple(range(b))

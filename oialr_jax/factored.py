@@ -30,8 +30,8 @@ def factored(fn: Callable[..., Any]) -> Callable[..., Any]:
     >>> from oialr_jax import Axes, LowRank
     >>> q, _ = jnp.linalg.qr(jnp.arange(8.0).reshape(4, 2) ** 2)
     >>> w = LowRank(q, jnp.eye(2), q.T, Axes((4, 4), (), (0,), (1,)))
-    >>> dense = lambda w, x: x @ w
-    >>> bool(jnp.allclose(factored(dense)(w, q.T), dense(w.materialize(), q.T), atol=1e-6))
+    >>> product = factored(lambda w, x: x @ w)(w, q.T)
+    >>> bool(jnp.allclose(product, q.T @ w.materialize(), atol=1e-6))
     True
     """
     reported: set[tuple[str, str]] = set()
@@ -100,7 +100,8 @@ class _Contraction:
         if (view.path, primitive) not in self.reported:
             self.reported.add((view.path, primitive))
             warnings.warn(
-                f"{view.path.split('/', 2)[-1]} is materialised to its dense shape {view.leaf_shape}: "
+                f"{view.path.split('/', 2)[-1]} is materialised to its dense shape "
+                f"{view.leaf_shape}: "
                 f"no low-rank rule for `{primitive}`",
                 stacklevel=2,
             )

@@ -98,9 +98,7 @@ class Handler(Protocol):
         """`data` with a stack axis of the leaf moved to the front, or None."""
         ...
 
-    def contract(
-        self, view: View, x: Array, use: Use, eqn: Any
-    ) -> Array | None:
+    def contract(self, view: View, x: Array, use: Use, eqn: Any) -> Array | None:
         """The result of a contraction, or None to have the view materialised."""
         ...
 
@@ -321,7 +319,11 @@ def _scale(eqn: Any, values: list[Any], handler: Handler) -> View | None:
         return handler.scale(values[0], jnp.asarray(-1, values[0].dtype))
     position = 0 if isinstance(values[0], View) else 1
     factor = values[1 - position]
-    if isinstance(factor, View) or np.shape(factor) != () or values[position].dims == ():
+    if (
+        isinstance(factor, View)
+        or np.shape(factor) != ()
+        or values[position].dims == ()
+    ):
         return None
     if name == "div":
         if position == 1:
@@ -513,7 +515,9 @@ def trace(
     Arrays, tracers and `jax.ShapeDtypeStruct` are traced; every other argument (flags,
     strings, functions, None) is closed over, as a static argument of `jax.jit` is.
     """
-    flat, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_node)
+    flat, treedef = jax.tree_util.tree_flatten_with_path(
+        (args, kwargs), is_leaf=is_node
+    )
     is_traced = [is_node(leaf) or _is_array(leaf) for _, leaf in flat]
     leaves = tuple(item for item, keep in zip(flat, is_traced, strict=True) if keep)
     result: list[Any] = []

@@ -157,9 +157,7 @@ def svd(
     finite = jnp.all(jnp.isfinite(matrix), axis=(-2, -1), keepdims=True)
     finite = jnp.broadcast_to(finite, matrix.shape)
     with jax.default_matmul_precision("highest"):
-        u, sigma, vt = jnp.linalg.svd(
-            jnp.where(finite, matrix, 0), full_matrices=False
-        )
+        u, sigma, vt = jnp.linalg.svd(jnp.where(finite, matrix, 0), full_matrices=False)
 
     def marked(factor: Array) -> Array:
         return jnp.where(finite[..., :1, :1], factor, jnp.nan)

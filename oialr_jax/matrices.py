@@ -54,7 +54,8 @@ def find_matrices(
 
     >>> w = jax.ShapeDtypeStruct((8, 2, 4), jnp.float32)
     >>> x = jax.ShapeDtypeStruct((32, 8), jnp.float32)
-    >>> (q,) = find_matrices(lambda p, x: jnp.einsum("bd,dhk->bhk", x, p["q"]), {"q": w}, x)
+    >>> query = lambda p, x: jnp.einsum("bd,dhk->bhk", x, p["q"])
+    >>> (q,) = find_matrices(query, {"q": w}, x)
     >>> q.path, q.m, q.n, q.rows
     ('q', 8, 8, 32)
     """
@@ -120,7 +121,9 @@ def select(
     ]
     eligible = [x for x in square if not x.other]
     kept = eligible if keep_eligible else matrices
-    dense = {x.path for x in (*kept[:keep_first], *kept[max(0, len(kept) - keep_last) :])}
+    dense = {
+        x.path for x in (*kept[:keep_first], *kept[max(0, len(kept) - keep_last) :])
+    }
     grouped = [x for x in square if _groups(x) and x.path not in dense]
     if grouped:
         listed = ", ".join(f"{x.path} ({_groups(x)})" for x in grouped)
@@ -239,7 +242,13 @@ def _axes(view: interpret.View, use: interpret.Use) -> Axes | None:
 
     stack = axes_of(use.batch).union(view.taken)
     inputs, outputs = axes_of(use.contracted), axes_of(use.free)
-    if not inputs or not outputs or stack & inputs or stack & outputs or inputs & outputs:
+    if (
+        not inputs
+        or not outputs
+        or stack & inputs
+        or stack & outputs
+        or inputs & outputs
+    ):
         return None
     outputs |= set(range(len(view.leaf_shape))) - stack - inputs
     return Axes(view.leaf_shape, *(tuple(sorted(g)) for g in (stack, inputs, outputs)))

@@ -73,8 +73,8 @@ class MomentRule:
     `b1` and `b2` undo and redo Adam's bias correction in `variance`; they matter in the
     first 1/(1 - b2) steps only.
 
-    Source:   SOAP (Vyas et al., 2024) turns first moments alike; `variance` after LDAdam
-              (Robert et al., 2024).
+    Source:   SOAP (Vyas et al., 2024) turns first moments alike; `variance` is after
+              LDAdam (Robert et al., 2024).
     """
 
     second: str = "variance"

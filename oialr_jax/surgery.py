@@ -159,8 +159,8 @@ def factorize(
             moves[path] = Move(
                 jnp.swapaxes(u, -1, -2), vt, before=matrix.axes, after=None
             )
-            node = LowRank(*(f.astype(dtype) for f in (u, s, vt)), matrix.axes)
-            nodes[path] = node
+            u, s, vt = (f.astype(dtype) for f in (u, s, vt))
+            nodes[path] = node = LowRank(u, s, vt, matrix.axes)
             error = float(_error(node.u, node.vt))
         after = r if finite else None
         layers.append(_layer(matrix.path, matrix.axes, None, after, host_sigma, error))
@@ -298,18 +298,20 @@ def _turn_stacks(factors: tuple[Array, Array, Array]) -> _Turned:
     bound = max(ORTHOGONALITY_BOUND, 10 * float(jnp.finfo(stored[0].dtype).eps))
     error = jax.vmap(orthogonality_error)(u, vt)
     drifted = error > bound
-    u, s, v = jax.lax.cond(jnp.any(drifted), _repaired, lambda *f: f[:3], u, s, v, drifted)
+    u, s, v = jax.lax.cond(
+        jnp.any(drifted), _repaired, lambda *f: f[:3], u, s, v, drifted
+    )
     with jax.default_matmul_precision("highest"):
         us, sigma, vst = svd(s)
         # A repair moves the bases by no more than the drift: overlaps are Us and Vs.
         left, right = jnp.swapaxes(us, -1, -2), vst
         new_u, new_vt = u @ us, vst @ jnp.swapaxes(v, -1, -2)
     new = (new_u, diagonal(sigma), new_vt)
-    outputs = [f.astype(old.dtype) for f, old in zip(new, stored, strict=True)]
+    u, s, vt = (f.astype(old.dtype) for f, old in zip(new, stored, strict=True))
     finite = jax.vmap(lambda *f: jnp.all(jnp.stack([_finite(x) for x in f])))(
         new_u, sigma, new_vt
     )
-    return _Turned(*outputs, left, right, sigma, finite, error)
+    return _Turned(u, s, vt, left, right, sigma, finite, error)
 
 
 def _repaired(
@@ -324,7 +326,7 @@ def _repaired(
 
 
 def _signed_qr(basis: Array) -> tuple[Array, Array]:
-    """QR with a positive diagonal, so that Q is the basis itself when it has no drift."""
+    """QR with a positive diagonal: Q is the basis itself where it has no drift."""
     q, r = jnp.linalg.qr(basis)
     sign = jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1, 1).astype(q.dtype)
     return q * sign[..., None, :], sign[..., :, None] * r
@@ -370,9 +372,7 @@ def _layer(
     energy = 1.0
     if finite and after is not None and np.sum(flat**2) > 0:
         energy = float(np.sum(flat[:, :after] ** 2) / np.sum(flat**2))
-    return LayerReport(
-        path, axes.m, axes.n, before, after, energy, finite, error, flat
-    )
+    return LayerReport(path, axes.m, axes.n, before, after, energy, finite, error, flat)
 
 
 def _leaves(params: PyTree) -> dict[tuple[Any, ...], Any]:

@@ -52,7 +52,8 @@ def freeze_bases(
 
     >>> params = {"w": LowRank(jnp.ones((4, 1)) / 2, jnp.ones((1, 1)),
     ...                        jnp.ones((1, 1)), None)}
-    >>> [leaf.shape for leaf in jax.tree.leaves(freeze_bases(optax.trace(0.9)).init(params))]
+    >>> state = freeze_bases(optax.trace(0.9)).init(params)
+    >>> [leaf.shape for leaf in jax.tree.leaves(state)]
     [(1, 1)]
     """
     if isinstance(inner, optax.MultiSteps):

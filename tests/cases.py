@@ -1,4 +1,4 @@
-"""The shared table: functions of params and input in which every use of a matrix occurs.
+"""The shared table: functions in which every use of a matrix occurs.
 
 Each case says what discovery must find, and every law of evaluation runs over all.
 """
@@ -53,7 +53,9 @@ def plain(
     fn: Callable[..., Any], x_shape: tuple[int, ...], **shapes: tuple[int, ...]
 ) -> Callable[[], Any]:
     def build() -> Any:
-        params = {name: normal(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
+        params = {
+            name: normal(i, *shape) for i, (name, shape) in enumerate(shapes.items())
+        }
         return fn, params, normal(9, *x_shape)
 
     return build
@@ -252,7 +254,10 @@ CASES = (
                     nn.Conv(8, (1, 1)),
                 ]
             ),
-            2, 8, 8, 4,
+            2,
+            8,
+            8,
+            4,
         ),
         (
             ("layers_0/kernel", ((), (0, 1, 2), (3,)), 32, "conv", 1),
@@ -332,7 +337,8 @@ CASES = (
     Case(
         "merged_axes_permuted",
         plain(
-            lambda p, x: x @ p["w"].transpose(2, 0, 1).reshape(20, 3), (7, 20),
+            lambda p, x: x @ p["w"].transpose(2, 0, 1).reshape(20, 3),
+            (7, 20),
             w=(5, 3, 4),
         ),
         (("w", ((), (0, 2), (1,)), 7, "dot", 1),),
@@ -370,7 +376,9 @@ CASES = (
     ),
     Case(
         "head_of_one_column",
-        plain(lambda p, x: jnp.tanh(x @ p["w"]) @ p["head"], (4, 6), w=(6, 8), head=(8, 1)),
+        plain(
+            lambda p, x: jnp.tanh(x @ p["w"]) @ p["head"], (4, 6), w=(6, 8), head=(8, 1)
+        ),
         (("w", ROW_COL, 4, "dot", 1), ("head", ROW_COL, 4, "dot", 1)),
     ),
     Case(

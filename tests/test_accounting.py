@@ -7,7 +7,12 @@ import oialr_jax as oialr
 
 # Autoformer on ETTm2 (7 variables, 5 time features), model width 512, in the order in
 # which the network executes; (name, input side, output side).
-ATTENTION = [("query", 512, 512), ("key", 512, 512), ("value", 512, 512), ("out", 512, 512)]
+ATTENTION = [
+    ("query", 512, 512),
+    ("key", 512, 512),
+    ("value", 512, 512),
+    ("out", 512, 512),
+]
 FEED_FORWARD = [("conv1", 512, 2048), ("conv2", 2048, 512)]
 EMBEDDING = [("token", 3 * 7, 512), ("time", 5, 512)]
 
@@ -57,7 +62,9 @@ def test_the_floor_ranks_of_the_published_run():
         for x in matrices()
     }
     in_matrices = sum(x.m * x.n for x in matrices())
-    params["biases and norms"] = jax.ShapeDtypeStruct((total - in_matrices,), jnp.float32)
+    params["biases and norms"] = jax.ShapeDtypeStruct(
+        (total - in_matrices,), jnp.float32
+    )
     counted = oialr.counts(params)
     assert counted.dense == total
     assert counted.trainable == 313_876

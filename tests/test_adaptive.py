@@ -140,8 +140,13 @@ def test_jit_options_and_a_step_that_returns_the_state_alone():
 
     state = jax.tree.map(jnp.array, state)
     step = oialr.adaptive(
-        bare, state.tx, step._matrices, SCHEDULE, RULE,
-        donate_argnums=0, static_argnames="scale",
+        bare,
+        state.tx,
+        step._matrices,
+        SCHEDULE,
+        RULE,
+        donate_argnums=0,
+        static_argnames="scale",
     )
     first = state.params["a"]["kernel"]
     for i in range(6):
@@ -150,13 +155,16 @@ def test_jit_options_and_a_step_that_returns_the_state_alone():
     assert len(oialr.ranks(state.params)) == 3
 
 
-def test_training_continues_well_through_the_events():
-    """Same data, same optimizer: the low-rank run ends near the dense one."""
-    state, step, train_step = problem(rule=oialr.RankRule(cutoff=0.05))
-    _, dense = run(state, jax.jit(train_step), 0, 60)
-    _, low = run(state, step, 0, 60)
-    assert np.mean(low[-5:]) < 1.1 * np.mean(dense[-5:])
-    assert np.mean(low[-5:]) < 0.5 * low[0]
+def test_a_cut_after_a_warm_up_costs_little():
+    """Same data, same optimizer; a quarter of the ranks goes."""
+    schedule = oialr.Schedule(delay=20, every=15, layer_step=0.5)
+    state, step, train_step = problem(
+        schedule=schedule, rule=oialr.RankRule(cutoff=0.2)
+    )
+    _, dense = run(state, jax.jit(train_step), 0, 80)
+    state, low = run(state, step, 0, 80)
+    assert sum(rank for *_, rank in oialr.ranks(state.params).values()) < 40
+    assert np.mean(low[-10:]) < 1.5 * np.mean(dense[-10:])
 
 
 # Bad input

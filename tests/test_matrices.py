@@ -1,5 +1,6 @@
 """Discovery: every use of every leaf, in execution order, by tracing alone."""
 
+import itertools
 import re
 
 import flax.linen as nn
@@ -64,7 +65,9 @@ def test_a_leaf_that_is_also_gathered_is_reported_and_not_selected():
 def test_grouped_convolution_stays_dense_and_is_said(module, groups):
     x = jnp.ones((2, 6, 6, 8))
     params = module.init(jax.random.key(0), x)["params"]
-    matrices = oialr.find_matrices(lambda p, x: module.apply({"params": p}, x), params, x)
+    matrices = oialr.find_matrices(
+        lambda p, x: module.apply({"params": p}, x), params, x
+    )
     assert [m.path for m in matrices] == ["kernel"]
     said = f"left dense: kernel (grouped convolution, {groups} groups)"
     with pytest.warns(UserWarning, match=re.escape(said)):
@@ -91,7 +94,7 @@ def _chain(*widths):
             x = jnp.tanh(x @ params[name])
         return x
 
-    shapes = {f"w{i}": s for i, s in enumerate(zip(widths, widths[1:], strict=False))}
+    shapes = {f"w{i}": s for i, s in enumerate(itertools.pairwise(widths))}
     _, params, x = plain(fn, (4, widths[0]), **shapes)()
     return oialr.find_matrices(fn, params, x)
 
@@ -124,5 +127,7 @@ def test_include_and_exclude():
     matrices = _chain(8, 8, 8, 8, 8)
     chosen = oialr.select(matrices, include=["w[013]"], exclude="w1")
     assert [m.path for m in chosen] == ["w0", "w3"]
-    with pytest.raises(ValueError, match="`exclude` 'w9' matches none of: w0, w1, w2, w3"):
+    with pytest.raises(
+        ValueError, match="`exclude` 'w9' matches none of: w0, w1, w2, w3"
+    ):
         oialr.select(matrices, exclude="w9")

@@ -86,7 +86,10 @@ def test_no_step_of_adam_after_an_event_exceeds_the_learning_rate_by_much():
     """The authors' zeroed moments with a kept count give steps of three."""
     tx, params, state = adam_state(steps=300)
     low, low_state, _ = oialr.factorize(params, state, [MATRIX], tx=tx)
-    grads = {"w": low["w"].u.T @ (normal(50, 10, 8) + 0.5) @ low["w"].vt.T, "b": params["b"]}
+    grads = {
+        "w": low["w"].u.T @ (normal(50, 10, 8) + 0.5) @ low["w"].vt.T,
+        "b": params["b"],
+    }
     updates, _ = tx.update(grads, low_state, low)
     assert np.max(np.abs(updates["w"].s)) < 1.5e-3
 
@@ -186,5 +189,5 @@ def test_a_leaf_belongs_to_the_parameter_with_the_longest_matching_path():
 
 
 def test_unknown_rule():
-    with pytest.raises(ValueError, match="`second` must be .*, got 'reset'"):
+    with pytest.raises(ValueError, match=r"`second` must be .*, got 'reset'"):
         MomentRule("reset")

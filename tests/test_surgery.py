@@ -1,4 +1,4 @@
-"""Events: function and training preserved, moments carried, nothing lost on bad input."""
+"""Events: function and training preserved, moments carried, nothing ever lost."""
 
 import json
 import re
@@ -266,9 +266,11 @@ def test_a_leaf_that_is_not_finite_stays_dense_and_the_others_convert():
 
 
 def test_a_core_that_is_not_finite_is_left_as_it_was():
-    params = in_low_rank({"a": normal(0, 6, 6), "b": normal(1, 6, 6)}, [
-        oialr.Matrix(n, oialr.Axes((6, 6), (), (0,), (1,)), 1, "dot") for n in "ab"
-    ], fraction=1.0)
+    params = in_low_rank(
+        {"a": normal(0, 6, 6), "b": normal(1, 6, 6)},
+        [oialr.Matrix(n, oialr.Axes((6, 6), (), (0,), (1,)), 1, "dot") for n in "ab"],
+        fraction=1.0,
+    )
     a = params["a"]
     params["a"] = oialr.LowRank(a.u, a.s.at[2, 1].set(jnp.nan), a.vt, a.axes)
     tx = oialr.freeze_bases(optax.sgd(0.1, momentum=0.9))
@@ -300,7 +302,9 @@ def test_dtypes_survive_events():
     axes = oialr.Axes((8, 6), (), (0,), (1,))
     node = oialr.factor(normal(0, 8, 6), axes)
     params = {
-        "half": oialr.LowRank(*(f.astype(jnp.bfloat16) for f in (node.u, node.s, node.vt)), axes),
+        "half": oialr.LowRank(
+            *(f.astype(jnp.bfloat16) for f in (node.u, node.s, node.vt)), axes
+        ),
         "narrow": oialr.LowRank(
             node.u.astype(jnp.bfloat16), node.s, node.vt.astype(jnp.bfloat16), axes
         ),
@@ -376,7 +380,9 @@ def test_path_that_is_not_low_rank():
         optax.adam(1e-3),
         optax.sgd(0.1),
         optax.chain(oialr.freeze_bases(optax.sgd(0.1)), optax.trace(0.9)),
-        optax.MultiSteps(oialr.freeze_bases(optax.sgd(0.1)), 2).gradient_transformation(),
+        optax.MultiSteps(
+            oialr.freeze_bases(optax.sgd(0.1)), 2
+        ).gradient_transformation(),
     ],
     ids=["adam", "stateless", "half_wrapped", "multi_steps_outside"],
 )
@@ -416,4 +422,6 @@ def test_loss_of_a_low_rank_network_is_that_of_its_dense_twin():
     fn, params, x = BY_NAME["attention"].build()
     low = in_low_rank(params, oialr.find_matrices(fn, params, x))
     dense = scalar_loss(fn)(oialr.materialize(low), x)
-    np.testing.assert_allclose(scalar_loss(oialr.factored(fn))(low, x), dense, rtol=1e-4)
+    np.testing.assert_allclose(
+        scalar_loss(oialr.factored(fn))(low, x), dense, rtol=1e-4
+    )

@@ -27,7 +27,9 @@ CHAINS = {
     "multi_steps": optax.MultiSteps(optax.adamw(1e-2), every_k_schedule=2),
     "masked_decay": optax.chain(
         optax.scale_by_adam(),
-        optax.add_decayed_weights(0.1, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
+        optax.add_decayed_weights(
+            0.1, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)
+        ),
         optax.scale(-1e-2),
     ),
 }
@@ -40,7 +42,9 @@ def problem():
     return fn, in_low_rank(params, matrices[:1]), x
 
 
-@pytest.mark.parametrize("bases_in_gradient", [True, False], ids=["grad", "value_and_grad"])
+@pytest.mark.parametrize(
+    "bases_in_gradient", [True, False], ids=["grad", "value_and_grad"]
+)
 @pytest.mark.parametrize("name", CHAINS)
 def test_bases_never_move_and_everything_else_does(name, bases_in_gradient):
     fn, params, x = problem()
@@ -98,7 +102,9 @@ def test_dense_params_train_as_without_it(name):
 def test_clipping_sees_the_norm_of_the_trained_leaves_only():
     params = {"w": oialr.factor(normal(0, 6, 4), oialr.Axes((6, 4), (), (0,), (1,)))}
     node = params["w"]
-    grads = {"w": oialr.LowRank(node.u * 1e6, jnp.ones((4, 4)), node.vt * 1e6, node.axes)}
+    grads = {
+        "w": oialr.LowRank(node.u * 1e6, jnp.ones((4, 4)), node.vt * 1e6, node.axes)
+    }
     tx = oialr.freeze_bases(optax.clip_by_global_norm(1.0))
     updates, _ = tx.update(grads, tx.init(params), params)
     np.testing.assert_allclose(updates["w"].s, np.ones((4, 4)) / 4, rtol=1e-6)

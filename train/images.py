@@ -1,7 +1,18 @@
 """Train an image classifier in low rank: python -m train.images PRESET.
 
-Command:   python -m train.images digits
-Hardware:  TODO
+Command:   python -m train.images digits            (--method dense for the same, dense)
+Hardware:  two CPU cores, shared with other work during the measurement
+Wall time: 82 to 96 s (dense 57 to 77 s), compilation included
+Result:    mean ± standard deviation of the test accuracy over seeds 2, 3 and 4
+           oialr  97.6 ± 0.2 %, 28 % of the dense weights stored, 4 % trained
+           dense  98.3 ± 0.3 %
+
+Command:   python -m train.images fashion --data-dir data     (train.data.prepare first)
+Hardware:  the same
+Wall time: 234 s
+Result:    seed 0 alone: 90.4 %, 18 % of the dense weights stored, 2 % trained
+
+A run writes metrics.jsonl (the record), summary.json and plots/ into runs/NAME.
 """
 
 import dataclasses
