@@ -102,8 +102,11 @@ class LowRank:
 
     def materialize(self) -> Array:
         """The dense array of shape `shape` and dtype `dtype`, in full precision."""
+        u, vt = self.u.astype(self.dtype), self.vt.astype(self.dtype)
         with jax.default_matmul_precision("highest"):
-            matrix = (self.u.astype(self.dtype) @ self.s) @ self.vt.astype(self.dtype)
+            # the core meets the smaller basis first
+            wide = self.axes.m < self.axes.n
+            matrix = (u @ self.s) @ vt if wide else u @ (self.s @ vt)
         return self.axes.to_array(matrix)
 
 

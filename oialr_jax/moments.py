@@ -8,12 +8,12 @@ averages of squares by a rule, because the entries that would be needed were not
 
 import dataclasses
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from oialr_jax.lowrank import Axes, PyTree, compute_dtype, is_low_rank, path_name
 
@@ -23,7 +23,9 @@ _QUADRATIC = frozenset({"nu", "nu_max", "sum_of_squares", "e_g", "e_x", "v"})
 _FACTORED = frozenset({"v_row", "v_col"})
 
 
-class Move(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Move:
     """One leaf's change of basis; new coordinates of a gradient G are left G rightᵀ.
 
     `before` and `after` are the leaf's Axes where it is a dense array on that side, and
@@ -32,10 +34,10 @@ class Move(NamedTuple):
     Shapes:   left: (*l, r', a), right: (*l, r', b) for a gradient in (*l, a, b).
     """
 
-    left: Float[Array, "*l q a"]
-    right: Float[Array, "*l k b"]
-    before: Axes | None = None
-    after: Axes | None = None
+    left: Any
+    right: Any
+    before: Axes | None = dataclasses.field(default=None, metadata={"static": True})
+    after: Axes | None = dataclasses.field(default=None, metadata={"static": True})
 
     def matrix(self, moment: Array) -> Array:
         """The moment (dense or core) as (*l, a, b) in float32 or wider."""

@@ -8,6 +8,7 @@ are as they were.
 
 import dataclasses
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from jaxtyping import Array
 
 from oialr_jax import moments
 from oialr_jax.lowrank import (
+    Axes,
     LowRank,
     PyTree,
     compute_dtype,
@@ -134,37 +136,20 @@ def factorize(
         for name in rank:
             _named(name, {matrix.path: () for matrix in matrices}, "`rank` names")
 
-    groups: dict[Any, list[tuple[Any, ...]]] = defaultdict(list)
-    for path, (matrix, _) in jobs.items():
-        axes = matrix.axes
-        groups[axes.m, axes.n, leaves[path].dtype].append(path)
-    factors: dict[tuple[Any, ...], tuple[Array, Array, Array]] = {}
-    for group in groups.values():
-        stacks = [jobs[path][0].axes.to_matrix(leaves[path]) for path in group]
-        factors |= zip(group, _batched(_factor_stacks, stacks), strict=True)
-    checks = [(f[1], _finite(*f)) for f in factors.values()]
-    host = dict(zip(factors, jax.device_get(checks), strict=True))
-
-    nodes: dict[tuple[Any, ...], LowRank] = {}
-    moves: dict[tuple[Any, ...], Move] = {}
+    axes = tuple(matrix.axes for matrix, _ in jobs.values())
+    turned = _factor_all([leaves[path] for path in jobs], axes=axes)
+    host = jax.device_get([(t.sigma, t.finite, t.error) for t in turned])
+    plan: list[_Cut] = []
     layers = []
-    for path, (matrix, r) in jobs.items():
-        u, sigma, vt = factors[path]
-        host_sigma, finite = host[path]
-        error = 0.0
-        if finite:
-            u, vt = u[..., :r], vt[..., :r, :]
-            s = diagonal(sigma[..., :r])
-            dtype = leaves[path].dtype
-            moves[path] = Move(
-                jnp.swapaxes(u, -1, -2), vt, before=matrix.axes, after=None
-            )
-            u, s, vt = (f.astype(dtype) for f in (u, s, vt))
-            nodes[path] = node = LowRank(u, s, vt, matrix.axes)
-            error = float(_error(node.u, node.vt))
+    for (path, (matrix, r)), (sigma, finite, error) in zip(
+        jobs.items(), host, strict=True
+    ):
         after = r if finite else None
-        layers.append(_layer(matrix.path, matrix.axes, None, after, host_sigma, error))
-    new_params, new_state = _rebuilt(params, opt_state, tx, nodes, moves, moment_rule)
+        plan.append(_Cut(path, after, matrix.axes, matrix.axes))
+        layers.append(
+            _layer(matrix.path, matrix.axes, None, after, sigma, finite, error)
+        )
+    new_params, new_state = _after(params, opt_state, turned, plan, tx, moment_rule)
     return new_params, new_state, Report(tuple(layers), "conversion")
 
 
@@ -199,38 +184,22 @@ def truncate(
     else:
         chosen = [_named(n, nodes_by_name, "no low-rank leaf at") for n in paths]
 
-    groups: dict[Any, list[tuple[Any, ...]]] = defaultdict(list)
-    for path in chosen:
-        node = leaves[path]
-        shapes = (node.axes.m, node.axes.n, node.rank)
-        groups[(*shapes, node.u.dtype, node.s.dtype)].append(path)
-    turned: dict[tuple[Any, ...], _Turned] = {}
-    for group in groups.values():
-        stacks = [(leaves[p].u, leaves[p].s, leaves[p].vt) for p in group]
-        turned |= zip(group, _batched(_turn_stacks, stacks), strict=True)
-    checks = [(t.sigma, t.finite, t.error) for t in turned.values()]
-    host = dict(zip(turned, jax.device_get(checks), strict=True))
-
-    nodes: dict[tuple[Any, ...], LowRank] = {}
-    moves: dict[tuple[Any, ...], Move] = {}
+    nodes = [leaves[path] for path in chosen]
+    turned = _turn_all([(node.u, node.s, node.vt) for node in nodes])
+    host = jax.device_get([(t.sigma, t.finite, t.error) for t in turned])
+    plan: list[_Cut] = []
     layers = []
-    for path in chosen:
-        node, new = leaves[path], turned[path]
-        sigma, finite, error = host[path]
-        r = node.rank
-        if np.all(finite):
+    for path, node, (sigma, finite, error) in zip(chosen, nodes, host, strict=True):
+        r = None
+        if finite:
             flat = sigma.reshape(-1, node.rank)
             r = rule.choose(flat, min(node.axes.m, node.axes.n))
-            nodes[path] = LowRank(
-                new.u[..., :r], new.s[..., :r, :r], new.vt[..., :r, :], node.axes
-            )
-            moves[path] = Move(new.left[..., :r, :], new.right[..., :r, :])
+        plan.append(_Cut(path, r, node.axes))
+        after = node.rank if r is None else r
         layers.append(
-            _layer(
-                path_name(path), node.axes, node.rank, r, sigma, float(np.max(error))
-            )
+            _layer(path_name(path), node.axes, node.rank, after, sigma, finite, error)
         )
-    new_params, new_state = _rebuilt(params, opt_state, tx, nodes, moves, moment_rule)
+    new_params, new_state = _after(params, opt_state, turned, plan, tx, moment_rule)
     return new_params, new_state, Report(tuple(layers), "truncation")
 
 
@@ -248,21 +217,23 @@ def densify(
     """
     leaves = _leaves(params)
     nodes = {path: leaf for path, leaf in leaves.items() if is_low_rank(leaf)}
-    arrays = {path: node.materialize() for path, node in nodes.items()}
+    dense = _replaced(params, {p: node.materialize() for p, node in nodes.items()})
     if opt_state is None:
-        return _replaced(params, arrays)
+        return dense
     if tx is None:
         raise ValueError("`densify` needs `tx` to carry the optimizer state")
-    moves = {
-        path: Move(
+    moves = [
+        Move(
             node.u.astype(compute_dtype(node.dtype)),
             jnp.swapaxes(node.vt, -1, -2).astype(compute_dtype(node.dtype)),
-            before=None,
             after=node.axes,
         )
-        for path, node in nodes.items()
-    }
-    return _rebuilt(params, opt_state, tx, arrays, moves, moment_rule)
+        for node in nodes.values()
+    ]
+    _check_wrapped(opt_state)
+    return dense, _carried(
+        dense, opt_state, moves, paths=tuple(nodes), tx=tx, rule=moment_rule
+    )
 
 
 ORTHOGONALITY_BOUND = 1e-3
@@ -271,7 +242,7 @@ gives 4e-3, so narrower bases are repaired past ten times their machine epsilon.
 
 
 class _Turned(NamedTuple):
-    """Bases and core after the SVD of the core, overlaps with the old, and checks."""
+    """One leaf after its SVD, not cut yet, with the overlaps that turn its moments."""
 
     u: Array
     s: Array
@@ -283,34 +254,65 @@ class _Turned(NamedTuple):
     error: Array
 
 
-@jax.jit
-def _factor_stacks(matrix: Array) -> tuple[Array, Array, Array]:
-    return svd(matrix)
+class _Cut(NamedTuple):
+    """What becomes of one leaf: its new rank (None: left as it was) and its axes.
+
+    `before` is set where the leaf was dense.
+    """
+
+    path: tuple[Any, ...]
+    rank: int | None
+    axes: Axes
+    before: Axes | None = None
+
+
+@functools.partial(jax.jit, static_argnames="axes")
+def _factor_all(arrays: list[Array], axes: tuple[Axes, ...]) -> list[_Turned]:
+    matrices = [a.to_matrix(array) for a, array in zip(axes, arrays, strict=True)]
+    return _by_shape(_factor_stacks, matrices)
 
 
 @jax.jit
+def _turn_all(nodes: list[tuple[Array, Array, Array]]) -> list[_Turned]:
+    return _by_shape(_turn_stacks, nodes)
+
+
+def _factor_stacks(matrix: Array) -> _Turned:
+    """The mathematics of a conversion on a stack (b, m, n): gradients become UᵀGV."""
+    u, sigma, vt = svd(matrix)
+    left, right = jnp.swapaxes(u, -1, -2), vt
+    u, s, vt = (f.astype(matrix.dtype) for f in (u, diagonal(sigma), vt))
+    return _checked(u, s, vt, left, right, sigma)
+
+
 def _turn_stacks(factors: tuple[Array, Array, Array]) -> _Turned:
-    """The event's mathematics on stacks (b, m, r), (b, r, r), (b, r, n)."""
-    stored = factors
+    """The mathematics of an update on stacks (b, m, r), (b, r, r), (b, r, n)."""
     wide = compute_dtype(factors[1].dtype)
     u, s, vt = (f.astype(wide) for f in factors)
     v = jnp.swapaxes(vt, -1, -2)
-    bound = max(ORTHOGONALITY_BOUND, 10 * float(jnp.finfo(stored[0].dtype).eps))
+    bound = max(ORTHOGONALITY_BOUND, 10 * float(jnp.finfo(factors[0].dtype).eps))
     error = jax.vmap(orthogonality_error)(u, vt)
     drifted = error > bound
     u, s, v = jax.lax.cond(
         jnp.any(drifted), _repaired, lambda *f: f[:3], u, s, v, drifted
     )
+    us, sigma, vst = svd(s)
     with jax.default_matmul_precision("highest"):
-        us, sigma, vst = svd(s)
-        # A repair moves the bases by no more than the drift: overlaps are Us and Vs.
-        left, right = jnp.swapaxes(us, -1, -2), vst
-        new_u, new_vt = u @ us, vst @ jnp.swapaxes(v, -1, -2)
-    new = (new_u, diagonal(sigma), new_vt)
-    u, s, vt = (f.astype(old.dtype) for f, old in zip(new, stored, strict=True))
-    finite = jax.vmap(lambda *f: jnp.all(jnp.stack([_finite(x) for x in f])))(
-        new_u, sigma, new_vt
+        new = (u @ us, diagonal(sigma), vst @ jnp.swapaxes(v, -1, -2))
+    u, s, vt = (f.astype(old.dtype) for f, old in zip(new, factors, strict=True))
+    # A repair moves the bases by no more than the drift: overlaps are Us and Vs.
+    turned = _checked(u, s, vt, jnp.swapaxes(us, -1, -2), vst, sigma)
+    return turned._replace(error=error)
+
+
+def _checked(
+    u: Array, s: Array, vt: Array, left: Array, right: Array, sigma: Array
+) -> _Turned:
+    finite = functools.reduce(
+        jnp.logical_and,
+        (jnp.all(jnp.isfinite(f), axis=(-2, -1)) for f in (u, s, vt)),
     )
+    error = jax.vmap(orthogonality_error)(u, vt)
     return _Turned(u, s, vt, left, right, sigma, finite, error)
 
 
@@ -332,31 +334,35 @@ def _signed_qr(basis: Array) -> tuple[Array, Array]:
     return q * sign[..., None, :], sign[..., :, None] * r
 
 
-@jax.jit
-def _finite(*arrays: Array) -> Array:
-    return functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(a)) for a in arrays])
+def _by_shape(fn: Any, items: Sequence[Any]) -> list[_Turned]:
+    """fn on all items, those of equal matrix shapes as one batch.
 
-
-_error = jax.jit(orthogonality_error)
-
-
-def _batched(fn: Any, items: Sequence[Any]) -> list[Any]:
-    """fn on all items at once: stack axes flattened, concatenated, split again."""
-    stack = [jax.tree.leaves(item)[0].shape[:-2] for item in items]
-    sizes = [int(np.prod(shape)) for shape in stack]
-    flat = [
-        jax.tree.map(lambda a: a.reshape(-1, *a.shape[-2:]), item) for item in items
-    ]
-    joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *flat)
-    result = fn(joined)
-    edges = np.cumsum([0, *sizes])
-    return [
-        jax.tree.map(
-            lambda a, lo=lo, hi=hi, shape=shape: a[lo:hi].reshape(*shape, *a.shape[1:]),
-            result,
-        )
-        for lo, hi, shape in zip(edges[:-1], edges[1:], stack, strict=True)
-    ]
+    Stack axes are flattened into the batch and restored; a stack is finite when all of
+    its matrices are, and its error is the largest.
+    """
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for i, item in enumerate(items):
+        arrays = jax.tree.leaves(item)
+        groups[tuple((a.shape[-2:], a.dtype) for a in arrays)].append(i)
+    results: dict[int, _Turned] = {}
+    for group in groups.values():
+        flat = [
+            jax.tree.map(lambda a: a.reshape(-1, *a.shape[-2:]), items[i])
+            for i in group
+        ]
+        batch = fn(jax.tree.map(lambda *parts: jnp.concatenate(parts), *flat))
+        start = 0
+        for i in group:
+            stack = jax.tree.leaves(items[i])[0].shape[:-2]
+            stop = start + math.prod(stack)
+            part = jax.tree.map(lambda a, lo=start, hi=stop: a[lo:hi], batch)
+            results[i] = _Turned(
+                *(f.reshape(*stack, *f.shape[1:]) for f in part[:-2]),
+                finite=jnp.all(part.finite),
+                error=jnp.max(part.error),
+            )
+            start = stop
+    return [results[i] for i in range(len(items))]
 
 
 def _layer(
@@ -365,14 +371,24 @@ def _layer(
     before: int | None,
     after: int | None,
     sigma: np.ndarray,
-    error: float,
+    finite: np.ndarray,
+    error: np.ndarray,
 ) -> LayerReport:
     flat = np.asarray(sigma, np.float64).reshape(-1, sigma.shape[-1])
-    finite = bool(np.all(np.isfinite(flat)))
     energy = 1.0
-    if finite and after is not None and np.sum(flat**2) > 0:
+    if finite and np.sum(flat**2) > 0:
         energy = float(np.sum(flat[:, :after] ** 2) / np.sum(flat**2))
-    return LayerReport(path, axes.m, axes.n, before, after, energy, finite, error, flat)
+    return LayerReport(
+        path,
+        axes.m,
+        axes.n,
+        before,
+        after,
+        energy,
+        bool(finite),
+        float(error),
+        flat,
+    )
 
 
 def _leaves(params: PyTree) -> dict[tuple[Any, ...], Any]:
@@ -391,25 +407,63 @@ def _replaced(params: PyTree, new: Mapping[tuple[Any, ...], Any]) -> PyTree:
     )
 
 
-def _rebuilt(
+def _check_wrapped(opt_state: PyTree) -> None:
+    def is_ours(x: Any) -> bool:
+        return isinstance(x, FreezeBasesState)
+
+    if not any(map(is_ours, jax.tree.leaves(opt_state, is_leaf=is_ours))):
+        raise ValueError(_UNWRAPPED)
+
+
+_UNWRAPPED = (
+    "the optimizer would move frozen bases: build it as oialr_jax.freeze_bases(tx), "
+    "with nothing outside it, and train with that"
+)
+
+
+def _after(
     params: PyTree,
     opt_state: PyTree,
+    turned: Sequence[_Turned],
+    plan: Sequence[_Cut],
     tx: optax.GradientTransformation,
-    new: Mapping[tuple[Any, ...], Any],
-    moves: dict[tuple[Any, ...], Move],
     rule: MomentRule,
 ) -> tuple[PyTree, PyTree]:
-    new_params = _replaced(params, new)
+    """Params and state after an event; two compiled calls, whatever the layers."""
+    _check_wrapped(opt_state)
+    kept = [(t, cut) for t, cut in zip(turned, plan, strict=True) if cut.rank]
+    if not kept:
+        return params, opt_state
+    cuts = tuple(cut for _, cut in kept)
+    nodes, moves = _cut_all([t for t, _ in kept], cuts=cuts)
+    paths = tuple(cut.path for cut in cuts)
+    new_params = _replaced(params, dict(zip(paths, nodes, strict=True)))
+    state = _carried(new_params, opt_state, moves, paths=paths, tx=tx, rule=rule)
+    return new_params, state
+
+
+@functools.partial(jax.jit, static_argnames="cuts")
+def _cut_all(
+    turned: list[_Turned], cuts: tuple[_Cut, ...]
+) -> tuple[list[LowRank], list[Move]]:
+    nodes, moves = [], []
+    for t, (_, r, axes, before) in zip(turned, cuts, strict=True):
+        nodes.append(LowRank(t.u[..., :r], t.s[..., :r, :r], t.vt[..., :r, :], axes))
+        moves.append(Move(t.left[..., :r, :], t.right[..., :r, :], before=before))
+    return nodes, moves
+
+
+@functools.partial(jax.jit, static_argnames=("paths", "tx", "rule"))
+def _carried(
+    new_params: PyTree,
+    opt_state: PyTree,
+    moves: list[Move],
+    *,
+    paths: tuple[tuple[Any, ...], ...],
+    tx: optax.GradientTransformation,
+    rule: MomentRule,
+) -> PyTree:
     fresh = tx.init(new_params)
-    wrapped = any(
-        isinstance(x, FreezeBasesState)
-        for x in jax.tree.leaves(
-            opt_state, is_leaf=lambda x: isinstance(x, FreezeBasesState)
-        )
-    )
-    if not wrapped or moments.holds_bases(fresh):
-        raise ValueError(
-            "the optimizer would move frozen bases: build it as "
-            "oialr_jax.freeze_bases(tx), with nothing outside it, and train with that"
-        )
-    return new_params, moments.carry(opt_state, fresh, moves, rule)
+    if moments.holds_bases(fresh):
+        raise ValueError(_UNWRAPPED)
+    return moments.carry(opt_state, fresh, dict(zip(paths, moves, strict=True)), rule)

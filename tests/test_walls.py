@@ -134,7 +134,7 @@ def test_public_jax_only(path):
         ("def f():\n  if x:\n    import flax.linen", {"flax.linen"}),
         ("'import flax'", set()),
     ],
-    ids=str,
+    ids=["as", "from", "deep_from", "relative", "relative_name", "nested", "string"],
 )
 def test_reads_every_form_of_import(source, names):
     assert imported(source) == names
