@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -137,7 +137,13 @@ def factorize(
             _named(name, {matrix.path: () for matrix in matrices}, "`rank` names")
 
     axes = tuple(matrix.axes for matrix, _ in jobs.values())
-    turned = _factor_all([leaves[path] for path in jobs], axes=axes)
+    arrays = [leaves[path] for path in jobs]
+    turned = _by_shape(
+        [(a.m, a.n, x.dtype) for a, x in zip(axes, arrays, strict=True)],
+        lambda group: _factor_group(
+            [arrays[i] for i in group], axes=tuple(axes[i] for i in group)
+        ),
+    )
     host = jax.device_get([(t.sigma, t.finite, t.error) for t in turned])
     plan: list[_Cut] = []
     layers = []
@@ -185,8 +191,14 @@ def truncate(
         chosen = [_named(n, nodes_by_name, "no low-rank leaf at") for n in paths]
 
     nodes = [leaves[path] for path in chosen]
-    turned = _turn_all([(node.u, node.s, node.vt) for node in nodes])
+    turned = _turned(nodes)
     host = jax.device_get([(t.sigma, t.finite, t.error) for t in turned])
+    drifted = [i for i, (*_, e) in enumerate(host) if e > _bound(nodes[i])]
+    if drifted:  # a repair moves bases by no more than the drift: overlaps stay Us, Vs
+        repaired = _turned([_repaired(nodes[i]) for i in drifted])
+        for i, new in zip(drifted, repaired, strict=True):
+            turned[i] = new
+            host[i] = (*jax.device_get((new.sigma, new.finite)), host[i][2])
     plan: list[_Cut] = []
     layers = []
     for path, node, (sigma, finite, error) in zip(chosen, nodes, host, strict=True):
@@ -267,14 +279,14 @@ class _Cut(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="axes")
-def _factor_all(arrays: list[Array], axes: tuple[Axes, ...]) -> list[_Turned]:
+def _factor_group(arrays: list[Array], axes: tuple[Axes, ...]) -> list[_Turned]:
     matrices = [a.to_matrix(array) for a, array in zip(axes, arrays, strict=True)]
-    return _by_shape(_factor_stacks, matrices)
+    return _as_one_batch(_factor_stacks, matrices)
 
 
 @jax.jit
-def _turn_all(nodes: list[tuple[Array, Array, Array]]) -> list[_Turned]:
-    return _by_shape(_turn_stacks, nodes)
+def _turn_group(nodes: list[tuple[Array, Array, Array]]) -> list[_Turned]:
+    return _as_one_batch(_turn_stacks, nodes)
 
 
 def _factor_stacks(matrix: Array) -> _Turned:
@@ -289,18 +301,11 @@ def _turn_stacks(factors: tuple[Array, Array, Array]) -> _Turned:
     """The mathematics of an update on stacks (b, m, r), (b, r, r), (b, r, n)."""
     wide = compute_dtype(factors[1].dtype)
     u, s, vt = (f.astype(wide) for f in factors)
-    v = jnp.swapaxes(vt, -1, -2)
-    bound = max(ORTHOGONALITY_BOUND, 10 * float(jnp.finfo(factors[0].dtype).eps))
     error = jax.vmap(orthogonality_error)(u, vt)
-    drifted = error > bound
-    u, s, v = jax.lax.cond(
-        jnp.any(drifted), _repaired, lambda *f: f[:3], u, s, v, drifted
-    )
     us, sigma, vst = svd(s)
     with jax.default_matmul_precision("highest"):
-        new = (u @ us, diagonal(sigma), vst @ jnp.swapaxes(v, -1, -2))
+        new = (u @ us, diagonal(sigma), vst @ vt)
     u, s, vt = (f.astype(old.dtype) for f, old in zip(new, factors, strict=True))
-    # A repair moves the bases by no more than the drift: overlaps are Us and Vs.
     turned = _checked(u, s, vt, jnp.swapaxes(us, -1, -2), vst, sigma)
     return turned._replace(error=error)
 
@@ -316,15 +321,18 @@ def _checked(
     return _Turned(u, s, vt, left, right, sigma, finite, error)
 
 
-def _repaired(
-    u: Array, s: Array, v: Array, drifted: Array
-) -> tuple[Array, Array, Array]:
-    """Orthonormal bases where they drifted; U S Vᵀ is the same matrix as before."""
-    (qu, ru), (qv, rv) = _signed_qr(u), _signed_qr(v)
+@jax.jit
+def _repaired(node: LowRank) -> LowRank:
+    """Orthonormal bases, the triangular parts in the core: U S Vᵀ does not change."""
+    wide = compute_dtype(node.dtype)
+    u, s, vt = (f.astype(wide) for f in (node.u, node.s, node.vt))
+    (qu, ru), (qv, rv) = _signed_qr(u), _signed_qr(jnp.swapaxes(vt, -1, -2))
     with jax.default_matmul_precision("highest"):
         core = ru @ s @ jnp.swapaxes(rv, -1, -2)
-    where = drifted[:, None, None]
-    return jnp.where(where, qu, u), jnp.where(where, core, s), jnp.where(where, qv, v)
+    new = (qu, core, jnp.swapaxes(qv, -1, -2))
+    old = (node.u, node.s, node.vt)
+    u, s, vt = (f.astype(o.dtype) for f, o in zip(new, old, strict=True))
+    return LowRank(u, s, vt, node.axes)
 
 
 def _signed_qr(basis: Array) -> tuple[Array, Array]:
@@ -334,35 +342,55 @@ def _signed_qr(basis: Array) -> tuple[Array, Array]:
     return q * sign[..., None, :], sign[..., :, None] * r
 
 
-def _by_shape(fn: Any, items: Sequence[Any]) -> list[_Turned]:
-    """fn on all items, those of equal matrix shapes as one batch.
+def _turned(nodes: Sequence[LowRank]) -> list[_Turned]:
+    return _by_shape(
+        [(x.axes.m, x.axes.n, x.rank, x.u.dtype, x.s.dtype) for x in nodes],
+        lambda group: _turn_group(
+            [(nodes[i].u, nodes[i].s, nodes[i].vt) for i in group]
+        ),
+    )
 
-    Stack axes are flattened into the batch and restored; a stack is finite when all of
-    its matrices are, and its error is the largest.
+
+def _bound(node: LowRank) -> float:
+    return max(ORTHOGONALITY_BOUND, 10 * float(jnp.finfo(node.u.dtype).eps))
+
+
+def _by_shape(
+    shapes: Sequence[Any], run: Callable[[list[int]], list[_Turned]]
+) -> list[_Turned]:
+    """Host side: run(indices) for each set of indices of equal shapes, in order.
+
+    One program per set, one after the other: they use all threads of a CPU anyway, and
+    side by side in one program their solver calls have been seen to deadlock there.
     """
     groups: dict[Any, list[int]] = defaultdict(list)
-    for i, item in enumerate(items):
-        arrays = jax.tree.leaves(item)
-        groups[tuple((a.shape[-2:], a.dtype) for a in arrays)].append(i)
+    for i, shape in enumerate(shapes):
+        groups[shape].append(i)
     results: dict[int, _Turned] = {}
     for group in groups.values():
-        flat = [
-            jax.tree.map(lambda a: a.reshape(-1, *a.shape[-2:]), items[i])
-            for i in group
-        ]
-        batch = fn(jax.tree.map(lambda *parts: jnp.concatenate(parts), *flat))
-        start = 0
-        for i in group:
-            stack = jax.tree.leaves(items[i])[0].shape[:-2]
-            stop = start + math.prod(stack)
-            part = jax.tree.map(lambda a, lo=start, hi=stop: a[lo:hi], batch)
-            results[i] = _Turned(
-                *(f.reshape(*stack, *f.shape[1:]) for f in part[:-2]),
-                finite=jnp.all(part.finite),
-                error=jnp.max(part.error),
-            )
-            start = stop
-    return [results[i] for i in range(len(items))]
+        results |= zip(group, jax.block_until_ready(run(group)), strict=True)
+    return [results[i] for i in range(len(shapes))]
+
+
+def _as_one_batch(fn: Any, items: Sequence[Any]) -> list[_Turned]:
+    """fn on the items as one batch, stack axes flattened into it and restored.
+
+    A stack is finite when all of its matrices are; its error is the largest.
+    """
+    flat = [jax.tree.map(lambda a: a.reshape(-1, *a.shape[-2:]), x) for x in items]
+    batch = fn(jax.tree.map(lambda *parts: jnp.concatenate(parts), *flat))
+    results = []
+    start = 0
+    for item in items:
+        stack = jax.tree.leaves(item)[0].shape[:-2]
+        stop = start + math.prod(stack)
+        part = jax.tree.map(lambda a, lo=start, hi=stop: a[lo:hi], batch)
+        arrays = (f.reshape(*stack, *f.shape[1:]) for f in part[:-2])
+        results.append(
+            _Turned(*arrays, finite=jnp.all(part.finite), error=jnp.max(part.error))
+        )
+        start = stop
+    return results
 
 
 def _layer(
