@@ -50,8 +50,8 @@ def freeze_bases(
     Takes gradients of `jax.grad` (LowRank nodes) or of `oialr_jax.value_and_grad`
     (arrays in the place of cores); the latter need `params` in `update`.
 
-    >>> params = {"w": LowRank(jnp.ones((4, 1)) / 2, jnp.ones((1, 1)),
-    ...                        jnp.ones((1, 1)), None)}
+    >>> from oialr_jax import Axes, factor
+    >>> params = {"w": factor(jnp.ones((4, 3)), Axes((4, 3), (), (0,), (1,)), rank=1)}
     >>> state = freeze_bases(optax.trace(0.9)).init(params)
     >>> [leaf.shape for leaf in jax.tree.leaves(state)]
     [(1, 1)]

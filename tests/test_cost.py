@@ -241,7 +241,7 @@ def test_xla_counts_the_same_for_a_stack(order):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("order", [Order.CHAIN, Order.MERGED])
+@pytest.mark.parametrize("order", [Order.CHAIN, Order.MERGED, Order.REBUILT])
 def test_a_factored_function_costs_what_the_order_says(order, shape, monkeypatch):
     monkeypatch.setattr(cost, "cheapest", lambda *a, **k: order)
     rows, (m, n), r = 512, SHAPES[shape], 96

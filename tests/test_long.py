@@ -1,0 +1,50 @@
+"""Minutes of training: what the README promises of the main job, measured again."""
+
+import json
+import statistics
+
+import pytest
+
+from train import images
+
+SEEDS = (2, 3, 4)  # the recipe was tuned on seeds 0 and 1
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs")
+    runs = {}
+    for method in ("dense", "oialr"):
+        for seed in SEEDS:
+            name = f"{method}-{seed}"
+            arguments = ["--method", method, "--seed", str(seed), "--name", name]
+            images.main(["digits", *arguments, "--out", str(out)])
+            runs[method, seed] = json.loads((out / name / "summary.json").read_text())
+    return runs
+
+
+def mean(digits, method, key):
+    return statistics.mean(digits[method, seed][key] for seed in SEEDS)
+
+
+@pytest.mark.long
+def test_digits_in_low_rank_within_a_point_of_dense(digits):
+    dense = mean(digits, "dense", "test_accuracy")
+    assert dense >= 0.96
+    assert mean(digits, "oialr", "test_accuracy") >= dense - 0.01
+
+
+@pytest.mark.long
+def test_digits_store_and_train_few_weights(digits):
+    assert mean(digits, "oialr", "stored_fraction") <= 0.35
+    assert mean(digits, "oialr", "trainable_fraction") <= 0.12
+    for seed in SEEDS:
+        run = digits["oialr", seed]
+        assert run["stored_fraction"] <= 0.35
+        assert run["stored_weights"] == round(
+            run["stored_fraction"] * run["dense_weights"]
+        )
+        stored = run["dense_weights"] + sum(
+            (m + n + r) * r - m * n for m, n, r in run["ranks"].values()
+        )
+        assert run["stored_weights"] == stored
