@@ -69,3 +69,6 @@ def test_the_floor_ranks_of_the_published_run():
     assert counted.dense == total
     assert counted.trainable == 313_876
     assert f"{counted.trainable / counted.dense:.6%}" == "2.978808%"
+    in_low_rank = sum(x.m * x.n for x in chosen)
+    factors = sum(5 * (x.m + 5 + x.n) for x in chosen)
+    assert counted.stored == total - in_low_rank + factors

@@ -82,6 +82,18 @@ def test_adam_crosses_conversion_and_truncation_by_the_stated_rule(rule):
     assert adam(cut_state).count == 5
 
 
+def test_a_second_moment_never_falls_below_the_square_of_the_first():
+    """Where v < m², as with unequal betas, v - m² is no variance."""
+    tx, params, state = adam_state()
+    adam_part, *rest = state.inner_state
+    tiny = jax.tree.map(lambda v: 1e-6 * v, adam_part.nu)
+    state = state._replace(inner_state=(adam_part._replace(nu=tiny), *rest))
+    _, low_state, _ = oialr.factorize(params, state, [MATRIX], tx=tx)
+    mean = np.asarray(adam(low_state).mu["w"]) / (1 - B1**5)
+    second = np.asarray(adam(low_state).nu["w"]) / (1 - B2**5)
+    assert np.all(second >= mean**2 * (1 - 1e-4) - 1e-9)
+
+
 def test_no_step_of_adam_after_an_event_exceeds_the_learning_rate_by_much():
     """The authors' zeroed moments with a kept count give steps of three."""
     tx, params, state = adam_state(steps=300)
