@@ -1,12 +1,17 @@
 """adaptive(): a drop-in for jax.jit(train_step) that takes Flax's TrainState."""
 
+from typing import Any
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from cases import normal
+from flax import nnx, struct
 from flax.training.train_state import TrainState
+from helpers import assert_close
 
 import oialr_jax as oialr
 
@@ -207,3 +212,62 @@ def test_a_nan_in_one_layer_does_not_stop_the_others():
     state, _ = step(state.replace(params=params), *batch(7))
     flags = {x.path: x.finite for x in step.reports[-1].layers}
     assert flags == {"b/kernel": False, "c/kernel": True}
+
+
+# Other frameworks: params of any kind, a state of the user's own
+
+
+@struct.dataclass
+class State:
+    """The least that `adaptive` needs: .step, .params, .opt_state, .replace."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def build_equinox():
+    model = eqx.nn.MLP(16, 4, width_size=32, depth=2, key=jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_array)
+    return params, lambda p, x: jax.vmap(eqx.combine(p, static))(x)
+
+
+def build_nnx():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.a = nnx.Linear(16, 32, rngs=rngs)
+            self.b = nnx.Linear(32, 32, rngs=rngs)
+            self.c = nnx.Linear(32, 4, rngs=rngs)
+
+        def __call__(self, x):
+            return self.c(nnx.relu(self.b(nnx.relu(self.a(x)))))
+
+    graph, params = nnx.split(Model(nnx.Rngs(0)))
+    return params, lambda p, x: nnx.merge(graph, p)(x)
+
+
+@pytest.mark.parametrize("build", [build_equinox, build_nnx])
+def test_models_of_other_frameworks_train_in_low_rank(build):
+    params, forward = build()
+    tx = oialr.freeze_bases(optax.adam(1e-2))
+    matrices = oialr.select(oialr.find_matrices(forward, params, batch(0)[0]))
+    low_rank_forward = oialr.factored(forward)
+
+    def train_step(state, x, y):
+        def loss(params):
+            return jnp.mean((low_rank_forward(params, x) - y) ** 2)
+
+        value, grads = oialr.value_and_grad(loss)(state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return State(state.step + 1, params, opt_state), {"loss": value}
+
+    schedule = oialr.Schedule(delay=10, every=10, layer_step=1.0)
+    step = oialr.adaptive(train_step, tx, matrices, schedule, RULE)
+    state = State(jnp.asarray(0), params, tx.init(params))
+    state, losses = run(state, step, 0, 40)
+    assert len(oialr.ranks(state.params)) == 2
+    assert all(rank < min(m, n) for m, n, rank in oialr.ranks(state.params).values())
+    assert losses[-1] < 0.5 * losses[0]
+    dense = forward(oialr.densify(state.params), batch(0)[0])
+    assert_close(low_rank_forward(state.params, batch(0)[0]), dense, 2e-5)

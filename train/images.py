@@ -11,7 +11,7 @@ Command:   python -m train.images fashion --data-dir data     (train.data.prepar
 Hardware:  the same
 Wall time: 102 s (dense 91 s)
 Result:    over seeds 0, 1 and 2
-           oialr  90.3 ± 0.1 %, 21% of the dense weights stored, 2% trained
+           oialr  90.3 ± 0.1 %, 21 % of the dense weights stored, 2 % trained
            dense  91.5 ± 0.2 %
 
 A run writes metrics.jsonl (the record), summary.json and plots/ into runs/NAME.
