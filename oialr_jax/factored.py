@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from oialr_jax import contract, interpret
-from oialr_jax.lowrank import Axes, is_low_rank, path_name
+from oialr_jax.lowrank import Axes, is_low_rank, unique_names
 
 
 def factored(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,7 +42,7 @@ def factored(fn: Callable[..., Any]) -> Callable[..., Any]:
         if not any(map(is_low_rank, leaves)):
             return fn(*args, **kwargs)
         traced = interpret.trace(fn, args, kwargs, is_low_rank)
-        names = [path_name(path) for path, _ in traced.leaves]
+        names = unique_names(path for path, _ in traced.leaves)
         nodes = {
             name: leaf
             for name, (_, leaf) in zip(names, traced.leaves, strict=True)

@@ -377,7 +377,6 @@ _LAYOUT: dict[str, Callable[[Any, list[Any], Handler], View | None]] = {
     "div": _scale,
     "neg": _scale,
     "copy": _same,
-    "copy_p": _same,
     "name": _same,
     "sharding_constraint": _same,  # speaks of the dense array, which does not exist
     "stop_gradient": _each,
@@ -478,10 +477,7 @@ def _scanned(value: Any, handler: Handler) -> tuple[View | None, Any]:
 
 _CONTROL_FLOW: dict[str, Callable[[Any, list[Any], Handler], list[Any]]] = {
     "jit": _inline,
-    "pjit": _inline,
-    "closed_call": _inline,
     "remat2": _remat,
-    "checkpoint": _remat,
     "cond": _cond,
     "while": _while,
     "scan": _scan,

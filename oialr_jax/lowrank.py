@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -136,10 +136,23 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def unique_names(paths: Iterable[tuple[Any, ...]]) -> list[str]:
+    """The names of some leaves.
+
+    Raises:   ValueError: two leaves share a name, as {"a/b": x, "a": {"b": y}} have it.
+    """
+    names = [path_name(path) for path in paths]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two leaves are called {name}: rename one of them")
+    return names
+
+
 def named_leaves(tree: PyTree) -> dict[str, Any]:
     """Leaves by name, a LowRank node being one leaf, in tree order."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_low_rank)
-    return {path_name(path): leaf for path, leaf in leaves}
+    names = unique_names(path for path, _ in leaves)
+    return dict(zip(names, (leaf for _, leaf in leaves), strict=True))
 
 
 def compute_dtype(dtype: Any) -> Any:

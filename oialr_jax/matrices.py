@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from oialr_jax import interpret
-from oialr_jax.lowrank import Axes, PyTree, is_low_rank, path_name
+from oialr_jax.lowrank import Axes, PyTree, is_low_rank, path_name, unique_names
 
 
 class Matrix(NamedTuple):
@@ -60,6 +60,7 @@ def find_matrices(
     ('q', 8, 8, 32)
     """
     traced = interpret.trace(fn, (params, *args), kwargs, is_low_rank)
+    unique_names(path[2:] for path, _ in traced.leaves if _in_params(path))
     probe = _Probe()
 
     def walk(*arrays: Array) -> list[Array]:
@@ -154,10 +155,14 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
+def _in_params(path: tuple[Any, ...]) -> bool:
+    """Whether a leaf is of the first argument: its path is (args, 0, ...)."""
+    return path[0].idx == 0 and getattr(path[1], "idx", None) == 0
+
+
 def _is_candidate(path: tuple[Any, ...], leaf: Any) -> bool:
-    """Leaves of the first positional argument: path is (args, 0, ...)."""
-    in_params = path[0].idx == 0 and getattr(path[1], "idx", None) == 0
-    return in_params and leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
+    is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return _in_params(path) and leaf.ndim >= 2 and is_float
 
 
 @dataclasses.dataclass

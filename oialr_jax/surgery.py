@@ -30,6 +30,7 @@ from oialr_jax.lowrank import (
     orthogonality_error,
     path_name,
     svd,
+    unique_names,
 )
 from oialr_jax.matrices import Matrix
 from oialr_jax.moments import MomentRule, Move
@@ -113,7 +114,7 @@ def factorize(
               count, which makes Adam's next steps about three learning rates long.
     """
     leaves = _leaves(params)
-    by_name = {path_name(path): path for path in leaves}
+    by_name = dict(zip(unique_names(leaves), leaves, strict=True))
     jobs = {}
     for matrix in matrices:
         path = _named(matrix.path, by_name)
@@ -395,7 +396,7 @@ def _as_one_batch(fn: Any, items: Sequence[Any]) -> list[_Turned]:
 
 def _layer(
     path: str,
-    axes: Any,
+    axes: Axes,
     before: int | None,
     after: int | None,
     sigma: np.ndarray,

@@ -13,6 +13,9 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 # path, (stack, inputs, outputs), rows, kind, uses
 Found = tuple[str, tuple[tuple[int, ...], ...], int, str, int]
@@ -206,6 +209,26 @@ def stack_indexed(p: Any, x: jax.Array) -> jax.Array:
     return x
 
 
+def annotated(p: Any, x: jax.Array) -> jax.Array:
+    """Everything that marks a weight and does not change it."""
+    mesh = jax.make_mesh((1,), ("one",), axis_types=(AxisType.Auto,))
+    w = jax.lax.with_sharding_constraint(p["w"], NamedSharding(mesh, P()))
+    return x @ jnp.copy(jax.lax.optimization_barrier(checkpoint_name(w, "weight")))
+
+
+def half_stopped(p: Any, x: jax.Array) -> jax.Array:
+    return jnp.tanh(x @ jax.lax.stop_gradient(p["fixed"])) @ p["moving"]
+
+
+def stack_looped(p: Any, x: jax.Array) -> jax.Array:
+    """One entry of a stack at a time, by an index that is only known when it runs."""
+
+    def layer(x: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
+        return jnp.tanh(x @ p["w"][i]), None
+
+    return jax.lax.scan(layer, x, jnp.arange(3))[0]
+
+
 ROW_COL = ((), (0,), (1,))
 
 CASES = (
@@ -373,6 +396,21 @@ CASES = (
         "stack_indexed",
         plain(stack_indexed, (4, 6), w=(3, 6, 6)),
         (("w", ((0,), (1,), (2,)), 4, "dot", 3),),
+    ),
+    Case(
+        "stack_looped",
+        plain(stack_looped, (4, 6), w=(3, 6, 6)),
+        (("w", ((0,), (1,), (2,)), 4, "dot", 1),),
+    ),
+    Case(
+        "annotated",
+        plain(annotated, (4, 6), w=(6, 5)),
+        (("w", ROW_COL, 4, "dot", 1),),
+    ),
+    Case(
+        "half_stopped",
+        plain(half_stopped, (4, 6), fixed=(6, 5), moving=(5, 7)),
+        (("fixed", ROW_COL, 4, "dot", 1), ("moving", ROW_COL, 4, "dot", 1)),
     ),
     Case(
         "head_of_one_column",

@@ -131,3 +131,14 @@ def test_include_and_exclude():
         ValueError, match="`exclude` 'w9' matches none of: w0, w1, w2, w3"
     ):
         oialr.select(matrices, exclude="w9")
+
+
+def test_two_leaves_of_one_name():
+    """Reports, rules and errors speak of leaves by name."""
+    params = {"a/b": jnp.ones((4, 4)), "a": {"b": jnp.ones((4, 4))}}
+
+    def fn(params, x):
+        return x @ params["a/b"] @ params["a"]["b"]
+
+    with pytest.raises(ValueError, match="two leaves are called a/b: rename one"):
+        oialr.find_matrices(fn, params, jnp.ones((2, 4)))

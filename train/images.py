@@ -140,7 +140,7 @@ DATASETS: Mapping[str, Callable[[pathlib.Path], Images]] = {
 }
 
 EVALUATION_BATCH = 500
-"""Divides both test sets, so that one shape is compiled for each set of ranks."""
+"""One piece of the digits, a divisor of the others: one shape is compiled per ranks."""
 
 
 def run(settings: Settings, *, name: str) -> dict[str, Any]:
