@@ -25,7 +25,9 @@ GRADIENT_TOLERANCE = 10  # times the tolerance of values: a second pass of round
 
 def low_rank_case(case, fraction=0.5):
     fn, params, x = case.build()
-    return fn, in_low_rank(params, oialr.find_matrices(fn, params, x), fraction), x
+    low = in_low_rank(params, oialr.find_matrices(fn, params, x), fraction)
+    assert set(oialr.ranks(low)) == {path for path, *_ in case.found}  # not vacuous
+    return fn, low, x
 
 
 @pytest.mark.parametrize("order", ["auto", "chain", "merged", "rebuilt"])
