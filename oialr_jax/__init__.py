@@ -1,6 +1,8 @@
 """Public names of oialr_jax: low-rank training of any JAX model."""
 
 from oialr_jax.adaptive import AdaptiveStep, adaptive
+from oialr_jax.cost import Rates
+from oialr_jax.explain import Explanation, explain
 from oialr_jax.factored import factored
 from oialr_jax.lowrank import (
     Axes,
@@ -31,17 +33,20 @@ __all__ = [
     "AdaptiveStep",
     "Axes",
     "Counts",
+    "Explanation",
     "FreezeBasesState",
     "LayerReport",
     "LowRank",
     "Matrix",
     "MomentRule",
     "RankRule",
+    "Rates",
     "Report",
     "Schedule",
     "adaptive",
     "counts",
     "densify",
+    "explain",
     "factor",
     "factored",
     "factorize",

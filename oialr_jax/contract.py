@@ -95,35 +95,51 @@ def turned(view: interpret.View, axes: Axes, use: interpret.Use) -> Factors | No
     return Factors(first, core.reshape(*batch_shape, rank, rank), last)
 
 
-def dot(
-    x: Array, factors: Factors, use: interpret.Use, params: dict[str, Any]
-) -> Array | None:
-    """What `dot_general` of x and the view gives; None where rebuilding W is best."""
+def workload(x: Array, factors: Factors, use: interpret.Use, out: Any) -> cost.Workload:
+    """What a use costs is a function of this; `out` is its result's abstract value."""
     first, core, last = factors
     b = len(use.batch)
-    kept = [d for d in range(x.ndim) if d not in (*use.x_contracted, *use.x_batch)]
-    order = _order(factors, b, rows=math.prod(x.shape[d] for d in kept))
-    if order == cost.Order.REBUILT:
-        return None
-    dtype = jnp.promote_types(x.dtype, first.dtype)
-    x, first, core, last = (a.astype(dtype) for a in (x, first, core, last))
-    precision, out_dtype = params["precision"], params["preferred_element_type"]
-    first, last = _merged(order, first, core, last, b, precision)
-    stack = tuple(range(b))
+    m, n = math.prod(first.shape[b:-1]), math.prod(last.shape[b + 1 :])
+    stack = math.prod(core.shape[:-2])
+    return cost.Workload(
+        rows=math.prod(out.shape) // (stack * n),
+        m=m,
+        n=n,
+        rank=core.shape[-1],
+        window=m // x.shape[use.x_contracted[0]] if use.kind == "conv" else 1,
+        stack=stack,
+        input_gradient=not use.x_fixed,
+    )
 
+
+def dot(
+    x: Array,
+    factors: Factors,
+    use: interpret.Use,
+    params: dict[str, Any],
+    order: cost.Order,
+) -> Array:
+    """What `dot_general` of x and the view gives."""
+    b = len(use.batch)
+    dtype = jnp.promote_types(x.dtype, factors.first.dtype)
+    x, *arrays = (a.astype(dtype) for a in (x, *factors))
+    precision, out_dtype = params["precision"], params["preferred_element_type"]
+    first, rest = _folded(order, Factors(*arrays), b, precision)
+    stack, inner = tuple(range(b)), tuple(range(b, b + len(use.contracted)))
     out = jax.lax.dot_general(
         x,
         first,
-        ((use.x_contracted, tuple(range(b, first.ndim - 1))), (use.x_batch, stack)),
+        ((use.x_contracted, inner), (use.x_batch, stack)),
         precision=precision,
+        preferred_element_type=None if rest else out_dtype,
     )
-    for factor in [core, last] if order == cost.Order.CHAIN else [last]:
+    for i, factor in enumerate(rest, start=1):
         out = jax.lax.dot_general(
             out,
             factor,
             (((out.ndim - 1,), (b,)), (stack, stack)),
             precision=precision,
-            preferred_element_type=out_dtype if factor is last else None,
+            preferred_element_type=out_dtype if i == len(rest) else None,
         )
     if use.position == 0:  # the view's own dimensions come before those of x
         ours = range(out.ndim - len(use.free), out.ndim)
@@ -132,22 +148,21 @@ def dot(
 
 
 def conv(
-    x: Array, factors: Factors, use: interpret.Use, params: dict[str, Any], out: Any
-) -> Array | None:
+    x: Array,
+    factors: Factors,
+    use: interpret.Use,
+    params: dict[str, Any],
+    order: cost.Order,
+) -> Array:
     """What `conv_general_dilated` gives: the same convolution to r channels, then 1x1.
 
     The first factor carries window, stride, padding and dilation; core and last factor
-    act on channels alone. `out` is the abstract value of the result.
+    act on channels alone.
     """
-    first, core, last = factors
     numbers = params["dimension_numbers"]
     channel = numbers.out_spec[1]
-    rows = math.prod(out.shape) // out.shape[channel]
-    order = _order(factors, 0, rows)
-    if order == cost.Order.REBUILT:
-        return None
     precision, out_dtype = params["precision"], params["preferred_element_type"]
-    first, last = _merged(order, first, core, last, 0, precision)
+    first, rest = _folded(order, factors, 0, precision)
     y = jax.lax.conv_general_dilated(
         x,
         jnp.moveaxis(first, -1, use.free[0]),
@@ -157,35 +172,40 @@ def conv(
         rhs_dilation=params["rhs_dilation"],
         dimension_numbers=numbers,
         precision=precision,
+        preferred_element_type=None if rest else out_dtype,
     )
+    if not rest:
+        return y
     y = jnp.moveaxis(y, channel, -1)
-    for factor in [core, last] if order == cost.Order.CHAIN else [last]:
+    for i, factor in enumerate(rest, start=1):
         y = jax.lax.dot_general(
             y,
             factor,
             (((y.ndim - 1,), (0,)), ((), ())),
             precision=precision,
-            preferred_element_type=out_dtype if factor is last else None,
+            preferred_element_type=out_dtype if i == len(rest) else None,
         )
     return jnp.moveaxis(y, -1, channel)
 
 
-def _order(factors: Factors, b: int, rows: int) -> cost.Order:
-    rank = factors.core.shape[-1]
-    m = math.prod(factors.first.shape[b:-1])
-    n = math.prod(factors.last.shape[b + 1 :])
-    return cost.cheapest(rows, m, n, rank)
+def _folded(
+    order: cost.Order, factors: Factors, b: int, precision: Any
+) -> tuple[Array, list[Array]]:
+    """What x meets first, and then what its result meets, in the given order.
 
-
-def _merged(
-    order: cost.Order, first: Array, core: Array, last: Array, b: int, precision: Any
-) -> tuple[Array, Array]:
-    """First and last factor, the core folded into the smaller one if so ordered."""
-    if order != cost.Order.MERGED:
-        return first, last
+    The smaller base takes the core, the last of equals.
+    """
+    first, core, last = factors
     stack = tuple(range(b))
+
+    def product(left: Array, right: Array) -> Array:
+        numbers = (((left.ndim - 1,), (b,)), (stack, stack))
+        return jax.lax.dot_general(left, right, numbers, precision=precision)
+
+    if order == cost.Order.CHAIN:
+        return first, [core, last]
     if last.size <= first.size:
-        numbers = (((b + 1,), (b,)), (stack, stack))
-        return first, jax.lax.dot_general(core, last, numbers, precision=precision)
-    numbers = (((first.ndim - 1,), (b,)), (stack, stack))
-    return jax.lax.dot_general(first, core, numbers, precision=precision), last
+        last = product(core, last)
+    else:
+        first = product(first, core)
+    return (first, [last]) if order == cost.Order.MERGED else (product(first, last), [])

@@ -1,12 +1,14 @@
-"""What the one idea saves: FLOPs of W = U S Vᵀ in every order of contraction.
+"""What the one idea saves: the work of W = U S Vᵀ in every order of contraction.
 
-One use of a matrix maps T rows of m entries to T rows of n. Plain integers, no JAX: the
+One use of a matrix maps T rows of m entries to T rows of n. Plain numbers, no JAX: the
 shapes and the rank are known when a program is traced, and decide.
 """
 
 import dataclasses
 import enum
-from typing import final
+import math
+from collections.abc import Mapping
+from typing import NamedTuple, final
 
 
 class Order(enum.StrEnum):
@@ -22,115 +24,244 @@ class Order(enum.StrEnum):
     """x W of an ordinary array that is trained itself."""
 
 
+LOW_RANK = (Order.CHAIN, Order.MERGED, Order.REBUILT)
+
+
 @final
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """FLOPs of the forward and of the backward pass; 2 for a multiplication and sum."""
+    """FLOPs or bytes of the forward and of the backward pass."""
 
     forward: int
     backward: int
 
     @property
     def total(self) -> int:
-        """FLOPs of one training step."""
+        """Of one training step."""
         return self.forward + self.backward
 
 
-def flops(
-    order: Order,
-    rows: int,
-    m: int,
-    n: int,
-    rank: int,
-    *,
-    stack: int = 1,
-    input_gradient: bool = True,
-    training: bool = True,
-) -> Cost:
-    """FLOPs of one use: y = x W, and from the gradient g of y those of x and of W or S.
+@final
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What a device does in a second, measured by `python -m train.bench layers`.
 
-    Matrix products alone, 2 a b c for (a, b) times (b, c). A convolution is a use with
-    m = window * channels in and one row per output position. `rank` says nothing about
-    `DENSE`.
+    A product takes the longer of its FLOPs at the rate of its kind and its bytes at
+    `bandwidth`, plus `overhead`. The rates of the three products of a convolution (it,
+    and its gradients to input and kernel) differ widely on most devices.
 
-    Args:     rows: T, of each stacked matrix. input_gradient: whether x has one; the
-              first layer needs none. training: False for the forward pass alone.
-    Raises:   ValueError: a negative number of rows; m, n or `stack` below 1; a rank
-              outside [1, min(m, n)].
+    Args:     dot, conv, conv_input, conv_kernel: FLOP/s. bandwidth: bytes/s.
+              overhead: s.
+    Raises:   ValueError: a rate that is not positive, a negative overhead.
+    """
+
+    dot: float
+    conv: float
+    conv_input: float
+    conv_kernel: float
+    bandwidth: float
+    overhead: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse settings out of range."""
+        for name, value in dataclasses.asdict(self).items():
+            if name == "overhead":
+                if not 0 <= value < math.inf:
+                    raise ValueError(f"`overhead` must be at least 0, got {value}")
+            elif not value > 0:
+                raise ValueError(f"`{name}` must be positive, got {value}")
+
+
+class Product(NamedTuple):
+    """One matrix product (a, b) times (b, c) of a use.
+
+    `kind` is a rate of `Rates`; `shared` says which of the three arrays (ab, bc, ac)
+    has the entries of a convolution's input, each read by `window` of its rows.
+    """
+
+    a: int
+    b: int
+    c: int
+    backward: bool
+    kind: str = "dot"
+    shared: str = ""
+    window: int = 1
+
+    @property
+    def flops(self) -> int:
+        """2 for a multiplication and sum."""
+        return 2 * self.a * self.b * self.c
+
+    @property
+    def entries(self) -> int:
+        """Entries of the three arrays, each moved once."""
+        sizes = {"ab": self.a * self.b, "bc": self.b * self.c, "ac": self.a * self.c}
+        if self.shared:
+            sizes[self.shared] = -(-sizes[self.shared] // self.window)
+        return sum(sizes.values())
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """One use of a matrix: y = x W, and the gradients of x and of W or S.
+
+    A convolution is a use with m = window * channels in and one row per output
+    position; the factor that meets x carries the window.
+
+    Args:     rows: T, of each stacked matrix. window: taps of a convolution, 1 for a
+              dot product. stack: matrices of the same shape, each with its own rows.
+              input_gradient: whether x has one; the first layer needs none.
+              training: False for the forward pass alone.
+    Raises:   ValueError: a negative number of rows; m, n, `window` or `stack` below 1,
+              a window that does not divide m; a rank outside [1, min(m, n)].
+    """
+
+    rows: int
+    m: int
+    n: int
+    rank: int
+    window: int = 1
+    stack: int = 1
+    input_gradient: bool = True
+    training: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse sizes out of range."""
+        if self.rows < 0:
+            raise ValueError(f"`rows` must be at least 0, got {self.rows}")
+        for name in ("m", "n", "window", "stack"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}")
+        if self.m % self.window:
+            raise ValueError(
+                f"`window` must divide m={self.m}, the taps times the channels; "
+                f"got {self.window}"
+            )
+        full = min(self.m, self.n)
+        if not 1 <= self.rank <= full:
+            raise ValueError(f"`rank` must be in [1, {full}], got {self.rank}")
+
+
+def products(order: Order, load: Workload) -> tuple[Product, ...]:
+    """The matrix products of one use, forward and then backward.
+
+    The rank says nothing about `DENSE`.
+
     Source:   Coquelin et al. 2024 (arXiv 2401.08505) for the method; the authors' code
               contracts in the order `REBUILT`.
+    """
+    t, m, n, r, window = load.rows, load.m, load.n, load.rank, load.window
 
-    >>> low = flops(Order.CHAIN, 1024, 768, 768, rank=96)
-    >>> dense = flops(Order.DENSE, 1024, 768, 768, rank=96)
+    def windowed(a: int, b: int, c: int, backward: bool, kind: str, x: str) -> Product:
+        if window == 1:
+            return Product(a, b, c, backward)
+        return Product(a, b, c, backward, kind, x, window)
+
+    def meet(columns: int) -> Product:  # x times (m, columns)
+        return windowed(t, m, columns, False, "conv", "ab")
+
+    def to_input(columns: int) -> Product:  # (T, columns) times (columns, m)
+        return windowed(t, columns, m, True, "conv_input", "ac")
+
+    def to_kernel(columns: int) -> Product:  # xᵀ times (T, columns)
+        return windowed(m, t, columns, True, "conv_kernel", "ab")
+
+    rebuild = [(m, r, r) if m < n else (r, r, n), (m, r, n)]
+    match order:
+        case Order.DENSE:
+            forward = [meet(n)]
+            trained = [to_kernel(n)]
+            inputs = [to_input(n)]
+        case Order.REBUILT:
+            forward = [*(Product(*x, False) for x in rebuild), meet(n)]
+            # Uᵀ (xᵀ g) V the way back
+            trained = [to_kernel(n), *(Product(*x, True) for x in rebuild)]
+            inputs = [to_input(n)]
+        case Order.CHAIN:
+            forward = [meet(r), Product(t, r, r, False), Product(t, r, n, False)]
+            trained = [Product(t, n, r, True), Product(r, t, r, True)]  # gV, (xU)ᵀ (gV)
+            inputs = [Product(t, r, r, True), to_input(r)]  # ((gV) Sᵀ) Uᵀ
+        case Order.MERGED if n <= m:  # y = (xU) B, B = S Vᵀ
+            forward = [Product(r, r, n, False), meet(r), Product(t, r, n, False)]
+            trained = [Product(r, t, n, True), Product(r, n, r, True)]  # (xU)ᵀ g, V
+            inputs = [Product(t, n, r, True), to_input(r)]  # (g Bᵀ) Uᵀ
+        case Order.MERGED:  # y = (xA) Vᵀ, A = U S
+            forward = [Product(m, r, r, False), meet(r), Product(t, r, n, False)]
+            # gV, xᵀ (gV), Uᵀ times it
+            trained = [Product(t, n, r, True), to_kernel(r), Product(r, m, r, True)]
+            inputs = [to_input(r)]  # (gV) Aᵀ
+    backward = trained + inputs * load.input_gradient
+    return (*forward, *(backward * load.training))
+
+
+def flops(order: Order, load: Workload) -> Cost:
+    """FLOPs of the products of a workload.
+
+    >>> load = Workload(1024, 768, 768, rank=96)
+    >>> low, dense = (flops(x, load) for x in (Order.CHAIN, Order.DENSE))
     >>> round(low.total / dense.total, 3)
     0.182
     """
-    _check(rows, m, n, rank, stack)
-    q = min(m, n)
-    rebuild = q * rank**2 + m * n * rank  # the smaller base times S, times the other
-    match order:
-        case Order.DENSE:
-            forward = rows * m * n
-            trained = rows * m * n  # xᵀ g
-            inputs = rows * m * n  # g Wᵀ
-        case Order.REBUILT:
-            forward = rebuild + rows * m * n
-            trained = rows * m * n + rebuild  # xᵀ g, and Uᵀ (xᵀ g) V the way back
-            inputs = rows * m * n
-        case Order.CHAIN:
-            forward = rows * rank * (m + rank + n)
-            trained = rows * rank * (n + rank)  # gV, and (xU)ᵀ (gV)
-            inputs = rows * rank * (rank + m)  # gV is there: (gV) Sᵀ, times Uᵀ
-        case Order.MERGED:
-            forward = q * rank**2 + rows * rank * (m + n)
-            if n <= m:  # y = (xU) B, B = S Vᵀ
-                trained = rows * rank * n + q * rank**2  # (xU)ᵀ g, times V
-                inputs = rows * rank * (n + m)  # g Bᵀ, times Uᵀ
-            else:  # y = (xA) Vᵀ, A = U S
-                trained = rows * rank * (n + m) + q * rank**2  # gV, xᵀ(gV), Uᵀ times it
-                inputs = rows * rank * m  # gV is there: times Aᵀ
-    backward = (trained + inputs * input_gradient) * training
-    return Cost(forward=2 * stack * forward, backward=2 * stack * backward)
+    done = products(order, load)
+    return Cost(
+        forward=load.stack * sum(x.flops for x in done if not x.backward),
+        backward=load.stack * sum(x.flops for x in done if x.backward),
+    )
 
 
-def cheapest(
-    rows: int,
-    m: int,
-    n: int,
-    rank: int,
-    *,
-    input_gradient: bool = True,
-    training: bool = True,
-) -> Order:
-    """The order with the fewest FLOPs for a low-rank leaf, the first listed of equals.
+def traffic(order: Order, load: Workload, itemsize: int = 4) -> Cost:
+    """Bytes that the products of a workload read and write, each array once.
 
-    Chain at low rank (for many rows: below a third of the small side), then merged,
-    then rebuilt. A stack multiplies all alike and has no say.
+    An entry of a convolution's input counts once, not once per tap (exact for stride
+    1). What a compiler fuses or keeps in a cache is not known here.
 
-    >>> [cheapest(10**5, 768, 768, r).value for r in (200, 300, 500)]
+    >>> traffic(Order.DENSE, Workload(1024, 768, 768, 96)).forward  # x, W and y
+    8650752
+    """
+    if itemsize < 1:
+        raise ValueError(f"`itemsize` must be at least 1, got {itemsize}")
+    done, size = products(order, load), load.stack * itemsize
+    return Cost(
+        forward=size * sum(x.entries for x in done if not x.backward),
+        backward=size * sum(x.entries for x in done if x.backward),
+    )
+
+
+def seconds(order: Order, load: Workload, rates: Rates, itemsize: int = 4) -> float:
+    """Estimated time of a workload on a device of these rates, a stack as one call.
+
+    Source:   the roofline model, Williams et al. 2009.
+    """
+    return sum(
+        max(
+            load.stack * x.flops / getattr(rates, x.kind),
+            load.stack * itemsize * x.entries / rates.bandwidth,
+        )
+        + rates.overhead
+        for x in products(order, load)
+    )
+
+
+def cheapest(load: Workload, rates: Rates | None = None, itemsize: int = 4) -> Order:
+    """The order of least work for a low-rank leaf, the first listed of equals.
+
+    Without `rates` work is FLOPs: chain at low rank (for many rows: below a third of
+    the small side), then merged, then rebuilt. With them it is time, which moves these
+    borders where a product is bound by bandwidth or a convolution's gradient is slow.
+
+    >>> [cheapest(Workload(10**5, 768, 768, r)).value for r in (200, 300, 500)]
     ['chain', 'merged', 'rebuilt']
     """
 
-    def total(order: Order) -> int:
-        cost = flops(
-            order,
-            rows,
-            m,
-            n,
-            rank,
-            input_gradient=input_gradient,
-            training=training,
-        )
-        return cost.total
+    def work(order: Order) -> int | float:
+        if rates is None:
+            return flops(order, load).total
+        return seconds(order, load, rates, itemsize)
 
-    return min((Order.CHAIN, Order.MERGED, Order.REBUILT), key=total)
+    return min(LOW_RANK, key=work)
 
 
-def _check(rows: int, m: int, n: int, rank: int, stack: int) -> None:
-    if rows < 0:
-        raise ValueError(f"`rows` must be at least 0, got {rows}")
-    for name, value in (("m", m), ("n", n), ("stack", stack)):
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}")
-    if not 1 <= rank <= min(m, n):
-        raise ValueError(f"`rank` must be in [1, {min(m, n)}], got {rank}")
+RATES: Mapping[str, Rates] = {}
+"""Measured rates by JAX backend; a backend that is not listed is judged by FLOPs."""

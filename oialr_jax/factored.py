@@ -2,30 +2,42 @@
 
 import functools
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from oialr_jax import contract, interpret
+from oialr_jax import contract, cost, interpret
 from oialr_jax.lowrank import Axes, is_low_rank, unique_names
 
 
-def factored(fn: Callable[..., Any]) -> Callable[..., Any]:
+def factored(
+    fn: Callable[..., Any],
+    *,
+    order: cost.Order | str | None = None,
+    rates: cost.Rates | None = None,
+) -> Callable[..., Any]:
     """fn, running on dense, low-rank or mixed params without being rewritten.
 
     The function is traced with dense abstract values in the place of LowRank leaves,
     and each dot product or convolution that meets one is contracted with its factors in
     the cheapest order. Frozen bases get no gradient. Where no rule applies the leaf is
     materialised: right, but at dense cost; a warning names the leaf and the primitive,
-    once per leaf and primitive. Without LowRank leaves this is fn itself.
+    once per leaf and primitive. Without LowRank leaves this is fn itself. `explain`
+    tells what was chosen and why.
 
     Arguments that are not arrays (flags, strings, functions) stay as they are. The
     result composes with jit, grad, vmap, remat, scan, pmap and shard_map. Inside
     `jax.custom_jvp` and `jax.custom_vjp` functions a leaf is materialised at the
     boundary, because the custom rule is a rule about the dense array.
+
+    Args:     order: "chain", "merged" or "rebuilt" (the authors' way) for every leaf,
+              to compare; None picks the cheapest for each use. rates: of the device,
+              measured; None has those that `cost.RATES` knows for JAX's default
+              backend, and counts FLOPs where it knows none.
+    Raises:   ValueError: an `order` that is none of a low-rank leaf.
 
     >>> from oialr_jax import Axes, LowRank
     >>> q, _ = jnp.linalg.qr(jnp.arange(8.0).reshape(4, 2) ** 2)
@@ -35,38 +47,100 @@ def factored(fn: Callable[..., Any]) -> Callable[..., Any]:
     True
     """
     reported: set[tuple[str, str]] = set()
+    pick = picker(order, rates)
 
     @functools.wraps(fn)
     def run(*args: Any, **kwargs: Any) -> Any:
-        leaves = jax.tree.leaves((args, kwargs), is_leaf=is_low_rank)
-        if not any(map(is_low_rank, leaves)):
+        if not any(
+            map(is_low_rank, jax.tree.leaves((args, kwargs), is_leaf=is_low_rank))
+        ):
             return fn(*args, **kwargs)
         traced = interpret.trace(fn, args, kwargs, is_low_rank)
-        names = unique_names(path for path, _ in traced.leaves)
-        nodes = {
-            name: leaf
-            for name, (_, leaf) in zip(names, traced.leaves, strict=True)
-            if is_low_rank(leaf)
-        }
-        handler = _Contraction({k: v.axes for k, v in nodes.items()}, reported)
-        values = [
-            contract.view_of(leaf, name) if is_low_rank(leaf) else leaf
-            for name, (_, leaf) in zip(names, traced.leaves, strict=True)
-        ]
-        outputs = interpret.evaluate(traced.jaxpr, values, handler)
-        return traced.rebuild(
-            [interpret.as_array(out, handler, "output") for out in outputs]
+        outputs = contracted(
+            traced, [leaf for _, leaf in traced.leaves], pick, reported
         )
+        return traced.rebuild(outputs)
 
     return run
+
+
+class Choice(NamedTuple):
+    """In which order one use of a low-rank leaf, an equation, is contracted."""
+
+    path: str
+    kind: str
+    load: cost.Workload
+    itemsize: int
+    order: cost.Order
+    eqn: Any
+
+
+Pick = Callable[[cost.Workload, int], cost.Order]
+
+
+def picker(order: cost.Order | str | None, rates: cost.Rates | None) -> Pick:
+    """The order of a use from its workload and the size of an entry in bytes."""
+    if order is not None and order not in cost.LOW_RANK:
+        known = ", ".join(cost.LOW_RANK)
+        raise ValueError(f"`order` must be one of {known}, got {order!r}")
+    forced = None if order is None else cost.Order(order)
+
+    def pick(load: cost.Workload, itemsize: int) -> cost.Order:
+        if forced is not None:
+            return forced
+        measured = cost.RATES.get(jax.default_backend()) if rates is None else rates
+        return cost.cheapest(load, measured, itemsize)
+
+    return pick
+
+
+def contracted(
+    traced: interpret.Traced,
+    leaves: Sequence[Any],
+    pick: Pick,
+    reported: set[tuple[str, str]],
+    choices: list[Choice] | None = None,
+) -> list[Any]:
+    """The outputs of a traced function on `leaves`; each choice is appended.
+
+    An argument that holds no low-rank leaf is taken for data, which gets no gradient.
+    """
+    names = unique_names(path for path, _ in traced.leaves)
+    trained = {
+        tuple(path[:2])
+        for (path, _), leaf in zip(traced.leaves, leaves, strict=True)
+        if is_low_rank(leaf)
+    }
+    nodes = {
+        name: leaf
+        for name, leaf in zip(names, leaves, strict=True)
+        if is_low_rank(leaf)
+    }
+    axes = {name: node.axes for name, node in nodes.items()}
+    handler = _Contraction(axes, pick, reported, choices)
+    values = [
+        contract.view_of(leaf, name) if is_low_rank(leaf) else leaf
+        for name, leaf in zip(names, leaves, strict=True)
+    ]
+    fixed = [tuple(path[:2]) not in trained for path, _ in traced.leaves]
+    outputs = interpret.evaluate(traced.jaxpr, values, handler, fixed)
+    return [interpret.as_array(out, handler, "output") for out in outputs]
 
 
 class _Contraction:
     """Handler whose views hold the factors of a LowRank leaf."""
 
-    def __init__(self, axes: dict[str, Axes], reported: set[tuple[str, str]]) -> None:
+    def __init__(
+        self,
+        axes: dict[str, Axes],
+        pick: Pick,
+        reported: set[tuple[str, str]],
+        choices: list[Choice] | None,
+    ) -> None:
         self.axes = axes
+        self.pick = pick
         self.reported = reported
+        self.choices = choices
 
     def materialize(self, view: interpret.View) -> Array:
         return contract.materialize(view, self.axes[view.path])
@@ -84,17 +158,14 @@ class _Contraction:
         factors = contract.turned(view, self.axes[view.path], use)
         if factors is None:
             return None
+        load = contract.workload(x, factors, use, eqn.outvars[0].aval)
+        itemsize = jnp.promote_types(x.dtype, view.dtype).itemsize
+        order = self.pick(load, itemsize)
+        if self.choices is not None:
+            self.choices.append(Choice(view.path, use.kind, load, itemsize, order, eqn))
+        contraction = contract.conv if use.kind == "conv" else contract.dot
         with interpret.context(eqn):
-            if use.kind == "conv":
-                aval = eqn.outvars[0].aval
-                out = contract.conv(x, factors, use, eqn.params, aval)
-            else:
-                out = contract.dot(x, factors, use, eqn.params)
-        if out is None:  # rebuilding W is the cheapest order: no cause for a warning
-            operands = [x, x]
-            operands[use.position] = self.materialize(view)
-            return interpret.bind(eqn, operands)[0]
-        return out
+            return contraction(x, factors, use, eqn.params, order)
 
     def unknown(self, view: interpret.View, primitive: str) -> None:
         if (view.path, primitive) not in self.reported:

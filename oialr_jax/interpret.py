@@ -69,7 +69,8 @@ class Use(NamedTuple):
 
     `contracted`, `batch` and `free` are dimensions of the view, `x_contracted` and
     `x_batch` the partners of the first two in the array. `position` is the operand
-    that the view is. `groups` is above one for a grouped convolution.
+    that the view is. `groups` is above one for a grouped convolution. `x_fixed` says
+    that the array comes from data alone, so that no gradient goes to it.
     """
 
     kind: str
@@ -80,6 +81,7 @@ class Use(NamedTuple):
     x_contracted: tuple[int, ...]
     x_batch: tuple[int, ...]
     groups: int = 1
+    x_fixed: bool = False
 
 
 @runtime_checkable
@@ -107,14 +109,19 @@ class Handler(Protocol):
         ...
 
 
-def evaluate(jaxpr: Any, args: Sequence[Any], handler: Handler) -> list[Any]:
+def evaluate(
+    jaxpr: Any, args: Sequence[Any], handler: Handler, fixed: Sequence[bool] = ()
+) -> list[Any]:
     """The outputs of a closed jaxpr on arrays and views; outputs may be views.
 
     `jaxpr` is what `jax.make_jaxpr` returns, or a jaxpr found in a primitive's
-    parameters. Equations that meet no view are bound again as they are.
+    parameters. Equations that meet no view are bound again as they are. `fixed` marks
+    the args that are data, which get no gradient; without it none is, and in the body
+    of a branch or a loop none is.
     """
     env: dict[Any, Any] = {}
     body = getattr(jaxpr, "jaxpr", jaxpr)
+    data = {var for var, is_data in zip(body.invars, fixed, strict=False) if is_data}
 
     def read(var: Any) -> Any:
         return var.val if isinstance(var, jex.Literal) else env[var]
@@ -122,8 +129,11 @@ def evaluate(jaxpr: Any, args: Sequence[Any], handler: Handler) -> list[Any]:
     env.update(zip(body.constvars, getattr(jaxpr, "consts", ()), strict=True))
     env.update(zip(body.invars, args, strict=True))
     for eqn in body.eqns:
-        outputs = _apply(eqn, [read(var) for var in eqn.invars], handler)
+        known = [isinstance(x, jex.Literal) or x in data for x in eqn.invars]
+        outputs = _apply(eqn, [read(var) for var in eqn.invars], handler, known)
         env.update(zip(eqn.outvars, outputs, strict=True))
+        if all(known):
+            data.update(eqn.outvars)
     return [read(var) for var in body.outvars]
 
 
@@ -179,12 +189,14 @@ def context(eqn: Any) -> Iterator[None]:
         yield
 
 
-def _apply(eqn: Any, values: list[Any], handler: Handler) -> list[Any]:
+def _apply(
+    eqn: Any, values: list[Any], handler: Handler, fixed: Sequence[bool]
+) -> list[Any]:
     if not any(isinstance(value, View) for value in values):
         return bind(eqn, values)
     name = eqn.primitive.name
     if name in _CONTROL_FLOW:
-        return _CONTROL_FLOW[name](eqn, values, handler)
+        return _CONTROL_FLOW[name](eqn, values, handler, fixed)
     if name in _LAYOUT:
         view = _LAYOUT[name](eqn, values, handler)
         if view is not None:
@@ -194,6 +206,7 @@ def _apply(eqn: Any, values: list[Any], handler: Handler) -> list[Any]:
         # Of two views only the weight side is contracted: the other becomes an array.
         view = values[use.position]
         x = as_array(values[1 - use.position], handler, name)
+        use = use._replace(x_fixed=fixed[1 - use.position])
         out = handler.contract(view, x, use, eqn)
         if out is not None:
             return [out]
@@ -388,22 +401,36 @@ _LAYOUT: dict[str, Callable[[Any, list[Any], Handler], View | None]] = {
 # Control flow: views are pytrees, so they cross into the body of any transformation
 
 
-def _inline(eqn: Any, values: list[Any], handler: Handler) -> list[Any]:
-    return evaluate(eqn.params["jaxpr"], values, handler)
+def _inline(
+    eqn: Any, values: list[Any], handler: Handler, fixed: Sequence[bool]
+) -> list[Any]:
+    return evaluate(eqn.params["jaxpr"], values, handler, fixed)
 
 
-def _arrays(jaxpr: Any, values: Sequence[Any], handler: Handler, at: str) -> list[Any]:
-    outputs = evaluate(jaxpr, values, handler)
+def _arrays(
+    jaxpr: Any,
+    values: Sequence[Any],
+    handler: Handler,
+    at: str,
+    fixed: Sequence[bool] = (),
+) -> list[Any]:
+    outputs = evaluate(jaxpr, values, handler, fixed)
     return [as_array(out, handler, f"output of {at}") for out in outputs]
 
 
-def _remat(eqn: Any, values: list[Any], handler: Handler) -> list[Any]:
-    body = functools.partial(_arrays, eqn.params["jaxpr"], handler=handler, at="remat")
+def _remat(
+    eqn: Any, values: list[Any], handler: Handler, fixed: Sequence[bool]
+) -> list[Any]:
+    body = functools.partial(
+        _arrays, eqn.params["jaxpr"], handler=handler, at="remat", fixed=fixed
+    )
     prevent_cse, policy = eqn.params["prevent_cse"], eqn.params["policy"]
     return jax.checkpoint(body, prevent_cse=prevent_cse, policy=policy)(values)
 
 
-def _cond(eqn: Any, values: list[Any], handler: Handler) -> list[Any]:
+def _cond(
+    eqn: Any, values: list[Any], handler: Handler, fixed: Sequence[bool]
+) -> list[Any]:
     index, *operands = values
     branches = [
         functools.partial(_arrays, branch, handler=handler, at="cond")
@@ -412,7 +439,9 @@ def _cond(eqn: Any, values: list[Any], handler: Handler) -> list[Any]:
     return jax.lax.switch(index, branches, operands)
 
 
-def _while(eqn: Any, values: list[Any], handler: Handler) -> list[Any]:
+def _while(
+    eqn: Any, values: list[Any], handler: Handler, fixed: Sequence[bool]
+) -> list[Any]:
     cond_count, body_count = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     cond_consts = values[:cond_count]
     body_consts = values[cond_count : cond_count + body_count]
@@ -431,7 +460,9 @@ def _while(eqn: Any, values: list[Any], handler: Handler) -> list[Any]:
     )
 
 
-def _scan(eqn: Any, values: list[Any], handler: Handler) -> list[Any]:
+def _scan(
+    eqn: Any, values: list[Any], handler: Handler, fixed: Sequence[bool]
+) -> list[Any]:
     params = eqn.params
     if "num_consts" in params:
         consts_count, carry_count = params["num_consts"], params["num_carry"]
@@ -475,7 +506,9 @@ def _scanned(value: Any, handler: Handler) -> tuple[View | None, Any]:
     return value.replace(dims=value.dims[1:], taken=(*value.taken, axis)), data
 
 
-_CONTROL_FLOW: dict[str, Callable[[Any, list[Any], Handler], list[Any]]] = {
+_CONTROL_FLOW: dict[
+    str, Callable[[Any, list[Any], Handler, Sequence[bool]], list[Any]]
+] = {
     "jit": _inline,
     "remat2": _remat,
     "cond": _cond,

@@ -25,6 +25,7 @@ FLOORS = {
     "checkpoint": 3,
     "export": 3,
     "adaptive": 4,
+    "explain": 4,
     "__init__": 5,  # sees every room and is seen by none
 }
 PLAIN = ("cost", "schedule")  # decide on integers: no JAX

@@ -1,0 +1,149 @@
+"""Tells what a program will do with its matrices: order, FLOPs and why, by layer."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+import jax
+
+from oialr_jax import cost, interpret
+from oialr_jax.factored import Choice, contracted, picker
+from oialr_jax.lowrank import Axes, LowRank, is_low_rank, named_leaves, path_name
+from oialr_jax.matrices import find_matrices
+
+
+class Line(NamedTuple):
+    """One use of a matrix in a training step.
+
+    `flops` are those of the order, `dense_flops` of the same use dense, both forward
+    and backward. `why` has what decides, the work of every order over that of dense:
+    estimated time where the device has rates, else FLOPs. A leaf that is dense has no
+    `rank` and nothing to decide.
+    """
+
+    path: str
+    kind: str
+    rows: int
+    m: int
+    n: int
+    rank: int | None
+    order: str
+    flops: int
+    dense_flops: int
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """The matrices of a function in the order of their use; prints as a table."""
+
+    lines: tuple[Line, ...]
+
+    @property
+    def flops(self) -> int:
+        """Of all matrices listed, forward and backward."""
+        return sum(line.flops for line in self.lines)
+
+    @property
+    def dense_flops(self) -> int:
+        """Of the same matrices held dense."""
+        return sum(line.dense_flops for line in self.lines)
+
+    def __str__(self) -> str:
+        width = max([len(line.path) for line in self.lines] + [5])
+        head = f"{'layer':<{width}}  kind     rows        shape  rank  order     GFLOP"
+        table = [f"{head}  /dense  why"]
+        for x in self.lines:
+            rank = "" if x.rank is None else x.rank
+            table.append(
+                f"{x.path:<{width}}  {x.kind:<4} {x.rows:>8} {f'{x.m}x{x.n}':>12} "
+                f"{rank:>5}  {x.order:<7} {x.flops / 1e9:>7.3f} "
+                f"{x.flops / max(1, x.dense_flops):>7.1%}  {x.why}"
+            )
+        share = self.flops / max(1, self.dense_flops)
+        table.append(f"{self.flops / 1e9:.3f} GFLOP a step, {share:.1%} of dense")
+        return "\n".join(table)
+
+
+def explain(
+    fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    order: cost.Order | str | None = None,
+    rates: cost.Rates | None = None,
+    **kwargs: Any,
+) -> Explanation:
+    """What `factored(fn)` does with each matrix of fn(params, *args), and why.
+
+    The function is traced, never run, so arguments may be `jax.ShapeDtypeStruct`, also
+    within LowRank nodes. Matrices alone are counted; a body of a scan counts once. An
+    argument without a low-rank or trained matrix is data and gets no gradient.
+
+    Args:     order, rates: as for `factored`.
+    Raises:   ValueError: an `order` that is none of a low-rank leaf.
+    """
+    pick = picker(order, rates)
+    if rates is None:
+        rates = cost.RATES.get(jax.default_backend())
+    leaves = named_leaves(params)
+    dense = {
+        found.path: found.axes
+        for found in find_matrices(fn, params, *args, **kwargs)
+        if not is_low_rank(leaves[found.path])
+    }
+
+    def at_full_rank(path: Any, leaf: Any) -> Any:
+        axes = dense.get(path_name(path))
+        return leaf if axes is None else _full_rank(leaf, axes)
+
+    params = jax.tree_util.tree_map_with_path(at_full_rank, params, is_leaf=is_low_rank)
+    traced = interpret.trace(fn, (params, *args), kwargs, is_low_rank)
+    choices: list[Choice] = []
+
+    def walk(leaves: list[Any]) -> list[Any]:
+        return contracted(traced, leaves, pick, set(), choices)
+
+    with warnings.catch_warnings():  # of leaves that no rule contracts: `factored` says
+        warnings.simplefilter("ignore")
+        jax.eval_shape(walk, [leaf for _, leaf in traced.leaves])
+    once = {(choice.path, id(choice.eqn)): choice for choice in choices}
+    return Explanation(tuple(_line(x, dense, rates) for x in once.values()))
+
+
+def _line(choice: Choice, dense: Collection[str], rates: cost.Rates | None) -> Line:
+    load = choice.load
+    path = choice.path.removeprefix("0/0").removeprefix("/")
+    order = cost.Order.DENSE if path in dense else choice.order
+    full = cost.flops(cost.Order.DENSE, load).total
+
+    def share(order: cost.Order) -> float:
+        if rates is None:
+            return cost.flops(order, load).total / max(1, full)
+        work, base = (
+            cost.seconds(x, load, rates, choice.itemsize)
+            for x in (order, cost.Order.DENSE)
+        )
+        return work / base if base else 0.0
+
+    parts = ", ".join(f"{x.value} {share(x):.2f}" for x in cost.LOW_RANK)
+    return Line(
+        path=path,
+        kind=choice.kind,
+        rows=load.rows,
+        m=load.m,
+        n=load.n,
+        rank=None if path in dense else load.rank,
+        order=order.value,
+        flops=cost.flops(order, load).total,
+        dense_flops=full,
+        why="" if path in dense else f"{'time' if rates else 'FLOPs'}: {parts}",
+    )
+
+
+def _full_rank(leaf: Any, axes: Axes) -> LowRank:
+    """Shapes of the leaf in low rank, cut nowhere."""
+    r = min(axes.m, axes.n)
+    shapes = ((axes.m, r), (r, r), (r, axes.n))
+    u, s, vt = (jax.ShapeDtypeStruct((*axes.l, *shape), leaf.dtype) for shape in shapes)
+    return LowRank(u, s, vt, axes)

@@ -1,0 +1,82 @@
+"""Residual convolutional networks to be held in low rank: plain Flax."""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+Conv = functools.partial(
+    nn.Conv,
+    use_bias=False,
+    kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+)
+
+
+class ResNet(nn.Module):
+    """Class logits of small images: a 3x3 stem without pooling, then basic blocks.
+
+    The first block of every stage but the first halves height and width. Batch
+    statistics live in the collection `batch_stats`, mutable where `train` is True.
+    Widths (64, 128, 256, 512) with two blocks each are ResNet-18 in its CIFAR form,
+    11,173,962 weights for 10 classes.
+
+    Shapes:   images: (b, h, w, c); logits: (b, classes), float32 whatever `dtype`.
+    Args:     widths: channels by stage. blocks: basic blocks by stage.
+              dtype: of the computation; the parameters are float32.
+    Source:   He et al. 2016, projection (1x1 convolution) where shapes change; padding
+              is symmetric as torchvision's, kernels from He's normal over the fan-out.
+    """
+
+    widths: tuple[int, ...]
+    blocks: tuple[int, ...]
+    classes: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, images: Float[Array, "b h w c"], train: bool = False
+    ) -> Float[Array, "b classes"]:
+        """Logits of a batch."""
+        norm = functools.partial(
+            nn.BatchNorm,
+            use_running_average=not train,
+            momentum=0.9,
+            epsilon=1e-5,
+            dtype=self.dtype,
+        )
+        x = Conv(self.widths[0], (3, 3), padding=1, dtype=self.dtype, name="stem")(
+            images
+        )
+        x = nn.relu(norm(name="norm")(x))
+        for i, (width, count) in enumerate(zip(self.widths, self.blocks, strict=True)):
+            for j in range(count):
+                stride = 2 if i > 0 and j == 0 else 1
+                x = Block(width, stride, norm, self.dtype, name=f"stage{i}_block{j}")(x)
+        x = jnp.mean(x, axis=(1, 2))
+        return nn.Dense(self.classes, dtype=jnp.float32, name="head")(x)
+
+
+class Block(nn.Module):
+    """ReLU of the input plus two 3x3 convolutions, each normalised."""
+
+    width: int
+    stride: int
+    norm: Any
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j width"]:
+        """The shortcut is a strided 1x1 convolution where the shape changes."""
+        stride = (self.stride, self.stride)
+        y = Conv(
+            self.width, (3, 3), stride, padding=1, dtype=self.dtype, name="conv1"
+        )(x)
+        y = nn.relu(self.norm(name="norm1")(y))
+        y = Conv(self.width, (3, 3), padding=1, dtype=self.dtype, name="conv2")(y)
+        y = self.norm(name="norm2")(y)
+        if x.shape != y.shape:
+            x = Conv(self.width, (1, 1), stride, dtype=self.dtype, name="shortcut")(x)
+            x = self.norm(name="shortcut_norm")(x)
+        return nn.relu(x + y)
