@@ -47,15 +47,17 @@ class Rates:
     """What a device does in a second, measured by `python -m train.bench layers`.
 
     A product takes the longer of its FLOPs at the rate of its kind and its bytes at
-    `bandwidth`, plus `overhead`. The rates of the three products of a convolution (it,
-    and its gradients to input and kernel) differ widely on most devices.
+    `bandwidth`, plus `overhead`. Gradients of a weight (`_kernel`), which sum over the
+    rows, are slower than other products on most devices, and so is each product of a
+    convolution (it, and its gradients to input and kernel) in its own measure.
 
-    Args:     dot, conv, conv_input, conv_kernel: FLOP/s. bandwidth: bytes/s.
-              overhead: s.
+    Args:     dot, dot_kernel, conv, conv_input, conv_kernel: FLOP/s.
+              bandwidth: bytes/s. overhead: s.
     Raises:   ValueError: a rate that is not positive, a negative overhead.
     """
 
     dot: float
+    dot_kernel: float
     conv: float
     conv_input: float
     conv_kernel: float
@@ -154,19 +156,23 @@ def products(order: Order, load: Workload) -> tuple[Product, ...]:
     """
     t, m, n, r, window = load.rows, load.m, load.n, load.rank, load.window
 
-    def windowed(a: int, b: int, c: int, backward: bool, kind: str, x: str) -> Product:
-        if window == 1:
-            return Product(a, b, c, backward)
-        return Product(a, b, c, backward, kind, x, window)
-
     def meet(columns: int) -> Product:  # x times (m, columns)
-        return windowed(t, m, columns, False, "conv", "ab")
+        if window == 1:
+            return Product(t, m, columns, False)
+        return Product(t, m, columns, False, "conv", "ab", window)
 
     def to_input(columns: int) -> Product:  # (T, columns) times (columns, m)
-        return windowed(t, columns, m, True, "conv_input", "ac")
+        if window == 1:
+            return Product(t, columns, m, True)
+        return Product(t, columns, m, True, "conv_input", "ac", window)
 
     def to_kernel(columns: int) -> Product:  # xᵀ times (T, columns)
-        return windowed(m, t, columns, True, "conv_kernel", "ab")
+        if window == 1:
+            return over_rows(m, columns)
+        return Product(m, t, columns, True, "conv_kernel", "ab", window)
+
+    def over_rows(a: int, c: int) -> Product:
+        return Product(a, t, c, True, "dot_kernel")
 
     rebuild = [(m, r, r) if m < n else (r, r, n), (m, r, n)]
     match order:
@@ -181,11 +187,11 @@ def products(order: Order, load: Workload) -> tuple[Product, ...]:
             inputs = [to_input(n)]
         case Order.CHAIN:
             forward = [meet(r), Product(t, r, r, False), Product(t, r, n, False)]
-            trained = [Product(t, n, r, True), Product(r, t, r, True)]  # gV, (xU)ᵀ (gV)
+            trained = [Product(t, n, r, True), over_rows(r, r)]  # gV, (xU)ᵀ (gV)
             inputs = [Product(t, r, r, True), to_input(r)]  # ((gV) Sᵀ) Uᵀ
         case Order.MERGED if n <= m:  # y = (xU) B, B = S Vᵀ
             forward = [Product(r, r, n, False), meet(r), Product(t, r, n, False)]
-            trained = [Product(r, t, n, True), Product(r, n, r, True)]  # (xU)ᵀ g, V
+            trained = [over_rows(r, n), Product(r, n, r, True)]  # (xU)ᵀ g, V
             inputs = [Product(t, n, r, True), to_input(r)]  # (g Bᵀ) Uᵀ
         case Order.MERGED:  # y = (xA) Vᵀ, A = U S
             forward = [Product(m, r, r, False), meet(r), Product(t, r, n, False)]
@@ -249,19 +255,32 @@ def cheapest(load: Workload, rates: Rates | None = None, itemsize: int = 4) -> O
 
     Without `rates` work is FLOPs: chain at low rank (for many rows: below a third of
     the small side), then merged, then rebuilt. With them it is time, which moves these
-    borders where a product is bound by bandwidth or a convolution's gradient is slow.
+    borders where a product is bound by bandwidth or a gradient is slow; times that
+    differ by less than `MARGIN` are equal.
 
     >>> [cheapest(Workload(10**5, 768, 768, r)).value for r in (200, 300, 500)]
     ['chain', 'merged', 'rebuilt']
     """
-
-    def work(order: Order) -> int | float:
-        if rates is None:
-            return flops(order, load).total
-        return seconds(order, load, rates, itemsize)
-
-    return min(LOW_RANK, key=work)
+    if rates is None:
+        return min(LOW_RANK, key=lambda order: flops(order, load).total)
+    times = {order: seconds(order, load, rates, itemsize) for order in LOW_RANK}
+    least = min(times.values())
+    return next(order for order, time in times.items() if time * (1 - MARGIN) <= least)
 
 
-RATES: Mapping[str, Rates] = {}
+MARGIN = 0.025
+"""Part of its time by which one order must be estimated faster to replace another."""
+
+RATES: Mapping[str, Rates] = {
+    # two cores with AVX-512, jax 0.10.2, float32; their ratios are what decides
+    "cpu": Rates(
+        dot=500e9,
+        dot_kernel=320e9,
+        conv=370e9,
+        conv_input=340e9,
+        conv_kernel=215e9,
+        bandwidth=45e9,
+        overhead=1e-6,
+    ),
+}
 """Measured rates by JAX backend; a backend that is not listed is judged by FLOPs."""

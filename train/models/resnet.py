@@ -70,9 +70,9 @@ class Block(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j width"]:
         """The shortcut is a strided 1x1 convolution where the shape changes."""
         stride = (self.stride, self.stride)
-        y = Conv(
-            self.width, (3, 3), stride, padding=1, dtype=self.dtype, name="conv1"
-        )(x)
+        y = Conv(self.width, (3, 3), stride, padding=1, dtype=self.dtype, name="conv1")(
+            x
+        )
         y = nn.relu(self.norm(name="norm1")(y))
         y = Conv(self.width, (3, 3), padding=1, dtype=self.dtype, name="conv2")(y)
         y = self.norm(name="norm2")(y)

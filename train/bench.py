@@ -1,0 +1,619 @@
+"""What low rank costs and saves: python -m train.bench --suite SUITE [--json FILE].
+
+steps    time of a training step: dense, low rank in every order, GaLore and LoRA
+events   what conversion and truncations cost, and for how long training stalls
+layers   one matrix at a time against the cost model; --calibrate measures its rates
+run      the same training run dense and in low rank, wall time in its parts
+
+No data is needed. Everything runs in one process; whatever is compared is timed in
+turn, once per round, after one untimed step, and the medians are reported.
+
+Wall time: two CPU cores, float32: steps 15 min, events 3 min, layers 3 min, run 10 min
+Results:   train/results/
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import linen as nn
+from flax.training.train_state import TrainState
+from jaxtyping import Array
+
+import oialr_jax as oialr
+from oialr_jax import cost
+from train import names, peers
+from train.models.mlp import MLP
+from train.models.resnet import ResNet
+from train.models.vit import VisionTransformer
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is measured."""
+
+    suite: Literal["steps", "events", "layers", "run"] = "steps"
+    """Which table."""
+    models: tuple[str, ...] = ("mini-vit", "resnet18", "mlp")
+    """Of the suite steps; events takes the first."""
+    batch: int = 64
+    """Inputs in a batch."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; weights are float32."""
+    fractions: tuple[float, ...] = (1, 1 / 2, 1 / 4, 1 / 8, 1 / 20)
+    """Ranks over the small side of each matrix."""
+    orders: tuple[str, ...] = ("auto", "chain", "merged", "rebuilt")
+    """Of contraction; "rebuilt" is the authors' way."""
+    peers: tuple[str, ...] = ("galore", "lora")
+    """Other methods at the same ranks; "torch" needs the extra `peers`."""
+    repeats: int = 7
+    """Rounds; each times one sample of every row."""
+    lag: int = 8
+    """Steps between the decision and the event, in the suites events and run."""
+    rates: pathlib.Path | None = None
+    """Rates of this device, from --calibrate, instead of those of the library."""
+    calibrate: bool = False
+    """In the suite layers: measure the rates and print them as JSON."""
+    json: pathlib.Path | None = None
+    """Where the rows go, with device, versions and date."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model to time: how to build it, and the shape of one input."""
+
+    build: Callable[[Any], nn.Module]
+    image: tuple[int, ...]
+    classes: int = 10
+    train: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+CASES: Mapping[str, Case] = {
+    "mini-vit": Case(
+        lambda dtype: VisionTransformer(
+            patch=8,
+            depth=6,
+            heads=6,
+            width=768,
+            classes=10,
+            qkv_bias=False,
+            dtype=dtype,
+        ),
+        (32, 32, 3),
+    ),
+    "vit-b16": Case(
+        lambda dtype: VisionTransformer(
+            patch=16, depth=12, heads=12, width=768, classes=1000, dtype=dtype
+        ),
+        (224, 224, 3),
+        classes=1000,
+    ),
+    "resnet18": Case(
+        lambda dtype: ResNet(
+            widths=(64, 128, 256, 512), blocks=(2, 2, 2, 2), classes=10, dtype=dtype
+        ),
+        (32, 32, 3),
+        train={"train": True, "mutable": ["batch_stats"]},
+    ),
+    "mlp": Case(
+        lambda dtype: MLP(hidden=(1024, 1024, 1024), classes=10, dtype=dtype),
+        (28, 28, 1),
+    ),
+}
+
+
+class State(TrainState):
+    """What a step passes on: params, optimizer state and batch statistics."""
+
+    rest: Any = None
+
+
+class Problem:
+    """Model, batch and optimizer of one case; everything but the order of products."""
+
+    def __init__(self, name: str, batch: int, dtype: str) -> None:
+        """The case called `name`, with random inputs."""
+        case = names.find("model", name, CASES)
+        model = case.build(jnp.dtype(dtype))
+        key = jax.random.key(0)
+        self.name = name
+        self.image = jax.random.normal(key, (batch, *case.image))
+        self.label = jnp.arange(batch) % case.classes
+        variables = dict(jax.jit(model.init)(key, self.image[:1]))
+        self.params = variables.pop("params")
+        self.rest = variables
+        options = case.train
+
+        def forward(params: Any, rest: Any, image: Array) -> tuple[Array, Any]:
+            out = model.apply({"params": params, **rest}, image, **options)
+            return out if "mutable" in options else (out, rest)
+
+        self.forward = forward
+        abstract = jax.ShapeDtypeStruct(self.image.shape, self.image.dtype)
+        self.matrices = oialr.select(
+            oialr.find_matrices(forward, self.params, self.rest, abstract)
+        )
+        self.optimizer = optax.adamw(3e-4)
+
+    def ranks(self, fraction: float) -> dict[str, int]:
+        """Of every selected matrix, at least 1."""
+        return {x.path: max(1, int(fraction * min(x.m, x.n))) for x in self.matrices}
+
+    def low_rank(self, fraction: float) -> Any:
+        """Params with random bases: only their shapes matter here."""
+        bases: dict[tuple[int, int], Array] = {}
+
+        def base(side: int, rank: int) -> Array:
+            if (side, rank) not in bases:
+                random = jax.random.normal(jax.random.key(side), (side, rank))
+                bases[side, rank] = jnp.linalg.qr(random)[0]
+            return jnp.array(bases[side, rank])
+
+        params = self.params
+        found = {x.path: x.axes for x in self.matrices}
+        ranks = self.ranks(fraction)
+
+        def convert(path: Any, leaf: Any) -> Any:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            if name not in found:
+                return leaf
+            axes, r = found[name], ranks[name]
+            core = jnp.eye(r) * 0.5
+            return oialr.LowRank(base(axes.m, r), core, base(axes.n, r).T, axes)
+
+        return jax.tree_util.tree_map_with_path(convert, params)
+
+    def state(self, params: Any, tx: optax.GradientTransformation) -> State:
+        """A state of its own: steps use up what they are given."""
+        params, rest = jax.tree.map(jnp.array, (params, self.rest))
+        return State.create(apply_fn=None, params=params, tx=tx, rest=rest)
+
+    def train_step(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A step on cores and dense leaves, the same for dense params."""
+
+        def loss(params: Any, rest: Any, image: Array, label: Array) -> Any:
+            logits, rest = forward(params, rest, image)
+            entropy = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+            return jnp.mean(entropy), rest
+
+        def step(state: State, image: Array, label: Array) -> tuple[State, Any]:
+            grad = oialr.value_and_grad(loss, has_aux=True)
+            (value, rest), grads = grad(state.params, state.rest, image, label)
+            return state.apply_gradients(grads=grads, rest=rest), {"loss": value}
+
+        return step
+
+
+class Program:
+    """One compiled step with the state that it moves on; rows of equal shapes share."""
+
+    def __init__(
+        self, step: Callable[..., Any], holder: dict[str, Any], *batch: Array
+    ) -> None:
+        """Compile `step` for holder["state"]; the state is donated."""
+        jitted = jax.jit(step, donate_argnums=0)
+        self.compiled = jitted.lower(holder["state"], *batch).compile()
+        self.holder = holder
+        self.batch = batch
+
+    def run(self) -> None:
+        """Host side: one step, waited for."""
+        state, metrics = self.compiled(self.holder["state"], *self.batch)
+        self.holder["state"] = jax.block_until_ready(state)
+        if not np.isfinite(metrics["loss"]):
+            raise FloatingPointError(f"the loss is {metrics['loss']} in a benchmark")
+
+    @property
+    def temp_bytes(self) -> int:
+        """Memory of the program beside its arguments and results."""
+        analysis: Any = self.compiled.memory_analysis()
+        return int(analysis.temp_size_in_bytes)
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of the optimizer's state."""
+        leaves = jax.tree.leaves(self.holder["state"].opt_state)
+        return sum(leaf.nbytes for leaf in leaves)
+
+
+SAMPLE = 0.1
+"""Seconds that one sample takes at least: short runs are repeated to fill it."""
+
+
+def interleaved(
+    runs: Sequence[Callable[[], Any]], repeats: int
+) -> list[tuple[float, float, float]]:
+    """Host side: (median, least, most) seconds of each run, all in turn every round.
+
+    Before each sample the run goes once unmeasured, because the run before it has
+    filled caches and allocator with its own.
+    """
+    counts = []
+    for run in runs:
+        run()
+        start = time.perf_counter()
+        run()
+        counts.append(max(1, round(SAMPLE / (time.perf_counter() - start))))
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(repeats):
+        for run, count, taken in zip(runs, counts, times, strict=True):
+            run()
+            start = time.perf_counter()
+            for _ in range(count):
+                run()
+            taken.append((time.perf_counter() - start) / count)
+    return [(statistics.median(taken), min(taken), max(taken)) for taken in times]
+
+
+# Suite: steps
+
+
+def steps(settings: Settings) -> list[Row]:
+    """Host side: a row for each model, rank fraction and order or peer.
+
+    Where two orders give the same program (auto and the order that it picked for every
+    matrix) it is timed once and has two rows.
+    """
+    return [row for name in settings.models for row in _steps(name, settings)]
+
+
+def _steps(name: str, settings: Settings) -> list[Row]:
+    problem = Problem(name, settings.batch, settings.dtype)
+    rates = read_rates(settings.rates)
+    batch = (problem.image, problem.label)
+    tx = oialr.freeze_bases(problem.optimizer)
+    dense = {"state": problem.state(problem.params, tx)}
+    programs = {"dense": Program(problem.train_step(problem.forward), dense, *batch)}
+    labels: list[tuple[float, str, float | None, str]] = [(1.0, "dense", 1.0, "dense")]
+    for fraction in settings.fractions:
+        params = problem.low_rank(fraction)
+        holder = {"state": problem.state(params, tx)}
+        for order in settings.orders:
+            options: Any = {"order": None if order == "auto" else order, "rates": rates}
+            told = oialr.explain(
+                problem.forward, params, problem.rest, problem.image, **options
+            )
+            key = f"{fraction} {[line.order for line in told.lines]}"
+            if key not in programs:
+                forward = oialr.factored(problem.forward, **options)
+                step = problem.train_step(forward)
+                programs[key] = Program(step, holder, *batch)
+            labels.append((fraction, order, told.flops / told.dense_flops, key))
+        for peer in settings.peers:
+            key = f"{fraction} {peer}"
+            programs[key] = names.find("peer", peer, PEERS)(problem, fraction)
+            labels.append((fraction, peer, None, key))
+    times = interleaved([x.run for x in programs.values()], settings.repeats)
+    by_key = dict(zip(programs, times, strict=True))
+    base, *_ = by_key["dense"]
+    rows = []
+    for fraction, order, share, key in labels:
+        middle, least, most = by_key[key]
+        rows.append(
+            {
+                "model": name,
+                "batch": settings.batch,
+                "dtype": settings.dtype,
+                "rank_fraction": fraction,
+                "order": order,
+                "step_ms": 1e3 * middle,
+                "step_ms_min": 1e3 * least,
+                "step_ms_max": 1e3 * most,
+                "ratio_to_dense": middle / base,
+                "flops_ratio": share,
+                "temp_bytes": programs[key].temp_bytes,
+                "state_bytes": programs[key].state_bytes,
+                "backend": jax.default_backend(),
+            }
+        )
+    return rows
+
+
+def _galore(problem: Problem, fraction: float) -> Program:
+    """The dense model under Optax's GaLore, its one rank that of the median layer."""
+    ranks = sorted(problem.ranks(fraction).values())
+    tx = optax.contrib.galore(
+        3e-4,
+        rank=ranks[len(ranks) // 2],
+        update_proj_gap=200,
+        base_optimizer=optax.scale_by_adam(),
+        weight_decay=1e-4,
+    )
+    holder = {"state": problem.state(problem.params, tx)}
+    step = problem.train_step(problem.forward)
+    return Program(step, holder, problem.image, problem.label)
+
+
+def _lora(problem: Problem, fraction: float) -> Program:
+    """The dense model, frozen, with trained adapters of the same ranks."""
+    pairs = peers.adapters(problem.params, problem.ranks(fraction), jax.random.key(1))
+    base = problem.params
+
+    def forward(pairs: Any, rest: Any, image: Array) -> Any:
+        base, rest = rest["base"], rest["rest"]
+        apply = peers.lora(problem.forward, pairs)
+        out, rest = apply(base, rest, image)
+        return out, {"base": base, "rest": rest}
+
+    params, rest = jax.tree.map(
+        jnp.array, (pairs, {"base": base, "rest": problem.rest})
+    )
+    tx = problem.optimizer
+    state = State.create(apply_fn=None, params=params, tx=tx, rest=rest)
+    step = problem.train_step(forward)
+    return Program(step, {"state": state}, problem.image, problem.label)
+
+
+PEERS: Mapping[str, Callable[[Problem, float], Any]] = {
+    "galore": _galore,
+    "lora": _lora,
+}
+
+
+# Suite: layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One matrix in use: a product of `rows` rows, or a 3x3 convolution."""
+
+    rows: int
+    m: int
+    n: int
+    side: int | None = None
+    """Height and width of the image that a convolution sees; none for a product."""
+
+    @property
+    def name(self) -> str:
+        """As it stands in the table."""
+        if self.side is None:
+            return f"dot {self.rows}x{self.m}x{self.n}"
+        return f"conv 3x3 {self.m // 9}-{self.n} on {self.side}x{self.side}"
+
+    def call(self, params: Any, x: Array) -> Array:
+        """x W, or the convolution of x with the kernel W."""
+        if self.side is None:
+            return x @ params["w"]
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, params["w"], (1, 1), "SAME", dimension_numbers=numbers
+        )
+
+    def arrays(self, dtype: Any) -> tuple[Array, Array, oialr.Axes]:
+        """x, W and its axes."""
+        key = jax.random.key(0)
+        x: tuple[int, ...] = (self.rows, self.m)
+        w: tuple[int, ...] = (self.m, self.n)
+        axes = oialr.Axes(w, (), (0,), (1,))
+        if self.side is not None:
+            channels, count = self.m // 9, self.rows // self.side**2
+            x = (count, self.side, self.side, channels)
+            w = (3, 3, channels, self.n)
+            axes = oialr.Axes(w, (), (0, 1, 2), (3,))
+        return (
+            jax.random.normal(key, x, dtype),
+            jax.random.normal(key, w, dtype) * self.m**-0.5,
+            axes,
+        )
+
+
+LAYERS = (
+    Layer(1088, 768, 768),
+    Layer(1088, 768, 3072),
+    Layer(1088, 3072, 768),
+    Layer(64, 1024, 1024),
+    Layer(16384, 768, 768),
+    Layer(65536, 576, 64, side=32),
+    Layer(16384, 1152, 128, side=16),
+    Layer(4096, 2304, 256, side=8),
+    Layer(1024, 4608, 512, side=4),
+)
+
+
+def layers(settings: Settings) -> list[Row]:
+    """Host side: rows of single matrices, forward and backward, with the estimate."""
+    rates = read_rates(settings.rates) or cost.RATES.get(jax.default_backend())
+    return [row for layer in LAYERS for row in _layer(layer, settings, rates)]
+
+
+def _layer(layer: Layer, settings: Settings, rates: oialr.Rates | None) -> list[Row]:
+    dtype = jnp.dtype(settings.dtype)
+    x, w, axes = layer.arrays(dtype)
+
+    def pulled(forward: Callable[..., Any], params: Any) -> Callable[[], Any]:
+        def step(trained: Any, rest: Any, x: Array) -> Any:
+            def use(trained: Any, x: Array) -> Array:
+                return forward({"w": oialr.with_trainable(rest, trained)}, x)
+
+            y, pullback = jax.vjp(use, trained, x)
+            return pullback(y)
+
+        trained = oialr.trainable(params)
+        compiled = jax.jit(step).lower(trained, params, x).compile()
+        return lambda: jax.block_until_ready(compiled(trained, params, x))
+
+    dense = (1.0, cost.Order.DENSE)
+    programs = {dense: pulled(layer.call, w)}
+    labels: list[tuple[float, str, cost.Order, cost.Workload]] = []
+    full = min(layer.m, layer.n)
+    window = 1 if layer.side is None else 9
+    for fraction in settings.fractions:
+        rank = max(1, int(fraction * full))
+        load = cost.Workload(layer.rows, layer.m, layer.n, rank, window=window)
+        node = oialr.factor(w.astype(jnp.float32), axes, rank)
+        node = jax.tree.map(lambda a: a.astype(dtype), node)
+        for name in settings.orders:
+            order = (
+                cost.cheapest(load, rates, dtype.itemsize)
+                if name == "auto"
+                else cost.Order(name)
+            )
+            if (fraction, order) not in programs:
+                forward = oialr.factored(layer.call, order=order)
+                programs[fraction, order] = pulled(forward, node)
+            labels.append((fraction, name, order, load))
+    times = interleaved(list(programs.values()), settings.repeats)
+    each = {key: middle for key, (middle, *_) in zip(programs, times, strict=True)}
+    rows = []
+    for fraction, name, order, load in labels:
+        taken = each[fraction, order]
+        row = {
+            "model": layer.name,
+            "batch": layer.rows,
+            "dtype": settings.dtype,
+            "rank_fraction": fraction,
+            "order": name,
+            "picked": order.value,
+            "step_ms": 1e3 * taken,
+            "ratio_to_dense": taken / each[dense],
+            "flops_ratio": cost.flops(order, load).total
+            / cost.flops(cost.Order.DENSE, load).total,
+            "bytes_ratio": cost.traffic(order, load).total
+            / cost.traffic(cost.Order.DENSE, load).total,
+            "backend": jax.default_backend(),
+        }
+        if rates is not None:
+            low, base = (
+                cost.seconds(x, load, rates, dtype.itemsize)
+                for x in (order, cost.Order.DENSE)
+            )
+            row["estimated_ratio"] = low / base
+        rows.append(row)
+    return rows
+
+
+def calibrate(settings: Settings) -> oialr.Rates:
+    """Host side: the rates of JAX's default device, medians over the rounds."""
+    dtype = jnp.dtype(settings.dtype)
+    shapes = [layer for layer in LAYERS if layer.side is not None]
+
+    def normal(*shape: int) -> Array:
+        return jax.random.normal(jax.random.key(0), shape, dtype)
+
+    def timed(fn: Callable[..., Any], *arrays: Array) -> Callable[[], Any]:
+        compiled = jax.jit(fn).lower(*arrays).compile()
+        return lambda: jax.block_until_ready(compiled(*arrays))
+
+    def chain(x: Array) -> Array:
+        for _ in range(100):
+            x = x @ x
+        return x
+
+    runs = [
+        timed(jnp.matmul, normal(4096, 1024), normal(1024, 1024)),
+        timed(lambda x, y: x.T @ y, normal(4096, 512), normal(4096, 512)),
+        timed(jnp.matmul, normal(16384, 1024), normal(1024, 8)),
+        timed(chain, jnp.eye(8, dtype=dtype)),
+    ]
+    for layer in shapes:
+        x, w, _ = layer.arrays(dtype)
+
+        def conv(x: Array, w: Array, layer: Layer = layer) -> Array:
+            return layer.call({"w": w}, x)
+
+        y = conv(x, w)
+        runs += [
+            timed(conv, x, w),
+            timed(lambda y, x, w, f=conv: jax.vjp(f, x, w)[1](y)[0], y, x, w),
+            timed(lambda y, x, w, f=conv: jax.vjp(f, x, w)[1](y)[1], y, x, w),
+        ]
+    dot, kernel, skinny, small, *convolutions = (
+        middle for middle, *_ in interleaved(runs, settings.repeats)
+    )
+    work = [2 * layer.rows * layer.m * layer.n for layer in shapes]
+    forward, to_input, to_kernel = (
+        sum(work) / sum(convolutions[kind::3]) for kind in range(3)
+    )
+    return oialr.Rates(
+        dot=2 * 4096 * 1024 * 1024 / dot,
+        dot_kernel=2 * 512 * 4096 * 512 / kernel,
+        conv=forward,
+        conv_input=to_input,
+        conv_kernel=to_kernel,
+        bandwidth=dtype.itemsize * (16384 * 1024 + 1024 * 8 + 16384 * 8) / skinny,
+        overhead=small / 100,
+    )
+
+
+def read_rates(path: pathlib.Path | None) -> oialr.Rates | None:
+    """Host side: rates from a file of --calibrate, None for no path.
+
+    Raises:   ValueError: the file has other names or values than `Rates`.
+    """
+    if path is None:
+        return None
+    try:
+        return oialr.Rates(**json.loads(path.read_text()))
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} does not hold the rates of a device: {error}"
+        ) from None
+
+
+# The command
+
+
+SUITES: Mapping[str, Callable[[Settings], list[Row]]] = {
+    "steps": steps,
+    "layers": layers,
+}
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows as a GitHub table, one column for every name in any of them."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+
+    def text(value: Any) -> str:
+        if value is None:
+            return ""
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[text(row.get(name)) for name in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Host side: read the command line, measure, print a table, write the rows."""
+    try:
+        settings = tyro.cli(Settings, args=arguments, prog="python -m train.bench")
+        if settings.calibrate:
+            rates = dataclasses.asdict(calibrate(settings))
+            text = json.dumps(rates, indent=2)
+            print(text)
+            if settings.json is not None:
+                settings.json.write_text(text + "\n")
+            return
+        rows = SUITES[settings.suite](settings)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    print(table(rows))
+    if settings.json is not None:
+        record = {
+            "command": ["python", "-m", "train.bench", *(arguments or sys.argv[1:])],
+            "device": jax.devices()[0].device_kind,
+            "cores": len(os.sched_getaffinity(0)),
+            "jax": jax.__version__,
+            "python": platform.python_version(),
+            "date": time.strftime("%Y-%m-%d"),
+            "rows": rows,
+        }
+        settings.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
