@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import oialr_jax as oialr
 from oialr_jax import cost
-from oialr_jax.cost import LOW_RANK, Cost, Order, Workload
+from oialr_jax.cost import LOW_RANK, Cost, Order, Rates, Workload
 
 MANY = 10**9  # rows for which work that does not grow with the rows vanishes
 XLA_TOLERANCE = 0.01  # the counts are equal; XLA may come to count element-wise work
@@ -259,4 +259,144 @@ def test_a_factored_function_costs_what_the_order_says(order, shape):
     x, g = jnp.ones((rows, m)), jnp.ones((rows, n))
     counted = jax.jit(program).lower(leaf, x, g).compile().cost_analysis()["flops"]
     expected = cost.flops(order, Workload(rows, m, n, r)).total
+    assert counted == pytest.approx(expected, rel=XLA_TOLERANCE)
+
+
+# Bytes and rates
+
+RATES = Rates(
+    dot=1.0,
+    dot_kernel=1.0,
+    conv=1.0,
+    conv_input=1.0,
+    conv_kernel=1.0,
+    bandwidth=1e30,
+)
+
+
+@pytest.mark.parametrize("order", Order)
+@given(use=uses(), itemsize=st.sampled_from([2, 4]))
+@settings(deadline=None)
+def test_traffic_is_every_array_of_every_product_once(order, use, itemsize):
+    load = Workload(*use)
+    found = cost.traffic(order, load, itemsize)
+    arrays = [p.a * p.b + p.b * p.c + p.a * p.c for p in cost.products(order, load)]
+    assert found.total == itemsize * sum(arrays)
+
+
+def test_traffic_of_a_dense_use_by_hand():
+    rows, m, n = 10, 7, 5
+    load = Workload(rows, m, n, rank=2, stack=3)
+    x, w, y = rows * m, m * n, rows * n
+    found = cost.traffic(Order.DENSE, load, itemsize=2)
+    assert found == Cost(3 * 2 * (x + w + y), 2 * 3 * 2 * (x + w + y))
+
+
+def test_a_convolution_reads_its_input_once_not_once_per_tap():
+    rows, channels, n = 64, 8, 16
+    conv = Workload(rows, 9 * channels, n, rank=4, window=9)
+    dot = Workload(rows, 9 * channels, n, rank=4)
+    x, w, y = rows * channels, 9 * channels * n, rows * n
+    assert cost.traffic(Order.DENSE, conv, itemsize=1).forward == x + w + y
+    for order in Order:
+        assert cost.flops(order, conv) == cost.flops(order, dot)
+        assert cost.traffic(order, conv).total < cost.traffic(order, dot).total
+
+
+@pytest.mark.parametrize("order", Order)
+@given(use=uses())
+@settings(deadline=None)
+def test_time_at_equal_rates_is_flops(order, use):
+    load = Workload(*use)
+    time = cost.seconds(order, load, RATES)
+    assert time == pytest.approx(cost.flops(order, load).total)
+
+
+def test_time_is_bytes_where_bandwidth_is_short_and_calls_where_they_are_dear():
+    load = Workload(100, 64, 32, rank=8)
+    slow = dataclasses.replace(RATES, bandwidth=1e-9)
+    time = cost.seconds(Order.CHAIN, load, slow, itemsize=2)
+    assert time == pytest.approx(1e9 * cost.traffic(Order.CHAIN, load, 2).total)
+    calls = dataclasses.replace(RATES, dot=1e30, dot_kernel=1e30, overhead=1.0)
+    assert cost.seconds(Order.CHAIN, load, calls) == pytest.approx(7)
+    assert cost.seconds(Order.DENSE, load, calls) == pytest.approx(3)
+
+
+def test_measured_rates_move_the_choice():
+    """Where a gradient over the rows is dear, or bandwidth short, FLOPs mislead."""
+    load = Workload(10**5, 768, 768, rank=500)
+    assert cost.cheapest(load) == Order.REBUILT
+    slow = dataclasses.replace(RATES, dot_kernel=0.01)
+    assert cost.cheapest(load, slow) == Order.CHAIN
+    merged = Workload(10**5, 768, 768, rank=300)
+    assert cost.cheapest(merged, RATES) == Order.MERGED
+    narrow = dataclasses.replace(RATES, bandwidth=1e-9)  # rebuilding moves least
+    assert cost.cheapest(merged, narrow) == Order.REBUILT
+
+
+def test_times_within_the_margin_are_equal():
+    load = Workload(10**5, 768, 768, rank=259)  # merged saves less than 1 % of FLOPs
+    chain, merged = (cost.flops(x, load).total for x in LOW_RANK[:2])
+    assert 1 - cost.MARGIN < merged / chain < 1
+    assert cost.cheapest(load) == Order.MERGED
+    assert cost.cheapest(load, RATES) == Order.CHAIN
+
+
+@pytest.mark.parametrize("name", ["dot", "conv_kernel", "bandwidth"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+def test_rates_are_positive(name, value):
+    with pytest.raises(ValueError, match=f"^`{name}` must be positive, got {value}"):
+        dataclasses.replace(RATES, **{name: value})
+
+
+def test_overhead_is_not_negative():
+    with pytest.raises(ValueError, match="`overhead` must be at least 0, got -1"):
+        dataclasses.replace(RATES, overhead=-1.0)
+
+
+def test_item_sizes_are_positive():
+    with pytest.raises(ValueError, match="`itemsize` must be at least 1, got 0"):
+        cost.traffic(Order.CHAIN, Workload(1, 1, 1, 1), itemsize=0)
+
+
+CONVOLUTIONS = {
+    "3x3": (3, 3, 16, 24),
+    "1x1-wide": (1, 1, 8, 32),
+    "5-tall": (5, 1, 8, 8),
+}
+
+
+@pytest.mark.parametrize("shape", CONVOLUTIONS)
+@pytest.mark.parametrize("order", [None, *LOW_RANK])
+def test_a_factored_convolution_costs_what_the_order_says(order, shape):
+    """No padding, so that every tap of every output position is a product."""
+    *window, channels, n = CONVOLUTIONS[shape]
+    image = jnp.ones((4, 12, 12, channels))
+    axes = oialr.Axes(CONVOLUTIONS[shape], (), (0, 1, 2), (3,))
+    weight = jax.random.normal(jax.random.key(0), CONVOLUTIONS[shape])
+    r = 6
+
+    def call(params, x):
+        return jax.lax.conv_general_dilated(
+            x, params["w"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    leaf = weight if order is None else oialr.factor(weight, axes, r)
+    apply = oialr.factored(call, order=order)
+
+    def program(leaf, trained, x, g):
+        def use(trained):
+            return apply({"w": oialr.with_trainable(leaf, trained)}, x)
+
+        y, pullback = jax.vjp(use, trained)
+        return y, pullback(g)
+
+    y = call({"w": weight}, image)
+    trained = oialr.trainable(leaf)
+    compiled = jax.jit(program).lower(leaf, trained, image, y).compile()
+    taps = window[0] * window[1]
+    rows = y.size // n
+    load = Workload(rows, taps * channels, n, r, window=taps, input_gradient=False)
+    expected = cost.flops(order or Order.DENSE, load).total
+    counted = compiled.cost_analysis()["flops"]
     assert counted == pytest.approx(expected, rel=XLA_TOLERANCE)

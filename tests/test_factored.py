@@ -305,3 +305,57 @@ def test_factored_traces_one_program_per_shape():
     step = jax.jit(chex.assert_max_traces(oialr.factored(fn), n=1))
     step(params, x)
     step(jax.tree.map(lambda a: a * 1.5, params), x)
+
+
+# What is kept for the backward pass
+
+
+def kept(order, m, n, rank, rows=64):
+    """Shapes of the arrays that JAX saves between forward and backward pass."""
+    axes = oialr.Axes((m, n), (), (0,), (1,))
+    leaf = oialr.factor(normal(0, m, n), axes, rank)
+    apply = oialr.factored(lambda w, x: x @ w, order=order)
+
+    def use(x, core):
+        return apply(oialr.with_trainable(leaf, core), x)
+
+    _, pullback = jax.vjp(use, normal(1, rows, m), leaf.s)
+    return {array.shape for array in jax.tree.leaves(pullback) if array.ndim}
+
+
+@pytest.mark.parametrize(("m", "n"), [(96, 40), (40, 96), (56, 56)])
+def test_a_chain_keeps_rows_by_rank_and_no_input(m, n):
+    rows, r = 64, 8
+    assert (rows, r) in kept("chain", m, n, r)
+    assert kept("chain", m, n, r) <= {(rows, r), (m, r), (r, r), (r, n)}
+
+
+def test_merged_keeps_rows_by_rank_where_the_core_goes_into_the_outputs():
+    assert kept("merged", 96, 40, 8) <= {(64, 8), (96, 8), (8, 8), (8, 40)}
+
+
+def test_other_orders_keep_the_input():
+    """The gradient of U S, or of W, is a product with x; merging saves other work."""
+    assert (64, 40) in kept("merged", 40, 96, 8)
+    assert (64, 96) in kept("rebuilt", 96, 40, 8)
+
+
+def test_a_convolution_chain_keeps_positions_by_rank_and_no_input():
+    axes = oialr.Axes((3, 3, 12, 20), (), (0, 1, 2), (3,))
+    leaf = oialr.factor(normal(0, 3, 3, 12, 20), axes, 5)
+    x = normal(1, 4, 8, 8, 12)
+
+    def conv(w, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, w, (1, 1), "SAME", dimension_numbers=numbers
+        )
+
+    apply = oialr.factored(conv, order="chain")
+    _, pullback = jax.vjp(
+        lambda x, core: apply(oialr.with_trainable(leaf, core), x), x, leaf.s
+    )
+    saved = {array.shape for array in jax.tree.leaves(pullback)}
+    assert (4, 8, 8, 5) in saved
+    assert x.shape not in saved
+    assert all(shape[-1] <= 5 for shape in saved if shape[:1] == (4,))
