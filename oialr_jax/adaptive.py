@@ -1,8 +1,10 @@
 """The drop-in for jax.jit(train_step): schedule and surgery around a compiled step."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -11,7 +13,15 @@ from oialr_jax.lowrank import is_low_rank, named_leaves
 from oialr_jax.matrices import Matrix
 from oialr_jax.moments import MomentRule
 from oialr_jax.schedule import RankRule, Schedule
-from oialr_jax.surgery import Report, factorize, truncate
+from oialr_jax.surgery import (
+    Report,
+    apply_ranks,
+    choose,
+    compile_ahead,
+    factorize,
+    truncate,
+)
+from oialr_jax.transform import pending_ranks, with_pending
 
 
 def adaptive(
@@ -29,17 +39,25 @@ def adaptive(
 
     `state` is anything with `.step`, `.params`, `.opt_state` and `.replace`, such as
     Flax's TrainState. Before the batch of a step at which `schedule` has an event, the
-    `matrices` are converted (once) and the last executed of them truncated; the step is
-    then compiled for the new shapes, which blocks. What happens at a step depends on
-    the step number and the params alone, so a run resumed from a saved state repeats
-    the uninterrupted one.
+    `matrices` are converted (once) and the last executed of them truncated. With
+    `Schedule.lag` the ranks are chosen so many steps ahead, wait in the optimizer state
+    and the programs for the new shapes are compiled in a background thread while
+    training goes on; at the event the thread is waited for, so that a run does the same
+    whatever the compiler's speed. Without a lag the step waits for the compiler.
+
+    What happens at a step depends on the step number and the state alone, so a run
+    resumed from a saved state repeats the uninterrupted one. Ranks that should be
+    waiting at their event and do not (another loop ran in between) are chosen then.
+
+    The state given is used up, its buffers donated to the new one, as is usual in
+    `state, metrics = step(state, batch)`; `donate_argnums=()` keeps it.
 
     Args:     matrices: in execution order, as `find_matrices` and `select` give them.
               steps_per_call: by how much one call raises `state.step`.
-              jit_options: passed to `jax.jit` (donate_argnums, static_argnames, ...).
+              jit_options: passed to `jax.jit` (static_argnames, donate_argnums, ...).
     Raises:   ValueError: no matrices, or `steps_per_call` below 1; on call, what
               `factorize` and `truncate` raise, and a step whose `state.step` does not
-              advance by `steps_per_call`.
+              advance by `steps_per_call`; at an event, what failed in the background.
     """
     if not matrices:
         raise ValueError("`matrices` is empty: there is nothing to hold in low rank")
@@ -57,11 +75,22 @@ def adaptive(
     )
 
 
+class Timing(NamedTuple):
+    """Seconds that the host spent on one decision or event before the step's call."""
+
+    step: int
+    choosing: float = 0.0
+    waiting: float = 0.0
+    surgery: float = 0.0
+
+
 class AdaptiveStep:
     """A compiled training step whose params change shape between calls.
 
-    `reports` lists what each event of this process did; `compilations` counts how often
-    the step was traced and compiled. Neither decides anything.
+    `reports` lists what each event of this process did, `timings` what decisions and
+    events cost the host (the compilation that follows an event without a lag not
+    included); `compilations` counts how often the step was traced and compiled. None of
+    them decides anything.
     """
 
     def __init__(
@@ -77,6 +106,7 @@ class AdaptiveStep:
     ) -> None:
         """Use `adaptive`, which checks its arguments."""
         self.reports: list[Report] = []
+        self.timings: list[Timing] = []
         self.compilations = 0
         self._tx = tx
         self._matrices = matrices
@@ -85,19 +115,34 @@ class AdaptiveStep:
         self._moment_rule = moment_rule
         self._stride = steps_per_call
         self._last: tuple[Any, int] = (None, 0)
+        self._thread = ThreadPoolExecutor(1, "compile-ahead")
+        self._ahead: Future[None] | None = None
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             self.compilations += 1  # runs when jit traces, once per set of shapes
             return step(*args, **kwargs)
 
+        if "donate_argnames" not in jit_options:
+            jit_options = {"donate_argnums": 0} | jit_options
         self._jitted = jax.jit(counted, **jit_options)
 
     def __call__(self, state: Any, *args: Any, **kwargs: Any) -> Any:
         """What the step returns: the new state, alone or first in a tuple."""
-        number = self._number(state)
-        update = self._schedule.due(number, number - self._stride)
-        if self._schedule.converted(number) and update is not None:
-            state = self._event(state, number, update)
+        known, number = self._last
+        if state is not known:  # reading the step waits for the device
+            number = int(state.step)
+            self._ahead = None
+            ranks = pending_ranks(state.params, state.opt_state)
+            if ranks:
+                self._compile_ahead(state, ranks, args, kwargs)
+        previous = number - self._stride
+        decided = self._schedule.decided(number, previous)
+        due = self._schedule.due(number, previous)
+        if due is not None:
+            state = self._event(state, number, due, late=decided == due)
+        if decided is not None and decided != due:
+            state = self._decision(state, number, decided, args, kwargs)
+
         out = self._jitted(state, *args, **kwargs)
         new_state = out[0] if isinstance(out, tuple) and not _is_state(out) else out
         if self._last[0] is None and int(new_state.step) != number + self._stride:
@@ -108,43 +153,97 @@ class AdaptiveStep:
         self._last = (new_state, number + self._stride)
         return out
 
-    def _number(self, state: Any) -> int:
-        """state.step, read from the device only for a state that is not our last.
+    def _decision(
+        self, state: Any, number: int, update: int, args: Any, kwargs: Any
+    ) -> Any:
+        """The state with ranks waiting for their event, whose programs compile."""
+        started = time.perf_counter()
+        leaves = named_leaves(state.params)
+        ranks = {  # of what is still dense: the conversion treats every matrix
+            x.path: min(x.m, x.n)
+            for x in self._matrices
+            if not is_low_rank(leaves.get(x.path))
+        }
+        ranks |= choose(state.params, self._rule, self._treated(update))
+        opt_state = with_pending(state.params, state.opt_state, ranks)
+        state = state.replace(opt_state=opt_state)
+        self._compile_ahead(state, ranks, args, kwargs)
+        self.timings.append(Timing(number, choosing=time.perf_counter() - started))
+        return state
 
-        Reading it for every call would make the host wait for the step before.
-        """
-        known, number = self._last
-        if state is known:
-            return number
-        return int(state.step)
+    def _compile_ahead(
+        self, state: Any, ranks: dict[str, int], args: Any, kwargs: Any
+    ) -> None:
+        state, args, kwargs = jax.tree.map(_abstract, (state, args, kwargs))
 
-    def _event(self, state: Any, number: int, update: int) -> Any:
-        params, opt_state = state.params, state.opt_state
-        leaves = named_leaves(params)
-        dense = [x for x in self._matrices if not is_low_rank(leaves.get(x.path))]
-        if dense:
-            params, opt_state, report = factorize(
-                params, opt_state, dense, tx=self._tx, moment_rule=self._moment_rule
-            )
-            self.reports.append(dataclasses.replace(report, step=number))
-            leaves = named_leaves(params)
-        count = self._schedule.treated(update, len(self._matrices))
-        paths = [
-            x.path
-            for x in self._matrices[len(self._matrices) - count :]
-            if is_low_rank(leaves[x.path])
-        ]
-        if paths:
-            params, opt_state, report = truncate(
-                params,
-                opt_state,
-                self._rule,
+        def compile_all() -> None:
+            params, opt_state = compile_ahead(
+                state.params,
+                state.opt_state,
+                self._matrices,
+                ranks,
                 tx=self._tx,
-                paths=paths,
                 moment_rule=self._moment_rule,
             )
-            self.reports.append(dataclasses.replace(report, step=number))
+            new_state = state.replace(params=params, opt_state=opt_state)
+            self._jitted.lower(new_state, *args, **kwargs).compile()
+
+        self._ahead = self._thread.submit(compile_all)
+
+    def _event(self, state: Any, number: int, update: int, *, late: bool) -> Any:
+        """The state after an event; `late` where its ranks are still to be chosen."""
+        started = time.perf_counter()
+        ranks = {} if late else pending_ranks(state.params, state.opt_state)
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.result()
+        waited = time.perf_counter()
+        options: Any = {"tx": self._tx, "moment_rule": self._moment_rule}
+        params, opt_state = state.params, state.opt_state
+        reports: list[Report] = []
+        if ranks:
+            params, opt_state, reports = apply_ranks(
+                params, opt_state, self._matrices, ranks, **options
+            )
+        else:
+            leaves = named_leaves(params)
+            dense = [x for x in self._matrices if not is_low_rank(leaves.get(x.path))]
+            if dense:
+                params, opt_state, report = factorize(
+                    params, opt_state, dense, **options
+                )
+                reports.append(report)
+                leaves = named_leaves(params)
+            paths = [
+                x.path for x in self._treated(update) if is_low_rank(leaves[x.path])
+            ]
+            if paths:
+                params, opt_state, report = truncate(
+                    params, opt_state, self._rule, paths=paths, **options
+                )
+                reports.append(report)
+        self.reports += [dataclasses.replace(x, step=number) for x in reports]
+        done = time.perf_counter()
+        self.timings.append(
+            Timing(number, waiting=waited - started, surgery=done - waited)
+        )
         return state.replace(params=params, opt_state=opt_state)
+
+    def _treated(self, update: int) -> tuple[Matrix, ...]:
+        count = self._schedule.treated(update, len(self._matrices))
+        return self._matrices[len(self._matrices) - count :]
+
+
+def _abstract(x: Any) -> Any:
+    """The shape of a JAX array as `jax.jit` sees it; anything else as it is."""
+    if not isinstance(x, jax.Array):
+        return x
+    return jax.ShapeDtypeStruct(
+        x.shape,
+        x.dtype,
+        sharding=x.sharding if x.committed else None,
+        weak_type=x.weak_type,
+    )
 
 
 def _is_state(out: Any) -> bool:

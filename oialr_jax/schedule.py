@@ -5,6 +5,7 @@ a resumed run does what the uninterrupted one does.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import final
 
 import numpy as np
@@ -102,12 +103,13 @@ class Schedule:
     """Which step converts and which steps update how many layers.
 
     Before the batch of step `delay`, counted from 0, dense matrices become low-rank.
-    Update j = 0, 1, ... happens at u_j = delay + j * every while u_j < stop, the first
-    one with the conversion, and treats the last executed layers: a share `layer_step`
-    of them at first, as many more each time.
+    Update j = 0, 1, ... is decided at u_j = delay + j * every while u_j < stop, the
+    first one with the conversion, and treats the last executed layers: a share
+    `layer_step` of them at first, as many more each time. It happens `lag` steps after
+    its ranks were chosen; in between the program for the new shapes is compiled.
 
     Raises:   ValueError: `delay` below 0, `every` below 1, `layer_step` outside [0, 1],
-              `stop` not after `delay`.
+              `lag` outside [0, every), `stop` not after `delay`.
     Source:   Coquelin et al. 2024 (arXiv 2401.08505). The authors' code counts steps
               from 1 and acts when a counter equals the next update, so a counter that
               starts past it or jumps over it never acts again; here an update is due
@@ -124,6 +126,7 @@ class Schedule:
     delay: int
     every: int
     layer_step: float = 0.1
+    lag: int = 0
     stop: int | None = None
 
     def __post_init__(self) -> None:
@@ -134,6 +137,10 @@ class Schedule:
             raise ValueError(f"`every` must be at least 1, got {self.every}")
         if not 0 <= self.layer_step <= 1:
             raise ValueError(f"`layer_step` must be in [0, 1], got {self.layer_step}")
+        if not 0 <= self.lag < self.every:
+            raise ValueError(
+                f"`lag` must be in [0, every={self.every}), got {self.lag}"
+            )
         if self.stop is not None and self.stop <= self.delay:
             raise ValueError(
                 f"`stop` must be after delay={self.delay}, got {self.stop}"
@@ -141,10 +148,10 @@ class Schedule:
 
     def converted(self, step: int) -> bool:
         """Whether the batch of this step meets low-rank params."""
-        return step >= self.delay
+        return step >= self.delay + self.lag
 
-    def due(self, step: int, previous: int | None = None) -> int | None:
-        """The newest update j with previous < u_j <= step, or None.
+    def decided(self, step: int, previous: int | None = None) -> int | None:
+        """The newest update j with previous < u_j <= step, or None: choose its ranks.
 
         A loop that takes several steps per call passes the step of its call before as
         `previous` (default step - 1) and misses no update; of several that lie in
@@ -157,6 +164,11 @@ class Schedule:
         j = (last - self.delay) // self.every
         return j if self.delay + j * self.every > previous else None
 
+    def due(self, step: int, previous: int | None = None) -> int | None:
+        """The newest update j with previous < u_j + lag <= step, or None: do it."""
+        previous = step - 1 if previous is None else previous
+        return self.decided(step - self.lag, previous - self.lag)
+
     def treated(self, j: int, layers: int) -> int:
         """How many layers, from the last executed backwards, update j treats."""
         if j < 0:
@@ -166,14 +178,36 @@ class Schedule:
         return min(layers, (j + 1) * max(1, int((layers - 1) * self.layer_step)))
 
     def events(self, steps: int) -> tuple[int, ...]:
-        """The steps below `steps` at which ranks may change, the conversion first.
+        """The steps below `steps` at which shapes may change, the conversion first.
 
         Raises:   ValueError: a run of `steps` steps ends before the conversion.
         """
-        if self.delay >= steps:
+        if self.delay + self.lag >= steps:
+            late = f" + lag={self.lag}" if self.lag else ""
             raise ValueError(
-                f"the conversion at delay={self.delay} is never reached in {steps} "
-                "steps"
+                f"the conversion at delay={self.delay}{late} is never reached in "
+                f"{steps} steps"
             )
-        end = steps if self.stop is None else min(steps, self.stop)
-        return tuple(range(self.delay, end, self.every))
+        end = steps if self.stop is None else min(steps, self.stop + self.lag)
+        return tuple(range(self.delay + self.lag, end, self.every))
+
+    def compilations(
+        self, steps: int, rule: RankRule | None = None, sides: Sequence[int] = ()
+    ) -> int:
+        """How often a step whose other shapes are constant is compiled at most.
+
+        Once dense, and once for each event. With the `rule`, and the small `sides` of
+        all matrices, never more than there are falling sequences of ranks: a rank falls
+        through multiples of `rule.multiple`.
+
+        >>> schedule = Schedule(delay=100, every=50)
+        >>> schedule.compilations(1000)
+        19
+        >>> schedule.compilations(1000, RankRule(multiple=16), sides=[64, 64])
+        8
+        """
+        events = len(self.events(steps))
+        if rule is not None:
+            falls = sum(-(-side // rule.multiple) - 1 for side in sides)
+            events = min(events, 1 + falls)
+        return 1 + events

@@ -27,15 +27,17 @@ from oialr_jax.lowrank import (
     compute_dtype,
     diagonal,
     is_low_rank,
+    named_leaves,
     orthogonality_error,
     path_name,
+    singular_values,
     svd,
     unique_names,
 )
 from oialr_jax.matrices import Matrix
 from oialr_jax.moments import MomentRule, Move
 from oialr_jax.schedule import RankRule
-from oialr_jax.transform import FreezeBasesState
+from oialr_jax.transform import is_frozen
 
 
 class LayerReport(NamedTuple):
@@ -113,57 +115,13 @@ def factorize(
     Source:   OIALR, conversion; the authors' code zeroes the moments and keeps the step
               count, which makes Adam's next steps about three learning rates long.
     """
-    leaves = _leaves(params)
-    by_name = dict(zip(unique_names(leaves), leaves, strict=True))
-    jobs = {}
-    for matrix in matrices:
-        path = _named(matrix.path, by_name)
-        leaf = leaves[path]
-        if leaf.shape != matrix.axes.shape:
-            raise ValueError(
-                f"{matrix.path} has shape {leaf.shape}, the matrix has "
-                f"{matrix.axes.shape}"
-            )
-        wanted = rank.get(matrix.path) if isinstance(rank, Mapping) else rank
-        full = min(matrix.m, matrix.n)
-        wanted = full if wanted is None else wanted
-        if not 1 <= wanted <= full:
-            raise ValueError(
-                f"`rank` must be in [1, {full}] for {matrix.path}, got {wanted}"
-            )
-        if not is_low_rank(leaf):
-            jobs[path] = (matrix, wanted)
-    if isinstance(rank, Mapping):
-        for name in rank:
-            _named(name, {matrix.path: () for matrix in matrices}, "`rank` names")
-
-    axes = tuple(matrix.axes for matrix, _ in jobs.values())
-    arrays = [leaves[path] for path in jobs]
-    turned = _by_shape(
-        [(a.m, a.n, x.dtype) for a, x in zip(axes, arrays, strict=True)],
-        lambda group: _factor_group(
-            [arrays[i] for i in group], axes=tuple(axes[i] for i in group)
-        ),
-    )
-    host = jax.device_get([(t.sigma, t.finite, t.error) for t in turned])
-    plan: list[_Cut] = []
-    layers = []
-    for (path, (matrix, r)), (sigma, finite, error) in zip(
-        jobs.items(), host, strict=True
-    ):
-        after = r if finite else None
-        plan.append(_Cut(path, after, matrix.axes, matrix.axes))
-        layers.append(
-            _layer(matrix.path, matrix.axes, None, after, sigma, finite, error)
-        )
-    new_params, new_state = _after(params, opt_state, turned, plan, tx, moment_rule)
-    return new_params, new_state, Report(tuple(layers), "conversion")
+    return _factorized(params, opt_state, matrices, rank, tx, moment_rule, _NOW)
 
 
 def truncate(
     params: PyTree,
     opt_state: PyTree,
-    rule: RankRule,
+    rule: RankRule | Mapping[str, int],
     *,
     tx: optax.GradientTransformation,
     paths: Iterable[str] | None = None,
@@ -172,48 +130,111 @@ def truncate(
     """Host side: (params, opt_state, report) with cores diagonal and ranks chosen anew.
 
     For each LowRank leaf named by `paths` (all by default), S = Us Σ Vsᵀ gives
-    U <- U Us, Vᵀ <- Vsᵀ Vᵀ, S <- Σ, cut to the rank that `rule` chooses; a stack takes
-    the largest rank of its matrices. Moments turn by the same Us and Vs. Bases that
-    have drifted from orthonormal past `ORTHOGONALITY_BOUND` are repaired by a QR whose
-    triangular part goes into the core, so W does not change. A leaf that is not finite
-    stays as it was.
+    U <- U Us, Vᵀ <- Vsᵀ Vᵀ, S <- Σ, cut to the rank that `rule` chooses (or names, by
+    path); a stack takes the largest rank of its matrices. Moments turn by the same Us
+    and Vs. Bases that have drifted from orthonormal past `ORTHOGONALITY_BOUND` are
+    repaired by a QR whose triangular part goes into the core, so W does not change. A
+    leaf that is not finite stays as it was.
 
-    Raises:   ValueError: a path names no LowRank leaf; `tx` was not wrapped.
+    Raises:   ValueError: a path names no LowRank leaf; a named rank is outside [1, the
+              present one]; `tx` was not wrapped.
     Source:   OIALR, update step; the authors' code turns bases and core but only slices
               the moments, which leaves them in axes that no longer exist.
     """
-    leaves = _leaves(params)
-    nodes_by_name = {
-        path_name(path): path for path, leaf in leaves.items() if is_low_rank(leaf)
-    }
-    if paths is None:
-        chosen = list(nodes_by_name.values())
-    else:
-        chosen = [_named(n, nodes_by_name, "no low-rank leaf at") for n in paths]
+    if paths is None and isinstance(rule, Mapping):
+        paths = rule
+    return _truncated(params, opt_state, rule, paths, tx, moment_rule, _NOW)
 
-    nodes = [leaves[path] for path in chosen]
-    turned = _turned(nodes)
-    host = jax.device_get([(t.sigma, t.finite, t.error) for t in turned])
-    drifted = [i for i, (*_, e) in enumerate(host) if e > _bound(nodes[i])]
-    if drifted:  # a repair moves bases by no more than the drift: overlaps stay Us, Vs
-        repaired = _turned([_repaired(nodes[i]) for i in drifted])
-        for i, new in zip(drifted, repaired, strict=True):
-            turned[i] = new
-            host[i] = (*jax.device_get((new.sigma, new.finite)), host[i][2])
-    plan: list[_Cut] = []
-    layers = []
-    for path, node, (sigma, finite, error) in zip(chosen, nodes, host, strict=True):
-        r = None
-        if finite:
-            flat = sigma.reshape(-1, node.rank)
-            r = rule.choose(flat, min(node.axes.m, node.axes.n))
-        plan.append(_Cut(path, r, node.axes))
-        after = node.rank if r is None else r
-        layers.append(
-            _layer(path_name(path), node.axes, node.rank, after, sigma, finite, error)
+
+def choose(
+    params: PyTree, rule: RankRule, matrices: Sequence[Matrix]
+) -> dict[str, int]:
+    """Host side: the rank that `rule` gives each matrix, dense or low-rank, by path.
+
+    Only singular values are computed, a batch for each shape, and brought to the host
+    in one transfer. A matrix that is not finite has no rank.
+
+    Raises:   ValueError: a matrix names no leaf of `params`.
+    """
+    leaves = named_leaves(params)
+    items = [_named(matrix.path, leaves) for matrix in matrices]
+    found = _spectra(items, matrices, _NOW)
+    ranks = {}
+    for matrix, sigma in zip(matrices, _NOW.get(found), strict=True):
+        if np.isfinite(sigma).all():
+            ranks[matrix.path] = rule.choose(
+                sigma.reshape(-1, sigma.shape[-1]), min(matrix.m, matrix.n)
+            )
+    return ranks
+
+
+def compile_ahead(
+    params: PyTree,
+    opt_state: PyTree,
+    matrices: Sequence[Matrix],
+    ranks: Mapping[str, int],
+    *,
+    tx: optax.GradientTransformation,
+    moment_rule: MomentRule = MomentRule(),  # noqa: B008 -- frozen
+) -> tuple[PyTree, PyTree]:
+    """Host side: compile what an event with these ranks runs; the shapes it will give.
+
+    The event is `apply_ranks` of the same arguments; nothing is computed. It is
+    expected to find every matrix finite and no basis drifted: otherwise it compiles
+    something else when it comes.
+
+    Args:     params, opt_state: arrays or `jax.ShapeDtypeStruct`.
+    """
+    params, opt_state, _ = _ranks_applied(
+        params, opt_state, matrices, ranks, tx, moment_rule, _AHEAD
+    )
+    leaves = named_leaves(params)
+    items = [leaves[matrix.path] for matrix in matrices]
+    _spectra(items, matrices, _AHEAD)  # of the next choice
+    return params, opt_state
+
+
+def apply_ranks(
+    params: PyTree,
+    opt_state: PyTree,
+    matrices: Sequence[Matrix],
+    ranks: Mapping[str, int],
+    *,
+    tx: optax.GradientTransformation,
+    moment_rule: MomentRule = MomentRule(),  # noqa: B008 -- frozen
+) -> tuple[PyTree, PyTree, list[Report]]:
+    """Host side: the `matrices` named by `ranks` at these ranks, dense or not before.
+
+    Raises:   ValueError: what `factorize` and `truncate` raise.
+    """
+    return _ranks_applied(params, opt_state, matrices, ranks, tx, moment_rule, _NOW)
+
+
+def _ranks_applied(
+    params: PyTree,
+    opt_state: PyTree,
+    matrices: Sequence[Matrix],
+    ranks: Mapping[str, int],
+    tx: optax.GradientTransformation,
+    moment_rule: MomentRule,
+    run: "_Run",
+) -> tuple[PyTree, PyTree, list[Report]]:
+    leaves = named_leaves(params)
+    low = {path: r for path, r in ranks.items() if is_low_rank(leaves.get(path))}
+    dense = [x for x in matrices if x.path in ranks and x.path not in low]
+    reports = []
+    if dense:
+        wanted = {x.path: ranks[x.path] for x in dense}
+        params, opt_state, report = _factorized(
+            params, opt_state, dense, wanted, tx, moment_rule, run
         )
-    new_params, new_state = _after(params, opt_state, turned, plan, tx, moment_rule)
-    return new_params, new_state, Report(tuple(layers), "truncation")
+        reports.append(report)
+    if low:
+        params, opt_state, report = _truncated(
+            params, opt_state, low, low, tx, moment_rule, run
+        )
+        reports.append(report)
+    return params, opt_state, reports
 
 
 def densify(
@@ -249,9 +270,140 @@ def densify(
     )
 
 
+def _factorized(
+    params: PyTree,
+    opt_state: PyTree,
+    matrices: Sequence[Matrix],
+    rank: int | Mapping[str, int] | None,
+    tx: optax.GradientTransformation,
+    moment_rule: MomentRule,
+    run: "_Run",
+) -> tuple[PyTree, PyTree, Report]:
+    leaves = _leaves(params)
+    by_name = dict(zip(unique_names(leaves), leaves, strict=True))
+    jobs = {}
+    for matrix in matrices:
+        path = _named(matrix.path, by_name)
+        leaf = leaves[path]
+        if leaf.shape != matrix.axes.shape:
+            raise ValueError(
+                f"{matrix.path} has shape {leaf.shape}, the matrix has "
+                f"{matrix.axes.shape}"
+            )
+        wanted = rank.get(matrix.path) if isinstance(rank, Mapping) else rank
+        full = min(matrix.m, matrix.n)
+        wanted = full if wanted is None else wanted
+        _check_rank(wanted, full, matrix.path)
+        if not is_low_rank(leaf):
+            jobs[path] = (matrix, wanted)
+    if isinstance(rank, Mapping):
+        for name in rank:
+            _named(name, {matrix.path: () for matrix in matrices}, "`rank` names")
+
+    axes = tuple(matrix.axes for matrix, _ in jobs.values())
+    arrays = [leaves[path] for path in jobs]
+    turned = _by_shape(
+        [(a.m, a.n, x.dtype) for a, x in zip(axes, arrays, strict=True)],
+        lambda group: run.call(
+            _factor_group,
+            [arrays[i] for i in group],
+            axes=tuple(axes[i] for i in group),
+        ),
+    )
+    host = run.get([(t.sigma, t.finite, t.error) for t in turned])
+    plan: list[_Cut] = []
+    layers = []
+    for (path, (matrix, r)), (sigma, finite, error) in zip(
+        jobs.items(), host, strict=True
+    ):
+        after = r if finite else None
+        plan.append(_Cut(path, after, matrix.axes, matrix.axes))
+        layers.append(
+            _layer(matrix.path, matrix.axes, None, after, sigma, finite, error)
+        )
+    new_params, new_state = _after(
+        params, opt_state, turned, plan, tx, moment_rule, run
+    )
+    return new_params, new_state, Report(tuple(layers), "conversion")
+
+
+def _truncated(
+    params: PyTree,
+    opt_state: PyTree,
+    rule: RankRule | Mapping[str, int],
+    paths: Iterable[str] | None,
+    tx: optax.GradientTransformation,
+    moment_rule: MomentRule,
+    run: "_Run",
+) -> tuple[PyTree, PyTree, Report]:
+    leaves = _leaves(params)
+    nodes_by_name = {
+        path_name(path): path for path, leaf in leaves.items() if is_low_rank(leaf)
+    }
+    if paths is None:
+        chosen = list(nodes_by_name.values())
+    else:
+        chosen = [_named(n, nodes_by_name, "no low-rank leaf at") for n in paths]
+
+    nodes = [leaves[path] for path in chosen]
+    if isinstance(rule, Mapping):
+        for path, node in zip(chosen, nodes, strict=True):
+            name = path_name(path)
+            _named(name, rule, "`rule` has no rank for")
+            _check_rank(rule[name], node.rank, name)
+    turned = _turned(nodes, run)
+    host = run.get([(t.sigma, t.finite, t.error) for t in turned])
+    drifted = [i for i, (*_, e) in enumerate(host) if e > _bound(nodes[i])]
+    if drifted:  # a repair moves bases by no more than the drift: overlaps stay Us, Vs
+        repaired = _turned([_repaired(nodes[i]) for i in drifted], run)
+        for i, new in zip(drifted, repaired, strict=True):
+            turned[i] = new
+            host[i] = (*jax.device_get((new.sigma, new.finite)), host[i][2])
+    plan: list[_Cut] = []
+    layers = []
+    for path, node, (sigma, finite, error) in zip(chosen, nodes, host, strict=True):
+        r = None
+        if finite and isinstance(rule, Mapping):
+            r = rule[path_name(path)]
+        elif finite and isinstance(rule, RankRule):
+            flat = sigma.reshape(-1, node.rank)
+            r = rule.choose(flat, min(node.axes.m, node.axes.n))
+        plan.append(_Cut(path, r, node.axes))
+        after = node.rank if r is None else r
+        layers.append(
+            _layer(path_name(path), node.axes, node.rank, after, sigma, finite, error)
+        )
+    new_params, new_state = _after(
+        params, opt_state, turned, plan, tx, moment_rule, run
+    )
+    return new_params, new_state, Report(tuple(layers), "truncation")
+
+
 ORTHOGONALITY_BOUND = 1e-3
 """Entry of |UᵀU - I| past which float32 bases are repaired; bfloat16 rounding alone
 gives 4e-3, so narrower bases are repaired past ten times their machine epsilon."""
+
+
+class _Run(NamedTuple):
+    """How the jitted parts of an event are called, and results brought to the host."""
+
+    call: Callable[..., Any]
+    get: Callable[[Any], Any]
+
+
+def _compiled(fn: Any, *args: Any, **static: Any) -> Any:
+    """Instead of fn(*args): its program compiled, and the shapes of the result."""
+    fn.lower(*args, **static).compile()
+    return fn.eval_shape(*args, **static)
+
+
+def _expected(shapes: Any) -> Any:
+    """What an event without trouble brings to the host: True, and numbers of no use."""
+    return jax.tree.map(lambda x: np.full(x.shape, x.dtype == bool, x.dtype), shapes)
+
+
+_NOW = _Run(lambda fn, *args, **static: fn(*args, **static), jax.device_get)
+_AHEAD = _Run(_compiled, _expected)
 
 
 class _Turned(NamedTuple):
@@ -343,13 +495,49 @@ def _signed_qr(basis: Array) -> tuple[Array, Array]:
     return q * sign[..., None, :], sign[..., :, None] * r
 
 
-def _turned(nodes: Sequence[LowRank]) -> list[_Turned]:
+def _turned(nodes: Sequence[LowRank], run: _Run) -> list[_Turned]:
     return _by_shape(
         [(x.axes.m, x.axes.n, x.rank, x.u.dtype, x.s.dtype) for x in nodes],
-        lambda group: _turn_group(
-            [(nodes[i].u, nodes[i].s, nodes[i].vt) for i in group]
+        lambda group: run.call(
+            _turn_group, [(nodes[i].u, nodes[i].s, nodes[i].vt) for i in group]
         ),
     )
+
+
+def _spectra(items: Sequence[Any], matrices: Sequence[Matrix], run: _Run) -> list[Any]:
+    """Singular values of cores and dense matrices, one entry for each item."""
+    axes = [
+        None if is_low_rank(x) else m.axes for x, m in zip(items, matrices, strict=True)
+    ]
+    arrays = [x.s if is_low_rank(x) else x for x in items]
+    shapes = [
+        (x.shape[-2:] if a is None else (a.m, a.n), x.dtype)
+        for a, x in zip(axes, arrays, strict=True)
+    ]
+    return _by_shape(
+        shapes,
+        lambda group: run.call(
+            _sigma_group,
+            [arrays[i] for i in group],
+            axes=tuple(axes[i] for i in group),
+        ),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="axes")
+def _sigma_group(arrays: list[Array], axes: tuple[Axes | None, ...]) -> list[Array]:
+    matrices = [
+        array if a is None else a.to_matrix(array)
+        for a, array in zip(axes, arrays, strict=True)
+    ]
+    flat = [matrix.reshape(-1, *matrix.shape[-2:]) for matrix in matrices]
+    sigma = singular_values(jnp.concatenate(flat))
+    counts = np.cumsum([len(x) for x in flat])[:-1]
+    parts = jnp.split(sigma, counts)
+    return [
+        part.reshape(*matrix.shape[:-2], -1)
+        for part, matrix in zip(parts, matrices, strict=True)
+    ]
 
 
 def _bound(node: LowRank) -> float:
@@ -357,8 +545,8 @@ def _bound(node: LowRank) -> float:
 
 
 def _by_shape(
-    shapes: Sequence[Any], run: Callable[[list[int]], list[_Turned]]
-) -> list[_Turned]:
+    shapes: Sequence[Any], run: Callable[[list[int]], list[Any]]
+) -> list[Any]:
     """Host side: run(indices) for each set of indices of equal shapes, in order.
 
     One program per set, one after the other: they use all threads of a CPU anyway, and
@@ -367,7 +555,7 @@ def _by_shape(
     groups: dict[Any, list[int]] = defaultdict(list)
     for i, shape in enumerate(shapes):
         groups[shape].append(i)
-    results: dict[int, _Turned] = {}
+    results: dict[int, Any] = {}
     for group in groups.values():
         results |= zip(group, jax.block_until_ready(run(group)), strict=True)
     return [results[i] for i in range(len(shapes))]
@@ -430,6 +618,11 @@ def _named(name: str, known: Mapping[str, Any], what: str = "no leaf at") -> Any
     return known[name]
 
 
+def _check_rank(rank: int, full: int, path: str) -> None:
+    if not 1 <= rank <= full:
+        raise ValueError(f"`rank` must be in [1, {full}] for {path}, got {rank}")
+
+
 def _replaced(params: PyTree, new: Mapping[tuple[Any, ...], Any]) -> PyTree:
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: new.get(path, leaf), params, is_leaf=is_low_rank
@@ -437,10 +630,7 @@ def _replaced(params: PyTree, new: Mapping[tuple[Any, ...], Any]) -> PyTree:
 
 
 def _check_wrapped(opt_state: PyTree) -> None:
-    def is_ours(x: Any) -> bool:
-        return isinstance(x, FreezeBasesState)
-
-    if not any(map(is_ours, jax.tree.leaves(opt_state, is_leaf=is_ours))):
+    if not any(map(is_frozen, jax.tree.leaves(opt_state, is_leaf=is_frozen))):
         raise ValueError(_UNWRAPPED)
 
 
@@ -457,6 +647,7 @@ def _after(
     plan: Sequence[_Cut],
     tx: optax.GradientTransformation,
     rule: MomentRule,
+    run: _Run,
 ) -> tuple[PyTree, PyTree]:
     """Params and state after an event; two compiled calls, whatever the layers."""
     _check_wrapped(opt_state)
@@ -464,10 +655,12 @@ def _after(
     if not kept:
         return params, opt_state
     cuts = tuple(cut for _, cut in kept)
-    nodes, moves = _cut_all([t for t, _ in kept], cuts=cuts)
+    nodes, moves = run.call(_cut_all, [t for t, _ in kept], cuts=cuts)
     paths = tuple(cut.path for cut in cuts)
     new_params = _replaced(params, dict(zip(paths, nodes, strict=True)))
-    state = _carried(new_params, opt_state, moves, paths=paths, tx=tx, rule=rule)
+    state = run.call(
+        _carried, new_params, opt_state, moves, paths=paths, tx=tx, rule=rule
+    )
     return new_params, state
 
 
@@ -495,4 +688,9 @@ def _carried(
     fresh = tx.init(new_params)
     if moments.holds_bases(fresh):
         raise ValueError(_UNWRAPPED)
-    return moments.carry(opt_state, fresh, dict(zip(paths, moves, strict=True)), rule)
+    new = moments.carry(opt_state, fresh, dict(zip(paths, moves, strict=True)), rule)
+    return jax.tree.map(
+        lambda x: x._replace(pending=jnp.zeros_like(x.pending)) if is_frozen(x) else x,
+        new,
+        is_leaf=is_frozen,
+    )

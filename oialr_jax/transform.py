@@ -1,19 +1,61 @@
 """Optax over cores: frozen bases have no optimizer state, no decay and no update."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jaxtyping import Array
 
-from oialr_jax.lowrank import LowRank, PyTree, is_low_rank, map_low_rank
+from oialr_jax.lowrank import (
+    LowRank,
+    PyTree,
+    is_low_rank,
+    map_low_rank,
+    named_leaves,
+)
 
 
 class FreezeBasesState(NamedTuple):
-    """State of `freeze_bases`: that of the inner transformation over `trainable`."""
+    """State of `freeze_bases`: that of the inner transformation over `trainable`.
+
+    `pending` is int32 with one entry per leaf of the params, in tree order: the rank
+    that was chosen for it and that the next rank event gives it, 0 for none. It is part
+    of the state so that a run resumed in between does what the uninterrupted one does.
+    """
 
     inner_state: Any
+    pending: Array
+
+
+def pending_ranks(params: PyTree, opt_state: PyTree) -> dict[str, int]:
+    """Host side: the ranks that wait for their event, by path."""
+    names = list(named_leaves(params))
+    found: dict[str, int] = {}
+    for state in jax.tree.leaves(opt_state, is_leaf=is_frozen):
+        if is_frozen(state):
+            ranks = jax.device_get(state.pending).tolist()
+            found |= {k: r for k, r in zip(names, ranks, strict=True) if r}
+    return found
+
+
+def with_pending(params: PyTree, opt_state: PyTree, ranks: Mapping[str, int]) -> PyTree:
+    """Host side: the optimizer state with these ranks waiting, and no others."""
+    vector = np.array([ranks.get(name, 0) for name in named_leaves(params)], np.int32)
+
+    def replaced(state: Any) -> Any:
+        if not is_frozen(state):
+            return state
+        return state._replace(pending=jnp.asarray(vector))
+
+    return jax.tree.map(replaced, opt_state, is_leaf=is_frozen)
+
+
+def is_frozen(x: object) -> bool:
+    """Whether x is the state of `freeze_bases`."""
+    return isinstance(x, FreezeBasesState)
 
 
 def trainable(params: PyTree) -> PyTree:
@@ -61,7 +103,9 @@ def freeze_bases(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> FreezeBasesState:
-        return FreezeBasesState(inner.init(trainable(params)))
+        leaves = len(jax.tree.leaves(params, is_leaf=is_low_rank))
+        pending = jnp.zeros(leaves, jnp.int32)
+        return FreezeBasesState(inner.init(trainable(params)), pending)
 
     def update(
         updates: PyTree,
@@ -76,7 +120,7 @@ def freeze_bases(
             **extra_args,
         )
         frozen = map_low_rank(_still, updates if params is None else params)
-        return with_trainable(frozen, cores), FreezeBasesState(inner_state)
+        return with_trainable(frozen, cores), state._replace(inner_state=inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -1,5 +1,6 @@
 """adaptive(): a drop-in for jax.jit(train_step) that takes Flax's TrainState."""
 
+import threading
 from typing import Any
 
 import equinox as eqx
@@ -14,6 +15,9 @@ from flax.training.train_state import TrainState
 from helpers import assert_close
 
 import oialr_jax as oialr
+from oialr_jax import surgery
+from oialr_jax.lowrank import named_leaves
+from oialr_jax.transform import pending_ranks
 
 SCHEDULE = oialr.Schedule(delay=4, every=3, layer_step=0.5)
 RULE = oialr.RankRule(cutoff=0.3)
@@ -46,6 +50,11 @@ def problem(tx=None, **options):
 
     options = {"schedule": SCHEDULE, "rule": RULE} | options
     return state, oialr.adaptive(train_step, tx, matrices, **options), train_step
+
+
+def copied(tree):
+    """A tree of its own: the step uses up the state that it is given."""
+    return jax.tree.map(jnp.array, tree)
 
 
 def batch(i):
@@ -94,9 +103,9 @@ def test_compiles_once_per_set_of_shapes():
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit():
     state, step, _ = problem()
     middle, _ = run(state, step, 0, 7)  # the next call has an event
+    copy = copied(middle)
     whole, losses = run(middle, step, 7, 12)
     _, fresh_step, _ = problem()
-    copy = jax.tree.map(jnp.array, middle)
     resumed, resumed_losses = run(copy, fresh_step, 7, 12)
     assert resumed_losses == losses
     jax.tree.map(np.testing.assert_array_equal, resumed.params, whole.params)
@@ -106,7 +115,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit():
 def test_a_state_put_back_is_noticed():
     """The step number is that of the state given, whatever ran before."""
     state, step, _ = problem()
-    run(state, step, 0, 8)
+    run(copied(state), step, 0, 8)
     again, _ = run(state, step, 0, 4)
     assert oialr.ranks(again.params) == {}
     run(again, step, 4, 5)
@@ -172,6 +181,211 @@ def test_a_cut_after_a_warm_up_costs_little():
     assert np.mean(low[-10:]) < 1.5 * np.mean(dense[-10:])
 
 
+# Ranks chosen ahead of their event
+
+AHEAD = oialr.Schedule(delay=4, every=6, layer_step=0.5, lag=3)
+
+
+def test_with_a_lag_an_event_has_the_ranks_that_were_chosen_before_it():
+    state, step, _ = problem(schedule=AHEAD)
+    state, _ = run(state, step, 0, 4)
+    dense = copied(state.params)
+    matrices = step._matrices
+    chosen = surgery.choose(dense, RULE, matrices[-1:])
+    chosen |= {x.path: 16 for x in matrices[:-1]}
+    state, _ = run(state, step, 4, 7)
+    assert oialr.ranks(state.params) == {}
+    assert pending_ranks(state.params, state.opt_state) == chosen
+    state, _ = run(state, step, 7, 8)
+    assert {k: r for k, (*_, r) in oialr.ranks(state.params).items()} == chosen
+    assert chosen["c/kernel"] < 16
+    assert pending_ranks(state.params, state.opt_state) == {}
+
+    state, _ = run(state, step, 8, 10)
+    chosen = surgery.choose(copied(state.params), RULE, matrices[1:])
+    state, losses = run(state, step, 10, 14)
+    ranks = {k: r for k, (*_, r) in oialr.ranks(state.params).items()}
+    assert ranks == {"a/kernel": 16} | chosen
+    assert [(r.step, r.kind) for r in step.reports] == [
+        (7, "conversion"),
+        (13, "truncation"),
+    ]
+    assert all(np.isfinite(losses))
+    assert [(x.step, x.choosing > 0, x.surgery > 0) for x in step.timings] == [
+        (4, True, False),
+        (7, False, True),
+        (10, True, False),
+        (13, False, True),
+    ]
+
+
+@pytest.mark.parametrize("middle", [4, 5, 6, 7, 11, 12])
+def test_a_run_resumed_between_choice_and_event_is_the_uninterrupted_one(middle):
+    state, step, _ = problem(schedule=AHEAD)
+    before, _ = run(state, step, 0, middle)
+    copy = copied(before)
+    whole, losses = run(before, step, middle, 15)
+    _, fresh, _ = problem(schedule=AHEAD)
+    resumed, resumed_losses = run(copy, fresh, middle, 15)
+    assert resumed_losses == losses
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    assert len(step.reports) == 2
+
+
+def compiled_by_main_thread(fn):
+    """fn(), and how many programs this thread compiled in it."""
+    main, found = threading.get_ident(), []
+
+    def listen(event, seconds, **_):
+        if event.endswith("backend_compile_duration"):
+            found.append(threading.get_ident())
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        fn()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    return found.count(main)
+
+
+@pytest.mark.parametrize("middle", [4, 11], ids=["whole", "resumed"])
+def test_nothing_is_compiled_at_an_event_whose_ranks_were_chosen_before(middle):
+    """Two events; a fresh process that finds ranks waiting compiles ahead as well."""
+    jax.clear_caches()
+    state, step, _ = problem(schedule=AHEAD)
+    state, _ = run(state, step, 0, middle)
+    if middle > 4:
+        jax.clear_caches()
+        _, step, _ = problem(schedule=AHEAD)
+    for i in range(middle, 14):
+        args = batch(i)
+
+        def call(args=args):
+            nonlocal state
+            state, _ = step(state, *args)
+            jax.block_until_ready(state)
+
+        count = compiled_by_main_thread(call)
+        if i in (7, 13):
+            assert count == 0
+        if i == middle:
+            assert count > 0  # the listener hears
+    assert len(step.reports) == (2 if middle == 4 else 1)
+
+
+def test_without_a_lag_the_event_compiles():
+    jax.clear_caches()
+    state, step, _ = problem()
+    state, _ = run(state, step, 0, 4)
+    assert compiled_by_main_thread(lambda: step(state, *batch(4))) > 0
+
+
+@pytest.mark.parametrize("schedule", [SCHEDULE, AHEAD], ids=["no-lag", "lag"])
+def test_compilations_stay_within_the_bound_of_the_schedule(schedule):
+    rule = oialr.RankRule(cutoff=0.9, multiple=8)
+    state, step, _ = problem(schedule=schedule, rule=rule)
+    run(state, step, 0, 40)
+    sides = [min(x.m, x.n) for x in step._matrices]
+    bound = schedule.compilations(40, rule, sides)
+    assert bound == 1 + 1 + 3  # dense, conversion, three falls from 16 to 8
+    assert bound < schedule.compilations(40)
+    assert 1 < step.compilations <= bound
+
+
+def test_what_fails_in_the_background_is_raised_at_the_event():
+    state, step, train_step = problem(schedule=AHEAD)
+
+    def fails(state, x, y):
+        if oialr.ranks(state.params):
+            raise RuntimeError("no low rank today")
+        return train_step(state, x, y)
+
+    step = oialr.adaptive(fails, state.tx, step._matrices, AHEAD, RULE)
+    state, _ = run(state, step, 0, 7)
+    with pytest.raises(RuntimeError, match="no low rank today"):
+        step(state, *batch(7))
+
+
+def test_a_matrix_that_is_not_finite_when_ranks_are_chosen_is_left_as_it_is():
+    state, step, _ = problem(schedule=AHEAD)
+    state, _ = run(state, step, 0, 10)
+    node = state.params["c"]["kernel"]
+    broken = oialr.LowRank(node.u, node.s.at[0, 0].set(jnp.inf), node.vt, node.axes)
+    params = copied({**state.params, "c": {**state.params["c"], "kernel": broken}})
+    state, _ = step(state.replace(params=params), *batch(10))
+    assert set(pending_ranks(state.params, state.opt_state)) == {"b/kernel"}
+    state, _ = run(state, step, 11, 14)
+    assert [x.path for x in step.reports[-1].layers] == ["b/kernel"]
+
+
+def test_a_matrix_that_is_no_longer_finite_at_the_event_is_left_as_it_is():
+    state, step, _ = problem(schedule=AHEAD)
+    state, _ = run(state, step, 0, 13)
+    node = state.params["c"]["kernel"]
+    broken = oialr.LowRank(node.u, node.s.at[0, 0].set(jnp.inf), node.vt, node.axes)
+    params = copied({**state.params, "c": {**state.params["c"], "kernel": broken}})
+    state, _ = step(state.replace(params=params), *batch(13))
+    flags = {x.path: x.finite for x in step.reports[-1].layers}
+    assert flags == {"b/kernel": True, "c/kernel": False}
+    assert oialr.ranks(state.params)["c/kernel"][2] == node.rank
+
+
+def test_a_call_that_jumps_over_choice_and_event_does_both():
+    _, _, train_step = problem()
+
+    def scanned(state, xs, ys):
+        return jax.lax.scan(lambda s, xy: train_step(s, *xy), state, (xs, ys))
+
+    state, step, _ = problem()
+    step = oialr.adaptive(
+        scanned, state.tx, step._matrices, AHEAD, RULE, steps_per_call=5
+    )
+    for i in range(0, 20, 5):
+        xs, ys = zip(*[batch(j) for j in range(i, i + 5)], strict=True)
+        state, _ = step(state, jnp.stack(xs), jnp.stack(ys))
+    # chosen at 4 and 10, due at 7 and 13: seen at 5 and 10, and at 10 and 15
+    assert [(r.step, r.kind) for r in step.reports] == [
+        (10, "conversion"),
+        (15, "truncation"),
+    ]
+
+
+def test_ranks_that_do_not_wait_at_their_event_are_chosen_then():
+    state, step, train_step = problem(schedule=AHEAD)
+    state, _ = run(state, step, 0, 4)
+    state, _ = run(state, jax.jit(train_step), 4, 6)  # a loop that chooses nothing
+    state, _ = run(state, step, 6, 8)
+    assert [(r.step, r.kind) for r in step.reports] == [
+        (7, "conversion"),
+        (7, "truncation"),
+    ]
+
+
+def test_bases_are_not_copied_by_a_step():
+    state, step, _ = problem()
+    state, _ = run(state, step, 0, 5)
+    given = state
+    where = {
+        path: (node.u.unsafe_buffer_pointer(), node.vt.unsafe_buffer_pointer())
+        for path, node in named_leaves(state.params).items()
+        if oialr.is_low_rank(node)
+    }
+    assert len(where) == 3
+    state, _ = step(state, *batch(5))
+    assert given.params["a"]["kernel"].u.is_deleted()
+    for path, pointers in where.items():
+        node = named_leaves(state.params)[path]
+        found = (node.u.unsafe_buffer_pointer(), node.vt.unsafe_buffer_pointer())
+        assert found == pointers
+
+
+def test_donation_can_be_declined():
+    state, step, _ = problem(donate_argnums=())
+    first = state.params["a"]["kernel"]
+    run(state, step, 0, 6)
+    assert not first.is_deleted()
+
+
 # Bad input
 
 
@@ -207,7 +421,7 @@ def test_a_nan_in_one_layer_does_not_stop_the_others():
     state, _ = run(state, step, 0, 6)
     node = state.params["b"]["kernel"]
     broken = oialr.LowRank(node.u, node.s.at[0, 0].set(jnp.nan), node.vt, node.axes)
-    params = {**state.params, "b": {**state.params["b"], "kernel": broken}}
+    params = copied({**state.params, "b": {**state.params["b"], "kernel": broken}})
     state, _ = run(state, step, 6, 7)
     state, _ = step(state.replace(params=params), *batch(7))
     flags = {x.path: x.finite for x in step.reports[-1].layers}

@@ -366,6 +366,8 @@ def test_a_run_that_ends_before_the_conversion_is_an_error(steps):
         ({"every": 0}, r"^`every` must be at least 1, got 0$"),
         ({"layer_step": 1.5}, r"^`layer_step` must be in \[0, 1\], got 1.5$"),
         ({"layer_step": -0.5}, r"^`layer_step` must be in \[0, 1\], got -0.5$"),
+        ({"lag": 50}, r"^`lag` must be in \[0, every=50\), got 50$"),
+        ({"lag": -1}, r"^`lag` must be in \[0, every=50\), got -1$"),
         ({"stop": 100}, r"^`stop` must be after delay=100, got 100$"),
         ({"stop": 0}, r"^`stop` must be after delay=100, got 0$"),
     ],
@@ -381,3 +383,67 @@ def test_bad_updates_are_named():
         schedule.treated(-1, 5)
     with pytest.raises(ValueError, match=r"^`layers` must be at least 1, got 0$"):
         schedule.treated(0, 0)
+
+
+@given(schedule=schedules, data=st.data(), steps=st.integers(1, 300))
+@settings(deadline=None)
+def test_a_lag_moves_events_and_leaves_decisions(schedule, data, steps):
+    lag = data.draw(st.integers(0, schedule.every - 1))
+    stop = data.draw(st.none() | st.integers(schedule.delay + 1, 200))
+    schedule = dataclasses.replace(schedule, stop=stop)
+    lagged = dataclasses.replace(schedule, lag=lag)
+    for t in range(steps):
+        assert lagged.decided(t) == schedule.due(t) == schedule.decided(t)
+        assert lagged.due(t) == (schedule.due(t - lag) if t >= lag else None)
+        assert lagged.converted(t) == schedule.converted(t - lag)
+    if schedule.delay + lag < steps:
+        expected = tuple(t for t in range(steps) if lagged.due(t) is not None)
+        assert lagged.events(steps) == expected
+        assert lagged.converted(lagged.events(steps)[0])
+
+
+@given(schedule=schedules, data=st.data())
+@settings(deadline=None)
+def test_a_counter_that_jumps_misses_no_lagged_event(schedule, data):
+    lag = data.draw(st.integers(0, schedule.every - 1))
+    schedule = dataclasses.replace(schedule, lag=lag)
+    start = data.draw(st.integers(0, 100))
+    stride = data.draw(st.integers(1, 30))
+    updates = [schedule.due(t) for t in range(start + 1, start + stride + 1)]
+    newest = max((j for j in updates if j is not None), default=None)
+    assert schedule.due(start + stride, start) == newest
+
+
+@given(
+    rule=st.builds(
+        RankRule,
+        cutoff=st.floats(0, 1),
+        max_drop=st.floats(0.1, 1),
+        multiple=st.integers(1, 20),
+    ),
+    sides=st.lists(st.integers(1, 60), min_size=1, max_size=4),
+    steps=st.integers(2, 60),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None)
+def test_no_run_of_the_rule_has_more_shapes_than_the_bound(rule, sides, steps, seed):
+    """Random spectra at every event: count the distinct sets of ranks."""
+    schedule = Schedule(delay=1, every=2, layer_step=1.0)
+    random = np.random.default_rng(seed)
+    ranks, shapes = list(sides), {("dense",)}
+    for _ in schedule.events(steps):
+        spectra = [np.sort(random.random(r) ** 3)[::-1] for r in ranks]
+        ranks = [rule.choose(s, side) for s, side in zip(spectra, sides, strict=True)]
+        shapes.add(tuple(ranks))
+    assert len(shapes) <= schedule.compilations(steps, rule, sides)
+    assert schedule.compilations(steps, rule, sides) <= schedule.compilations(steps)
+    assert schedule.compilations(steps) == 1 + len(schedule.events(steps))
+
+
+def test_a_lag_delays_the_conversion():
+    schedule = Schedule(delay=3, every=10, lag=2)
+    assert [schedule.converted(t) for t in range(7)] == [False] * 5 + [True] * 2
+    message = r"^the conversion at delay=3 \+ lag=2 is never reached in 5 steps$"
+    with pytest.raises(ValueError, match=message):
+        schedule.events(5)
+    assert schedule.events(6) == (5,)

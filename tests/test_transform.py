@@ -79,7 +79,9 @@ def test_state_is_for_cores_and_dense_leaves_only(name):
     _, params, _ = problem()
     tx = oialr.freeze_bases(CHAINS[name])
     node = params["layers_0"]["kernel"]
-    shapes = [leaf.shape for leaf in jax.tree.leaves(tx.init(params))]
+    state = tx.init(params)
+    assert state.pending.shape == (len(named_leaves(params)),)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(state.inner_state)]
     assert node.u.shape not in shapes
     assert node.vt.shape not in shapes
     trained = oialr.trainable(params)
