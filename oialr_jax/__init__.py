@@ -1,6 +1,6 @@
 """Public names of oialr_jax: low-rank training of any JAX model."""
 
-from oialr_jax.adaptive import AdaptiveStep, adaptive
+from oialr_jax.adaptive import AdaptiveStep, Timing, adaptive
 from oialr_jax.cost import Rates
 from oialr_jax.explain import Explanation, explain
 from oialr_jax.factored import factored
@@ -43,6 +43,7 @@ __all__ = [
     "Rates",
     "Report",
     "Schedule",
+    "Timing",
     "adaptive",
     "counts",
     "densify",

@@ -52,7 +52,10 @@ class Rates:
     convolution (it, and its gradients to input and kernel) in its own measure.
 
     Args:     dot, dot_kernel, conv, conv_input, conv_kernel: FLOP/s.
-              bandwidth: bytes/s. overhead: s.
+              bandwidth: bytes/s. overhead: s. conv_merging: whether `MERGED` may be
+              chosen for convolutions; it multiplies the gradient of the output twice,
+              and a backend that fuses what made that gradient into a change of layout
+              then computes it twice.
     Raises:   ValueError: a rate that is not positive, a negative overhead.
     """
 
@@ -63,10 +66,13 @@ class Rates:
     conv_kernel: float
     bandwidth: float
     overhead: float = 0.0
+    conv_merging: bool = True
 
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
         for name, value in dataclasses.asdict(self).items():
+            if name == "conv_merging":
+                continue
             if name == "overhead":
                 if not 0 <= value < math.inf:
                     raise ValueError(f"`overhead` must be at least 0, got {value}")
@@ -263,7 +269,11 @@ def cheapest(load: Workload, rates: Rates | None = None, itemsize: int = 4) -> O
     """
     if rates is None:
         return min(LOW_RANK, key=lambda order: flops(order, load).total)
-    times = {order: seconds(order, load, rates, itemsize) for order in LOW_RANK}
+    times = {
+        order: seconds(order, load, rates, itemsize)
+        for order in LOW_RANK
+        if order != Order.MERGED or load.window == 1 or rates.conv_merging
+    }
     least = min(times.values())
     return next(order for order, time in times.items() if time * (1 - MARGIN) <= least)
 
@@ -281,6 +291,7 @@ RATES: Mapping[str, Rates] = {
         conv_kernel=215e9,
         bandwidth=45e9,
         overhead=1e-6,
+        conv_merging=False,
     ),
 }
 """Measured rates by JAX backend; a backend that is not listed is judged by FLOPs."""

@@ -334,6 +334,14 @@ def test_measured_rates_move_the_choice():
     assert cost.cheapest(merged, narrow) == Order.REBUILT
 
 
+def test_merging_can_be_ruled_out_for_convolutions():
+    conv = Workload(10**5, 9 * 64, 64, rank=64, window=9)
+    dot = dataclasses.replace(conv, window=1)
+    without = dataclasses.replace(RATES, conv_merging=False)
+    assert cost.cheapest(conv, RATES) == cost.cheapest(dot, without) == Order.MERGED
+    assert cost.cheapest(conv, without) == Order.CHAIN
+
+
 def test_times_within_the_margin_are_equal():
     load = Workload(10**5, 768, 768, rank=259)  # merged saves less than 1 % of FLOPs
     chain, merged = (cost.flops(x, load).total for x in LOW_RANK[:2])

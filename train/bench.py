@@ -12,6 +12,7 @@ Wall time: two CPU cores, float32: steps 15 min, events 3 min, layers 3 min, run
 Results:   train/results/
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,8 +20,10 @@ import pathlib
 import platform
 import statistics
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -34,7 +37,7 @@ from jaxtyping import Array
 
 import oialr_jax as oialr
 from oialr_jax import cost
-from train import names, peers
+from train import images, names, peers, process
 from train.models.mlp import MLP
 from train.models.resnet import ResNet
 from train.models.vit import VisionTransformer
@@ -546,7 +549,17 @@ def calibrate(settings: Settings) -> oialr.Rates:
         conv_kernel=to_kernel,
         bandwidth=dtype.itemsize * (16384 * 1024 + 1024 * 8 + 16384 * 8) / skinny,
         overhead=small / 100,
+        conv_merging=_merging_pays(settings),
     )
+
+
+def _merging_pays(settings: Settings) -> bool:
+    """Whether a whole convolutional network is faster merged than as chains."""
+    orders = ("chain", "merged")
+    options: Any = {"fractions": (1.0,), "orders": orders, "peers": ()}
+    rows = _steps("resnet18", dataclasses.replace(settings, **options))
+    took = {row["order"]: row["step_ms"] for row in rows}
+    return bool(took["merged"] < took["chain"])
 
 
 def read_rates(path: pathlib.Path | None) -> oialr.Rates | None:
@@ -564,12 +577,176 @@ def read_rates(path: pathlib.Path | None) -> oialr.Rates | None:
         ) from None
 
 
+# Suite: events
+
+LADDER = 0.95
+"""Cutoff at which random cores halve at every event, which `max_drop` allows."""
+AROUND = 3
+"""Steps after an event that still count as its stall."""
+
+
+def events(settings: Settings) -> list[Row]:
+    """Host side: a row for each event of a run that halves all ranks again and again.
+
+    `stall_ms` is what the steps from the choice of ranks to `AROUND` steps after the
+    event took beyond as many ordinary ones (medians of the steps before and after);
+    `event_ms` the part of the host in it (singular values, SVDs, turning the state),
+    `compile_ms` what tracing and compiling took in any thread meanwhile. Once without
+    a lag, where the step waits for the compiler, and once with it.
+    """
+    rows = []
+    for lag in dict.fromkeys((0, settings.lag)):
+        rows += _events(settings, lag)
+    return rows
+
+
+def _events(settings: Settings, lag: int) -> list[Row]:
+    problem = Problem(settings.models[0], settings.batch, settings.dtype)
+    tx = oialr.freeze_bases(problem.optimizer)
+    every = max(20, 2 * lag)
+    schedule = oialr.Schedule(delay=every // 2, every=every, layer_step=1.0, lag=lag)
+    forward = oialr.factored(problem.forward, rates=read_rates(settings.rates))
+    step = oialr.adaptive(
+        problem.train_step(forward),
+        tx,
+        problem.matrices,
+        schedule,
+        oialr.RankRule(cutoff=LADDER, multiple=8),
+    )
+    state = problem.state(problem.params, tx)
+    steps = schedule.delay + LADDER_EVENTS * every
+    times, compiling, counts = [], [], []
+    with compile_times() as log:
+        for _ in range(steps):
+            before = sum(seconds for seconds, _ in log)
+            start = time.perf_counter()
+            state, metrics = step(state, problem.image, problem.label)
+            jax.block_until_ready((state, metrics))
+            times.append(time.perf_counter() - start)
+            compiling.append(sum(seconds for seconds, _ in log) - before)
+            counts.append(step.compilations)
+    bound = schedule.compilations(steps)
+    if step.compilations > bound:
+        raise ValueError(f"{step.compilations} compilations, more than {bound}")
+    rows = []
+    for chosen in range(schedule.delay, steps, every):
+        event = chosen + lag
+        end = event + AROUND
+        before = statistics.median(times[max(2, chosen - every // 3) : chosen])
+        after = statistics.median(times[end : chosen + every])
+        usual = (event - chosen) * before + (end - event) * after
+        host = sum(
+            x.choosing + x.surgery for x in step.timings if chosen <= x.step <= event
+        )
+        stall = sum(times[chosen:end]) - usual
+        rows.append(
+            {
+                "model": settings.models[0],
+                "batch": settings.batch,
+                "lag": lag,
+                "step": event,
+                "step_ms": 1e3 * before,
+                "step_after_ms": 1e3 * after,
+                "event_ms": 1e3 * host,
+                "stall_ms": 1e3 * stall,
+                "stall_steps": stall / before,
+                "compile_ms": 1e3 * sum(compiling[chosen:end]),
+                "compilations": counts[end - 1] - counts[chosen - 1],
+                "share_of_500_steps": host / (500 * after),
+                "backend": jax.default_backend(),
+            }
+        )
+    return rows
+
+
+LADDER_EVENTS = 4
+"""Conversion to half the ranks, then three more halvings."""
+
+
+@contextlib.contextmanager
+def compile_times() -> Iterator[list[tuple[float, bool]]]:
+    """Host side: a list to which every tracing, lowering and compilation adds itself.
+
+    Each entry is its seconds and whether the main thread did it and so waited for it.
+    """
+    log: list[tuple[float, bool]] = []
+    main = threading.get_ident()
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event.startswith("/jax/core/compile/"):
+            log.append((duration_secs, threading.get_ident() == main))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield log
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+# Suite: run
+
+RECIPE = images.Settings(
+    dataset="digits",
+    model="mini-vit-digits",
+    steps=240,
+    learning_rate=3e-4,
+    weight_decay=0.1,
+    delay=0.25,
+    every=0.125,
+    stop=0.75,
+    cutoff=0.2,
+    multiple=16,
+    layer_step=1.0,
+    eval_every=240,
+    log_every=40,
+)
+"""The paper's mini-ViT, in patches of 2x2, on the digits that scikit-learn has."""
+
+
+def run(settings: Settings) -> list[Row]:
+    """Host side: the same recipe dense and in low rank, wall time in its parts."""
+    rows = []
+    for method in ("dense", "oialr"):
+        recipe = dataclasses.replace(
+            RECIPE, method=method, batch=settings.batch, lag=settings.lag
+        )
+        with tempfile.TemporaryDirectory() as folder, compile_times() as log:
+            recipe = dataclasses.replace(recipe, out=pathlib.Path(folder))
+            summary = images.run(recipe, name=method)
+        blocking = sum(seconds for seconds, main in log if main)
+        waited = blocking + summary["event_seconds"] + summary["waiting_seconds"]
+        rows.append(
+            {
+                "model": recipe.model,
+                "batch": settings.batch,
+                "method": method,
+                "steps": recipe.steps,
+                "wall_s": summary["wall_seconds"],
+                "steps_s": summary["wall_seconds"] - waited,
+                "compiling_s": blocking,
+                "compiling_behind_s": sum(t for t, main in log if not main),
+                "waiting_s": summary["waiting_seconds"],
+                "svd_s": summary["event_seconds"],
+                "compilations": summary["compilations"],
+                "test_accuracy": summary["test_accuracy"],
+                "stored_fraction": summary["stored_fraction"],
+                "trainable_fraction": summary["trainable_fraction"],
+                "backend": jax.default_backend(),
+            }
+        )
+    for row in rows:
+        row["ratio_to_dense"] = row["wall_s"] / rows[0]["wall_s"]
+    return rows
+
+
 # The command
 
 
 SUITES: Mapping[str, Callable[[Settings], list[Row]]] = {
     "steps": steps,
+    "events": events,
     "layers": layers,
+    "run": run,
 }
 
 
@@ -608,6 +785,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "device": jax.devices()[0].device_kind,
             "cores": len(os.sched_getaffinity(0)),
             "jax": jax.__version__,
+            "huge_pages": process.has_huge_pages(),
             "python": platform.python_version(),
             "date": time.strftime("%Y-%m-%d"),
             "rows": rows,
@@ -616,4 +794,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    process.use_huge_pages()
     main()

@@ -34,7 +34,7 @@ from flax.training.train_state import TrainState
 from jaxtyping import Array, Float, Int
 
 import oialr_jax as oialr
-from train import loop, names, report
+from train import loop, names, process, report
 from train.data.arrays import Batch, Images, batches, standardize
 from train.models.lenet5 import LeNet5
 from train.models.vit import VisionTransformer
@@ -47,7 +47,7 @@ class Settings:
     dataset: str
     """digits, fashion_mnist or mnist."""
     model: str
-    """vit-digits or lenet5."""
+    """vit-digits, mini-vit-digits or lenet5."""
     method: Literal["oialr", "dense"] = "oialr"
     """Low rank, or the same recipe with every matrix dense."""
     seed: int = 0
@@ -76,6 +76,8 @@ class Settings:
     """Ranks are rounded up to this, so that layers share shapes."""
     stop: float = 0.7
     """When the ranks are final."""
+    lag: int = 0
+    """Steps between the choice of ranks and the event; meanwhile its step compiles."""
     min_aspect: float = 0.1
     """Matrices narrower than this, short over long side, stay dense."""
     log_every: int = 25
@@ -86,6 +88,8 @@ class Settings:
     """Where `python -m train.data.prepare` put the dataset."""
     out: pathlib.Path = pathlib.Path("runs")
     """Runs go to folders in here."""
+    compilation_cache: pathlib.Path | None = None
+    """Folder in which JAX keeps compiled programs for the next run."""
     name: str | None = None
     """Folder of this run; by default from preset, method and seed."""
 
@@ -115,6 +119,9 @@ PRESETS: Mapping[str, tuple[str, Settings]] = {
 MODELS: Mapping[str, Callable[[int], nn.Module]] = {
     "vit-digits": lambda classes: VisionTransformer(
         patch=2, depth=4, heads=4, width=64, classes=classes
+    ),
+    "mini-vit-digits": lambda classes: VisionTransformer(
+        patch=2, depth=6, heads=6, width=768, classes=classes, qkv_bias=False
     ),
     "lenet5": lambda classes: LeNet5(classes=classes),
 }
@@ -151,6 +158,8 @@ def run(settings: Settings, *, name: str) -> dict[str, Any]:
               prepared. FloatingPointError: the loss is no longer finite.
     """
     started = time.perf_counter()
+    if settings.compilation_cache is not None:
+        keep_compiled(settings.compilation_cache)
     pace = loop.Pace(settings.steps, settings.log_every, settings.eval_every)
     if settings.method == "oialr":
         plan = schedule(settings)
@@ -190,12 +199,14 @@ def run(settings: Settings, *, name: str) -> dict[str, Any]:
     state = TrainState.create(apply_fn=factored, params=params, tx=tx)
     step: Any
     reports: Sequence[oialr.Report] = []
+    timings: Sequence[oialr.Timing] = []
     if settings.method == "oialr":
         rule = oialr.RankRule(cutoff=settings.cutoff, multiple=settings.multiple)
         step = oialr.adaptive(train_step, tx, matrices, plan, rule)
-        reports = step.reports
+        reports, timings = step.reports, step.timings
     else:
-        step = jax.jit(train_step).lower(state, stream[0]).compile()  # once, for all
+        jitted = jax.jit(train_step, donate_argnums=0)
+        step = jitted.lower(state, stream[0]).compile()  # once, for all
     folder = settings.out / name
     loop.begin(folder)
     state, evaluation = loop.train(
@@ -222,6 +233,8 @@ def run(settings: Settings, *, name: str) -> dict[str, Any]:
         "stored_fraction": count.stored / count.dense,
         "trainable_fraction": count.trainable / count.dense,
         "wall_seconds": round(time.perf_counter() - started, 2),
+        "event_seconds": round(sum(x.choosing + x.surgery for x in timings), 3),
+        "waiting_seconds": round(sum(x.waiting for x in timings), 3),
         "compilations": getattr(step, "compilations", 1),
         "ranks": oialr.ranks(state.params),
     }
@@ -269,8 +282,19 @@ def schedule(settings: Settings) -> oialr.Schedule:
             f"{settings.stop:.3g} are steps {delay} and {stop} of {settings.steps}"
         )
     return oialr.Schedule(
-        delay=delay, every=max(1, every), layer_step=settings.layer_step, stop=stop
+        delay=delay,
+        every=max(1, every),
+        layer_step=settings.layer_step,
+        lag=settings.lag,
+        stop=stop,
     )
+
+
+def keep_compiled(folder: pathlib.Path) -> None:
+    """Host side: JAX keeps compiled programs in `folder`, for this run and the next."""
+    jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 def cross_entropy(
@@ -319,4 +343,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    process.use_huge_pages()
     main()
