@@ -158,9 +158,9 @@ def choose(
     """
     leaves = named_leaves(params)
     items = [_named(matrix.path, leaves) for matrix in matrices]
-    found = _spectra(items, matrices, _NOW)
+    found = _solved(items, [x.axes for x in matrices], _NOW, vectors=False)
     ranks = {}
-    for matrix, sigma in zip(matrices, _NOW.get(found), strict=True):
+    for matrix, sigma in zip(matrices, _on_host(found, _NOW), strict=True):
         if np.isfinite(sigma).all():
             ranks[matrix.path] = rule.choose(
                 sigma.reshape(-1, sigma.shape[-1]), min(matrix.m, matrix.n)
@@ -190,7 +190,7 @@ def compile_ahead(
     )
     leaves = named_leaves(params)
     items = [leaves[matrix.path] for matrix in matrices]
-    _spectra(items, matrices, _AHEAD)  # of the next choice
+    _solved(items, [x.axes for x in matrices], _AHEAD, vectors=False)  # to choose next
     return params, opt_state
 
 
@@ -300,30 +300,25 @@ def _factorized(
         for name in rank:
             _named(name, {matrix.path: () for matrix in matrices}, "`rank` names")
 
-    axes = tuple(matrix.axes for matrix, _ in jobs.values())
-    arrays = [leaves[path] for path in jobs]
-    turned = _by_shape(
-        [(a.m, a.n, x.dtype) for a, x in zip(axes, arrays, strict=True)],
-        lambda group: run.call(
-            _factor_group,
-            [arrays[i] for i in group],
-            axes=tuple(axes[i] for i in group),
-        ),
+    chosen = [matrix for matrix, _ in jobs.values()]
+    solved = _solved(
+        [leaves[path] for path in jobs], [x.axes for x in chosen], run, vectors=True
     )
-    host = run.get([(t.sigma, t.finite, t.error) for t in turned])
-    plan: list[_Cut] = []
-    layers = []
-    for (path, (matrix, r)), (sigma, finite, error) in zip(
-        jobs.items(), host, strict=True
-    ):
-        after = r if finite else None
-        plan.append(_Cut(path, after, matrix.axes, matrix.axes))
-        layers.append(
-            _layer(matrix.path, matrix.axes, None, after, sigma, finite, error)
-        )
+    spectra = _on_host(solved, run)
+    plan = [
+        _Cut(path, r if np.isfinite(sigma).all() else None, matrix.axes)
+        for (path, (matrix, r)), sigma in zip(jobs.items(), spectra, strict=True)
+    ]
     new_params, new_state = _after(
-        params, opt_state, turned, plan, tx, moment_rule, run
+        params, opt_state, solved, plan, tx, moment_rule, run
     )
+    new = _leaves(new_params)
+    nodes = [new[cut.path] for cut in plan if cut.rank]
+    errors = iter(run.get([run.call(_checked, x.u, x.vt)[1] for x in nodes]))
+    layers = [
+        _layer(x.path, x.axes, None, cut.rank, sigma, next(errors) if cut.rank else 0)
+        for x, cut, sigma in zip(chosen, plan, spectra, strict=True)
+    ]
     return new_params, new_state, Report(tuple(layers), "conversion")
 
 
@@ -351,30 +346,32 @@ def _truncated(
             name = path_name(path)
             _named(name, rule, "`rule` has no rank for")
             _check_rank(rule[name], node.rank, name)
-    turned = _turned(nodes, run)
-    host = run.get([(t.sigma, t.finite, t.error) for t in turned])
-    drifted = [i for i, (*_, e) in enumerate(host) if e > _bound(nodes[i])]
+    solved, spectra, checks = _facts(nodes, run)
+    drifted = [i for i, (_, e) in enumerate(checks) if e > _bound(nodes[i])]
     if drifted:  # a repair moves bases by no more than the drift: overlaps stay Us, Vs
-        repaired = _turned([_repaired(nodes[i]) for i in drifted], run)
-        for i, new in zip(drifted, repaired, strict=True):
-            turned[i] = new
-            host[i] = (*jax.device_get((new.sigma, new.finite)), host[i][2])
+        repaired = [_repaired(nodes[i]) for i in drifted]
+        again, sigmas, _ = _facts(repaired, run)
+        for i, node, x, sigma in zip(drifted, repaired, again, sigmas, strict=True):
+            nodes[i], solved[i], spectra[i] = node, x, sigma
     plan: list[_Cut] = []
     layers = []
-    for path, node, (sigma, finite, error) in zip(chosen, nodes, host, strict=True):
-        r = None
-        if finite and isinstance(rule, Mapping):
-            r = rule[path_name(path)]
-        elif finite and isinstance(rule, RankRule):
+    for path, node, sigma, (finite, error) in zip(
+        chosen, nodes, spectra, checks, strict=True
+    ):
+        name, r = path_name(path), None
+        if finite and np.isfinite(sigma).all():
             flat = sigma.reshape(-1, node.rank)
-            r = rule.choose(flat, min(node.axes.m, node.axes.n))
+            r = (
+                rule.choose(flat, min(node.axes.m, node.axes.n))
+                if isinstance(rule, RankRule)
+                else rule[name]
+            )
         plan.append(_Cut(path, r, node.axes))
-        after = node.rank if r is None else r
-        layers.append(
-            _layer(path_name(path), node.axes, node.rank, after, sigma, finite, error)
-        )
+        layer = _layer(name, node.axes, node.rank, r, sigma, error)
+        layers.append(layer)
+    repairs = _replaced(params, dict(zip(chosen, nodes, strict=True)))
     new_params, new_state = _after(
-        params, opt_state, turned, plan, tx, moment_rule, run
+        repairs if drifted else params, opt_state, solved, plan, tx, moment_rule, run
     )
     return new_params, new_state, Report(tuple(layers), "truncation")
 
@@ -406,72 +403,125 @@ _NOW = _Run(lambda fn, *args, **static: fn(*args, **static), jax.device_get)
 _AHEAD = _Run(_compiled, _expected)
 
 
-class _Turned(NamedTuple):
-    """One leaf after its SVD, not cut yet, with the overlaps that turn its moments."""
+class _Solved(NamedTuple):
+    """Where one leaf's part of a batched decomposition lies.
 
-    u: Array
-    s: Array
-    vt: Array
-    left: Array
-    right: Array
-    sigma: Array
-    finite: Array
-    error: Array
+    `batch` has the singular values (b, k) of all matrices of a shape, and for SVDs the
+    left and right vectors (b, a, k), (b, k, c) around them.
+    """
+
+    batch: tuple[Array, ...]
+    start: int
+    stack: tuple[int, ...]
 
 
 class _Cut(NamedTuple):
-    """What becomes of one leaf: its new rank (None: left as it was) and its axes.
-
-    `before` is set where the leaf was dense.
-    """
+    """What becomes of one leaf: its new rank (None: left as it was) and its axes."""
 
     path: tuple[Any, ...]
     rank: int | None
     axes: Axes
-    before: Axes | None = None
 
 
-@functools.partial(jax.jit, static_argnames="axes")
-def _factor_group(arrays: list[Array], axes: tuple[Axes, ...]) -> list[_Turned]:
-    matrices = [a.to_matrix(array) for a, array in zip(axes, arrays, strict=True)]
-    return _as_one_batch(_factor_stacks, matrices)
+def _solved(
+    leaves: Sequence[Any], axes: Sequence[Axes], run: _Run, *, vectors: bool
+) -> list[_Solved]:
+    """Host side: the SVD, or singular values, of every core and every dense matrix.
+
+    One program for all matrices of a shape, one after the other: they use all threads
+    of a CPU anyway, and several solver calls in one program have been seen to deadlock
+    there.
+    """
+    groups: dict[Any, list[int]] = defaultdict(list)
+    middle = [x.s if is_low_rank(x) else x for x in leaves]
+    views = [None if is_low_rank(x) else a for x, a in zip(leaves, axes, strict=True)]
+    for i, (array, view) in enumerate(zip(middle, views, strict=True)):
+        side = array.shape[-2:] if view is None else (view.m, view.n)
+        groups[side, array.dtype].append(i)
+    results: dict[int, _Solved] = {}
+    for group in groups.values():
+        batch = run.call(
+            _solved_group,
+            [middle[i] for i in group],
+            axes=tuple(views[i] for i in group),
+            vectors=vectors,
+        )
+        start = 0
+        for i in group:
+            results[i] = _Solved(jax.block_until_ready(batch), start, axes[i].l)
+            start += math.prod(axes[i].l)
+    return [results[i] for i in range(len(leaves))]
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "vectors"))
+def _solved_group(
+    arrays: list[Array], axes: tuple[Axes | None, ...], vectors: bool
+) -> tuple[Array, ...]:
+    matrices = [
+        array if view is None else view.to_matrix(array)
+        for view, array in zip(axes, arrays, strict=True)
+    ]
+    batch = jnp.concatenate([x.reshape(-1, *x.shape[-2:]) for x in matrices])
+    return svd(batch) if vectors else (singular_values(batch),)
+
+
+def _on_host(solved: Sequence[_Solved], run: _Run) -> list[np.ndarray]:
+    """Singular values of each leaf, (*stack, k), in one transfer for all."""
+    found = run.get([x.batch[len(x.batch) // 2] for x in solved])
+    return [
+        sigma[x.start : x.start + math.prod(x.stack)].reshape(*x.stack, -1)
+        for x, sigma in zip(solved, found, strict=True)
+    ]
+
+
+def _facts(
+    nodes: Sequence[LowRank], run: _Run
+) -> tuple[list[_Solved], list[np.ndarray], list[tuple[Any, Any]]]:
+    """The cores' SVDs; on the host their singular values and the state of the bases."""
+    solved = _solved(nodes, [x.axes for x in nodes], run, vectors=True)
+    checks = [run.call(_checked, x.u, x.vt) for x in nodes]
+    return solved, _on_host(solved, run), run.get(checks)
 
 
 @jax.jit
-def _turn_group(nodes: list[tuple[Array, Array, Array]]) -> list[_Turned]:
-    return _as_one_batch(_turn_stacks, nodes)
+def _checked(u: Array, vt: Array) -> tuple[Array, Array]:
+    """Whether bases are finite, and how far from orthonormal."""
+    finite = jnp.all(jnp.isfinite(u)) & jnp.all(jnp.isfinite(vt))
+    return finite, orthogonality_error(u, vt)
 
 
-def _factor_stacks(matrix: Array) -> _Turned:
-    """The mathematics of a conversion on a stack (b, m, n): gradients become UᵀGV."""
-    u, sigma, vt = svd(matrix)
-    left, right = jnp.swapaxes(u, -1, -2), vt
-    u, s, vt = (f.astype(matrix.dtype) for f in (u, diagonal(sigma), vt))
-    return _checked(u, s, vt, left, right, sigma)
+@functools.partial(jax.jit, static_argnames=("stack", "rank", "axes"))
+def _rebased(
+    leaf: Any,
+    batch: tuple[Array, Array, Array],
+    start: Any,
+    *,
+    stack: tuple[int, ...],
+    rank: int,
+    axes: Axes,
+) -> tuple[LowRank, Move]:
+    """One leaf on the first `rank` singular vectors, and the move of its moments.
 
-
-def _turn_stacks(factors: tuple[Array, Array, Array]) -> _Turned:
-    """The mathematics of an update on stacks (b, m, r), (b, r, r), (b, r, n)."""
-    wide = compute_dtype(factors[1].dtype)
-    u, s, vt = (f.astype(wide) for f in factors)
-    error = jax.vmap(orthogonality_error)(u, vt)
-    us, sigma, vst = svd(s)
-    with jax.default_matmul_precision("highest"):
-        new = (u @ us, diagonal(sigma), vst @ vt)
-    u, s, vt = (f.astype(old.dtype) for f, old in zip(new, factors, strict=True))
-    turned = _checked(u, s, vt, jnp.swapaxes(us, -1, -2), vst, sigma)
-    return turned._replace(error=error)
-
-
-def _checked(
-    u: Array, s: Array, vt: Array, left: Array, right: Array, sigma: Array
-) -> _Turned:
-    finite = functools.reduce(
-        jnp.logical_and,
-        (jnp.all(jnp.isfinite(f), axis=(-2, -1)) for f in (u, s, vt)),
+    Of a dense leaf W = U Σ Vᵀ gradients become UᵀGV; of a core S = Us Σ Vsᵀ the bases
+    become U Us and Vsᵀ Vᵀ and moments turn by Us and Vs.
+    """
+    count = math.prod(stack)
+    left, sigma, right = (
+        jax.lax.dynamic_slice_in_dim(x, start, count).reshape(*stack, *x.shape[1:])
+        for x in batch
     )
-    error = jax.vmap(orthogonality_error)(u, vt)
-    return _Turned(u, s, vt, left, right, sigma, finite, error)
+    left, sigma, right = left[..., :rank], sigma[..., :rank], right[..., :rank, :]
+    u, vt, core, old = left, right, diagonal(sigma), (leaf, leaf, leaf)
+    if is_low_rank(leaf):
+        with jax.default_matmul_precision("highest"):
+            u = leaf.u.astype(sigma.dtype) @ left
+            vt = right @ leaf.vt.astype(sigma.dtype)
+        old = (leaf.u, leaf.s, leaf.vt)
+    u, core, vt = (x.astype(o.dtype) for x, o in zip((u, core, vt), old, strict=True))
+    before = None if is_low_rank(leaf) else axes
+    return LowRank(u, core, vt, axes), Move(
+        jnp.swapaxes(left, -1, -2), right, before=before
+    )
 
 
 @jax.jit
@@ -495,91 +545,8 @@ def _signed_qr(basis: Array) -> tuple[Array, Array]:
     return q * sign[..., None, :], sign[..., :, None] * r
 
 
-def _turned(nodes: Sequence[LowRank], run: _Run) -> list[_Turned]:
-    return _by_shape(
-        [(x.axes.m, x.axes.n, x.rank, x.u.dtype, x.s.dtype) for x in nodes],
-        lambda group: run.call(
-            _turn_group, [(nodes[i].u, nodes[i].s, nodes[i].vt) for i in group]
-        ),
-    )
-
-
-def _spectra(items: Sequence[Any], matrices: Sequence[Matrix], run: _Run) -> list[Any]:
-    """Singular values of cores and dense matrices, one entry for each item."""
-    axes = [
-        None if is_low_rank(x) else m.axes for x, m in zip(items, matrices, strict=True)
-    ]
-    arrays = [x.s if is_low_rank(x) else x for x in items]
-    shapes = [
-        (x.shape[-2:] if a is None else (a.m, a.n), x.dtype)
-        for a, x in zip(axes, arrays, strict=True)
-    ]
-    return _by_shape(
-        shapes,
-        lambda group: run.call(
-            _sigma_group,
-            [arrays[i] for i in group],
-            axes=tuple(axes[i] for i in group),
-        ),
-    )
-
-
-@functools.partial(jax.jit, static_argnames="axes")
-def _sigma_group(arrays: list[Array], axes: tuple[Axes | None, ...]) -> list[Array]:
-    matrices = [
-        array if a is None else a.to_matrix(array)
-        for a, array in zip(axes, arrays, strict=True)
-    ]
-    flat = [matrix.reshape(-1, *matrix.shape[-2:]) for matrix in matrices]
-    sigma = singular_values(jnp.concatenate(flat))
-    counts = np.cumsum([len(x) for x in flat])[:-1]
-    parts = jnp.split(sigma, counts)
-    return [
-        part.reshape(*matrix.shape[:-2], -1)
-        for part, matrix in zip(parts, matrices, strict=True)
-    ]
-
-
 def _bound(node: LowRank) -> float:
     return max(ORTHOGONALITY_BOUND, 10 * float(jnp.finfo(node.u.dtype).eps))
-
-
-def _by_shape(
-    shapes: Sequence[Any], run: Callable[[list[int]], list[Any]]
-) -> list[Any]:
-    """Host side: run(indices) for each set of indices of equal shapes, in order.
-
-    One program per set, one after the other: they use all threads of a CPU anyway, and
-    side by side in one program their solver calls have been seen to deadlock there.
-    """
-    groups: dict[Any, list[int]] = defaultdict(list)
-    for i, shape in enumerate(shapes):
-        groups[shape].append(i)
-    results: dict[int, Any] = {}
-    for group in groups.values():
-        results |= zip(group, jax.block_until_ready(run(group)), strict=True)
-    return [results[i] for i in range(len(shapes))]
-
-
-def _as_one_batch(fn: Any, items: Sequence[Any]) -> list[_Turned]:
-    """fn on the items as one batch, stack axes flattened into it and restored.
-
-    A stack is finite when all of its matrices are; its error is the largest.
-    """
-    flat = [jax.tree.map(lambda a: a.reshape(-1, *a.shape[-2:]), x) for x in items]
-    batch = fn(jax.tree.map(lambda *parts: jnp.concatenate(parts), *flat))
-    results = []
-    start = 0
-    for item in items:
-        stack = jax.tree.leaves(item)[0].shape[:-2]
-        stop = start + math.prod(stack)
-        part = jax.tree.map(lambda a, lo=start, hi=stop: a[lo:hi], batch)
-        arrays = (f.reshape(*stack, *f.shape[1:]) for f in part[:-2])
-        results.append(
-            _Turned(*arrays, finite=jnp.all(part.finite), error=jnp.max(part.error))
-        )
-        start = stop
-    return results
 
 
 def _layer(
@@ -588,11 +555,11 @@ def _layer(
     before: int | None,
     after: int | None,
     sigma: np.ndarray,
-    finite: np.ndarray,
-    error: np.ndarray,
+    error: Any,
 ) -> LayerReport:
+    """`after` is None for a leaf that is not finite and was left as it was."""
     flat = np.asarray(sigma, np.float64).reshape(-1, sigma.shape[-1])
-    energy = 1.0
+    energy, finite = 1.0, after is not None
     if finite and np.sum(flat**2) > 0:
         energy = float(np.sum(flat[:, :after] ** 2) / np.sum(flat**2))
     return LayerReport(
@@ -600,9 +567,9 @@ def _layer(
         axes.m,
         axes.n,
         before,
-        after,
+        after if finite else before,
         energy,
-        bool(finite),
+        finite,
         float(error),
         flat,
     )
@@ -643,36 +610,36 @@ _UNWRAPPED = (
 def _after(
     params: PyTree,
     opt_state: PyTree,
-    turned: Sequence[_Turned],
+    solved: Sequence[_Solved],
     plan: Sequence[_Cut],
     tx: optax.GradientTransformation,
     rule: MomentRule,
     run: _Run,
 ) -> tuple[PyTree, PyTree]:
-    """Params and state after an event; two compiled calls, whatever the layers."""
+    """Params and state after an event."""
     _check_wrapped(opt_state)
-    kept = [(t, cut) for t, cut in zip(turned, plan, strict=True) if cut.rank]
-    if not kept:
+    leaves = _leaves(params)
+    moved = {
+        cut.path: run.call(
+            _rebased,
+            leaves[cut.path],
+            x.batch,
+            x.start,
+            stack=x.stack,
+            rank=cut.rank,
+            axes=cut.axes,
+        )
+        for x, cut in zip(solved, plan, strict=True)
+        if cut.rank
+    }
+    if not moved:
         return params, opt_state
-    cuts = tuple(cut for _, cut in kept)
-    nodes, moves = run.call(_cut_all, [t for t, _ in kept], cuts=cuts)
-    paths = tuple(cut.path for cut in cuts)
-    new_params = _replaced(params, dict(zip(paths, nodes, strict=True)))
+    moves = [move for _, move in moved.values()]
+    new_params = _replaced(params, {path: node for path, (node, _) in moved.items()})
     state = run.call(
-        _carried, new_params, opt_state, moves, paths=paths, tx=tx, rule=rule
+        _carried, new_params, opt_state, moves, paths=tuple(moved), tx=tx, rule=rule
     )
     return new_params, state
-
-
-@functools.partial(jax.jit, static_argnames="cuts")
-def _cut_all(
-    turned: list[_Turned], cuts: tuple[_Cut, ...]
-) -> tuple[list[LowRank], list[Move]]:
-    nodes, moves = [], []
-    for t, (_, r, axes, before) in zip(turned, cuts, strict=True):
-        nodes.append(LowRank(t.u[..., :r], t.s[..., :r, :r], t.vt[..., :r, :], axes))
-        moves.append(Move(t.left[..., :r, :], t.right[..., :r, :], before=before))
-    return nodes, moves
 
 
 @functools.partial(jax.jit, static_argnames=("paths", "tx", "rule"))

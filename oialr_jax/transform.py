@@ -95,7 +95,7 @@ def freeze_bases(
     >>> from oialr_jax import Axes, factor
     >>> params = {"w": factor(jnp.ones((4, 3)), Axes((4, 3), (), (0,), (1,)), rank=1)}
     >>> state = freeze_bases(optax.trace(0.9)).init(params)
-    >>> [leaf.shape for leaf in jax.tree.leaves(state)]
+    >>> [leaf.shape for leaf in jax.tree.leaves(state.inner_state)]
     [(1, 1)]
     """
     if isinstance(inner, optax.MultiSteps):
