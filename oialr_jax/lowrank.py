@@ -170,26 +170,12 @@ def svd(
     """
     matrix, finite = _harmless(matrix)
     with jax.default_matmul_precision("highest"):
-        u, sigma, vt = _thin_svd(matrix)
+        u, sigma, vt = jnp.linalg.svd(matrix, full_matrices=False)
 
     def marked(factor: Array) -> Array:
         return jnp.where(finite, factor, jnp.nan)
 
     return marked(u), marked(sigma[..., None, :])[..., 0, :], marked(vt)
-
-
-def _thin_svd(matrix: Array) -> tuple[Array, Array, Array]:
-    """By way of a QR where one side is twice the other: as exact, a third faster."""
-    m, n = matrix.shape[-2:]
-    if m >= 2 * n:
-        q, r = jnp.linalg.qr(matrix)
-        u, sigma, vt = jnp.linalg.svd(r, full_matrices=False)
-        return q @ u, sigma, vt
-    if n >= 2 * m:
-        u, sigma, vt = _thin_svd(jnp.swapaxes(matrix, -1, -2))
-        return jnp.swapaxes(vt, -1, -2), sigma, jnp.swapaxes(u, -1, -2)
-    u, sigma, vt = jnp.linalg.svd(matrix, full_matrices=False)
-    return u, sigma, vt
 
 
 def singular_values(matrix: Float[Array, "*l m n"]) -> Float[Array, "*l k"]:

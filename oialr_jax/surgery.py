@@ -429,8 +429,8 @@ def _solved(
     """Host side: the SVD, or singular values, of every core and every dense matrix.
 
     One program for all matrices of a shape, one after the other: they use all threads
-    of a CPU anyway, and several solver calls in one program have been seen to deadlock
-    there.
+    of a CPU anyway, and two solver calls at the same time, be it a QR beside an SVD in
+    one program, have been seen to deadlock there.
     """
     groups: dict[Any, list[int]] = defaultdict(list)
     middle = [x.s if is_low_rank(x) else x for x in leaves]
