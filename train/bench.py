@@ -62,7 +62,8 @@ class Settings:
     orders: tuple[str, ...] = ("auto", "chain", "merged", "rebuilt")
     """Of contraction; "rebuilt" is the authors' way."""
     peers: tuple[str, ...] = ("galore", "lora")
-    """Other methods at the same ranks; "torch" needs the extra `peers`."""
+    """Other methods at the same ranks, of galore, lora and, with the extra `peers`, the
+    authors' scheme in PyTorch (torch) and its dense model (torch-dense)."""
     repeats: int = 7
     """Rounds; each times one sample of every row."""
     lag: int = 8
@@ -134,6 +135,7 @@ class Problem:
         model = case.build(jnp.dtype(dtype))
         key = jax.random.key(0)
         self.name = name
+        self.model = model
         self.image = jax.random.normal(key, (batch, *case.image))
         self.label = jnp.arange(batch) % case.classes
         variables = dict(jax.jit(model.init)(key, self.image[:1]))
@@ -361,9 +363,19 @@ def _lora(problem: Problem, fraction: float) -> Program:
     return Program(step, {"state": state}, problem.image, problem.label)
 
 
+def _torch(problem: Problem, ranks: Mapping[str, int]) -> Any:
+    if not isinstance(problem.model, VisionTransformer):
+        raise ValueError(
+            f"PyTorch has the vision transformers alone, not {problem.name}"
+        )
+    return peers.TorchViT(problem.model, ranks, problem.image, problem.label)
+
+
 PEERS: Mapping[str, Callable[[Problem, float], Any]] = {
     "galore": _galore,
     "lora": _lora,
+    "torch": lambda problem, fraction: _torch(problem, problem.ranks(fraction)),
+    "torch-dense": lambda problem, fraction: _torch(problem, {}),
 }
 
 
@@ -635,9 +647,8 @@ def _events(settings: Settings, lag: int) -> list[Row]:
         before = statistics.median(times[max(2, chosen - every // 3) : chosen])
         after = statistics.median(times[end : chosen + every])
         usual = (event - chosen) * before + (end - event) * after
-        host = sum(
-            x.choosing + x.surgery for x in step.timings if chosen <= x.step <= event
-        )
+        mine = [x for x in step.timings if chosen <= x.step <= event]
+        host = sum(x.choosing + x.surgery for x in mine)
         stall = sum(times[chosen:end]) - usual
         rows.append(
             {
@@ -647,6 +658,8 @@ def _events(settings: Settings, lag: int) -> list[Row]:
                 "step": event,
                 "step_ms": 1e3 * before,
                 "step_after_ms": 1e3 * after,
+                "choosing_ms": 1e3 * sum(x.choosing for x in mine),
+                "waiting_ms": 1e3 * sum(x.waiting for x in mine),
                 "event_ms": 1e3 * host,
                 "stall_ms": 1e3 * stall,
                 "stall_steps": stall / before,
