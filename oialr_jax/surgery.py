@@ -17,6 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import (
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    SingleDeviceSharding,
+)
 from jaxtyping import Array
 
 from oialr_jax import moments
@@ -382,10 +388,11 @@ gives 4e-3, so narrower bases are repaired past ten times their machine epsilon.
 
 
 class _Run(NamedTuple):
-    """How the jitted parts of an event are called, and results brought to the host."""
+    """How the parts of an event are called, placed, and brought to the host."""
 
     call: Callable[..., Any]
     get: Callable[[Any], Any]
+    place: Callable[[Any, Any], Any]
 
 
 def _compiled(fn: Any, *args: Any, **static: Any) -> Any:
@@ -399,8 +406,19 @@ def _expected(shapes: Any) -> Any:
     return jax.tree.map(lambda x: np.full(x.shape, x.dtype == bool, x.dtype), shapes)
 
 
-_NOW = _Run(lambda fn, *args, **static: fn(*args, **static), jax.device_get)
-_AHEAD = _Run(_compiled, _expected)
+def _placed(shapes: Any, where: jax.Device | Sharding) -> Any:
+    """Shapes as those of arrays on a device or in a sharding."""
+    if not isinstance(where, Sharding):
+        where = SingleDeviceSharding(where)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes
+    )
+
+
+_NOW = _Run(
+    lambda fn, *args, **static: fn(*args, **static), jax.device_get, jax.device_put
+)
+_AHEAD = _Run(_compiled, _expected, _placed)
 
 
 class _Solved(NamedTuple):
@@ -428,9 +446,10 @@ def _solved(
 ) -> list[_Solved]:
     """Host side: the SVD, or singular values, of every core and every dense matrix.
 
-    One program for all matrices of a shape, one after the other: they use all threads
-    of a CPU anyway, and two solver calls at the same time, be it a QR beside an SVD in
-    one program, have been seen to deadlock there.
+    One program for all matrices of a shape, or one on each device that holds the params
+    for its share of them. On a CPU one after the other: they use all threads anyway,
+    and two solver calls at the same time, be it a QR beside an SVD in one program, have
+    been seen to deadlock there.
     """
     groups: dict[Any, list[int]] = defaultdict(list)
     middle = [x.s if is_low_rank(x) else x for x in leaves]
@@ -440,17 +459,44 @@ def _solved(
         groups[side, array.dtype].append(i)
     results: dict[int, _Solved] = {}
     for group in groups.values():
-        batch = run.call(
-            _solved_group,
-            [middle[i] for i in group],
-            axes=tuple(views[i] for i in group),
-            vectors=vectors,
-        )
-        start = 0
-        for i in group:
-            results[i] = _Solved(jax.block_until_ready(batch), start, axes[i].l)
-            start += math.prod(axes[i].l)
+        for share, device, sharding in _shares(group, middle[group[0]]):
+            arrays = [middle[i] for i in share]
+            if device is not None:
+                arrays = run.place(arrays, device)
+            batch = run.call(
+                _solved_group,
+                arrays,
+                axes=tuple(views[i] for i in share),
+                vectors=vectors,
+            )
+            if device is None or device.platform == "cpu":
+                jax.block_until_ready(batch)
+            if sharding is not None:
+                batch = run.place(batch, sharding)
+            start = 0
+            for i in share:
+                results[i] = _Solved(batch, start, axes[i].l)
+                start += math.prod(axes[i].l)
     return [results[i] for i in range(len(leaves))]
+
+
+def _shares(group: list[int], array: Any) -> list[tuple[list[int], Any, Any]]:
+    """Which matrices of a shape which device decomposes, and where the result goes.
+
+    On a mesh every device of this process takes its turn, and the result is replicated.
+    """
+    sharding = getattr(array, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return [(group, None, None)]
+    local: Any = sharding.addressable_devices
+    devices = sorted(local, key=lambda x: x.id)
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+    shares = [group[i :: len(devices)] for i in range(len(devices))]
+    return [
+        (share, device, everywhere)
+        for share, device in zip(shares, devices, strict=True)
+        if share
+    ]
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "vectors"))

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 
 from train.models.lenet5 import LeNet5
-from train.models.vit import VisionTransformer
+from train.models.mlp import MLP
+from train.models.resnet import ResNet
+from train.models.vit import VisionTransformer, gelu
 
 VIT_B16 = VisionTransformer(patch=16, depth=12, heads=12, width=768, classes=1000)
 MINI_VIT = VisionTransformer(
     patch=8, depth=6, heads=6, width=768, classes=10, qkv_bias=False
 )
+RESNET18 = ResNet(widths=(64, 128, 256, 512), blocks=(2, 2, 2, 2), classes=10)
 SMALL = {"patch": 2, "depth": 2, "heads": 4, "width": 32, "classes": 10}
 
 
@@ -34,8 +37,10 @@ def size(tree):
         (VIT_B16, (224, 224, 3), 86_567_656),
         (MINI_VIT, (32, 32, 3), 42_684_682),
         (LeNet5(), (28, 28, 1), 431_080),
+        (RESNET18, (32, 32, 3), 11_173_962),
+        (MLP(hidden=(300, 100), classes=10), (28, 28, 1), 266_610),
     ],
-    ids=["vit-b16", "mini-vit", "lenet5"],
+    ids=["vit-b16", "mini-vit", "lenet5", "resnet18", "mlp"],
 )
 def test_weight_counts_are_those_of_the_papers(model, image, weights):
     assert size(shapes(model, *image)) == weights
@@ -52,8 +57,10 @@ def test_lenet5_has_430500_weights_without_biases():
     [
         (lambda dtype: VisionTransformer(**SMALL, dtype=dtype), (8, 8, 1)),
         (lambda dtype: LeNet5(dtype=dtype), (28, 28, 1)),
+        (lambda dtype: ResNet((8, 16), (1, 2), classes=10, dtype=dtype), (8, 8, 3)),
+        (lambda dtype: MLP((16, 8), classes=10, dtype=dtype), (4, 4)),
     ],
-    ids=["vit", "lenet5"],
+    ids=["vit", "lenet5", "resnet", "mlp"],
 )
 def test_logits_are_finite_float32_of_the_right_shape(build, image, dtype):
     model, x = build(dtype), jax.random.normal(jax.random.key(1), (3, *image))
@@ -63,6 +70,38 @@ def test_logits_are_finite_float32_of_the_right_shape(build, image, dtype):
     assert logits.dtype == jnp.float32
     assert bool(jnp.all(jnp.isfinite(logits)))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
+
+
+def test_resnet_normalises_by_the_batch_in_training_and_halves_by_stage():
+    model = ResNet((8, 16), (1, 2), classes=10)
+    x = jax.random.normal(jax.random.key(1), (3, 8, 8, 3))
+    variables = model.init(jax.random.key(0), x)
+    logits, changed = model.apply(variables, x, train=True, mutable=["batch_stats"])
+    assert np.any(np.abs(logits - model.apply(variables, x)) > 1e-3)
+    old, new = variables["batch_stats"], changed["batch_stats"]
+    assert all(map(np.any, jax.tree.leaves(jax.tree.map(jnp.subtract, new, old))))
+    shapes = jax.eval_shape(
+        lambda v, x: model.apply(v, x, capture_intermediates=True, mutable=True)[1],
+        variables,
+        x,
+    )["intermediates"]
+    found = {k: v["__call__"][0].shape[1:] for k, v in shapes.items() if "stage" in k}
+    assert found == {
+        "stage0_block0": (8, 8, 8),
+        "stage1_block0": (4, 4, 16),
+        "stage1_block1": (4, 4, 16),
+    }
+    assert "shortcut" not in variables["params"]["stage0_block0"]
+
+
+def test_gelu_is_exact_and_so_is_its_derivative():
+    x = np.linspace(-6, 6, 101)
+    phi = 0.5 * (1 + np.vectorize(math.erf)(x / np.sqrt(2)))
+    slope = phi + x * np.exp(-0.5 * x**2) / np.sqrt(2 * np.pi)
+    y, pullback = jax.vjp(gelu, jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(y, x * phi, atol=2e-6)
+    np.testing.assert_allclose(pullback(jnp.ones_like(y))[0], slope, atol=2e-6)
+    assert len(jax.tree.leaves(pullback)) == 1  # the derivative is all that is kept
 
 
 def test_vit_equals_a_slow_float64_transformer():

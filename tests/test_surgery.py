@@ -10,6 +10,7 @@ import optax
 import pytest
 from cases import BY_NAME, CASES, normal
 from helpers import TOLERANCE, assert_close, in_low_rank, scalar_loss
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import oialr_jax as oialr
 from oialr_jax import lowrank, surgery
@@ -232,6 +233,41 @@ def test_equal_shapes_are_one_batched_call(monkeypatch):
     low, state, _ = oialr.factorize(params, tx.init(params), matrices, tx=tx)
     oialr.truncate(low, state, KEEP_ALL, tx=tx)
     assert batches == [(4, 8, 8), (4, 8, 8)]
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_on_a_mesh_the_devices_share_the_decompositions(count, monkeypatch):
+    """Each takes its turn, and the result is that of one device."""
+    params = {f"w{i}": normal(i, 12, 10) for i in range(5)}
+    axes = oialr.Axes((12, 10), (), (0,), (1,))
+    matrices = [oialr.Matrix(name, axes, rows=1, kind="dot") for name in params]
+    tx = oialr.freeze_bases(optax.adam(0.1))
+
+    def event(params):
+        low, state, _ = oialr.factorize(params, tx.init(params), matrices, tx=tx)
+        rule = oialr.RankRule(cutoff=0.5)
+        chosen = surgery.choose(low, rule, matrices)
+        return chosen, oialr.truncate(low, state, rule, tx=tx)[:2]
+
+    expected = event(params)
+    used = []
+    real = surgery._solved_group
+
+    def spy(arrays, **static):
+        used.append((len(arrays), *arrays[0].devices()))
+        return real(arrays, **static)
+
+    monkeypatch.setattr(surgery, "_solved_group", spy)
+    devices = jax.devices()[:count]
+    mesh = jax.make_mesh((count,), ("x",), (AxisType.Auto,), devices=devices)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    chosen, actual = event(jax.device_put(params, everywhere))
+    assert chosen == expected[0]
+    assert_close(actual, expected[1], 1e-6)
+    shares = [len(range(i, 5, count)) for i in range(min(5, count))]
+    assert used == 3 * list(zip(shares, devices, strict=False))
+    for leaf in jax.tree.leaves(actual[0]):
+        assert leaf.sharding.is_equivalent_to(everywhere, leaf.ndim)
 
 
 def test_a_stack_shares_its_largest_rank():

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -142,6 +144,22 @@ def test_a_dense_run_holds_no_low_rank(dense):
 def test_the_same_seed_gives_the_same_record(low_rank, tmp_path):
     start(tmp_path, *LOW_RANK, "--name", "again")
     assert records(tmp_path / "again") == records(low_rank)
+
+
+def test_a_restart_finds_its_programs_compiled_and_does_the_same(tmp_path):
+    """Two processes: the second compiles nothing that took long, bit for bit."""
+    cache = tmp_path / "cache"
+    kept = []
+    for name in ("first", "second"):
+        command = [sys.executable, "-m", "train.images", "digits", *SHORT, *LOW_RANK]
+        command += ["--lag", "2", "--out", str(tmp_path), "--name", name]
+        command += ["--compilation-cache", str(cache)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert "rror" not in done.stderr
+        kept.append({x.name for x in cache.iterdir() if "cache" in x.name})
+    assert len(kept[0]) > 3
+    assert kept[1] == kept[0]
+    assert records(tmp_path / "first") == records(tmp_path / "second")
 
 
 def test_another_seed_gives_another_record(dense, low_rank):
