@@ -1,5 +1,6 @@
 """The drop-in for jax.jit(train_step): schedule and surgery around a compiled step."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -43,7 +44,8 @@ def adaptive(
     `Schedule.lag` the ranks are chosen so many steps ahead, wait in the optimizer state
     and the programs for the new shapes are compiled in a background thread while
     training goes on; at the event the thread is waited for, so that a run does the same
-    whatever the compiler's speed. Without a lag the step waits for the compiler.
+    whatever the compiler's speed. Without a lag the step waits for the compiler. The
+    thread works in the mesh of `jax.set_mesh`; other contexts of JAX do not reach it.
 
     What happens at a step depends on the step number and the state alone, so a run
     resumed from a saved state repeats the uninterrupted one. Ranks that should be
@@ -114,7 +116,7 @@ class AdaptiveStep:
         self._rule = rule
         self._moment_rule = moment_rule
         self._stride = steps_per_call
-        self._last: tuple[Any, int] = (None, 0)
+        self._last: tuple[Any, int] = (None, 0)  # the latest `state.step`, its value
         self._thread = ThreadPoolExecutor(1, "compile-ahead")
         self._ahead: Future[None] | None = None
 
@@ -129,12 +131,12 @@ class AdaptiveStep:
     def __call__(self, state: Any, *args: Any, **kwargs: Any) -> Any:
         """What the step returns: the new state, alone or first in a tuple."""
         known, number = self._last
-        if state is not known:  # reading the step waits for the device
+        if state.step is not known:  # reading the step waits for the device
             number = int(state.step)
             self._ahead = None
             ranks = pending_ranks(state.params, state.opt_state)
             if ranks:
-                self._compile_ahead(state, ranks, args, kwargs)
+                self._compile_ahead(state, number, ranks, args, kwargs)
         previous = number - self._stride
         decided = self._schedule.decided(number, previous)
         due = self._schedule.due(number, previous)
@@ -150,7 +152,7 @@ class AdaptiveStep:
                 f"one call took `state.step` from {number} to {int(new_state.step)}; "
                 f"`steps_per_call` is {self._stride}"
             )
-        self._last = (new_state, number + self._stride)
+        self._last = (new_state.step, number + self._stride)
         return out
 
     def _decision(
@@ -167,26 +169,31 @@ class AdaptiveStep:
         ranks |= choose(state.params, self._rule, self._treated(update))
         opt_state = with_pending(state.params, state.opt_state, ranks)
         state = state.replace(opt_state=opt_state)
-        self._compile_ahead(state, ranks, args, kwargs)
+        self._compile_ahead(state, number, ranks, args, kwargs)
         self.timings.append(Timing(number, choosing=time.perf_counter() - started))
         return state
 
     def _compile_ahead(
-        self, state: Any, ranks: dict[str, int], args: Any, kwargs: Any
+        self, state: Any, number: int, ranks: dict[str, int], args: Any, kwargs: Any
     ) -> None:
         state, args, kwargs = jax.tree.map(_abstract, (state, args, kwargs))
+        decided = self._schedule.decided(number, previous=-1)
+        then = self._treated(0 if decided is None else decided + 1)
+        mesh = jax.sharding.get_mesh()  # known to this thread alone
 
         def compile_all() -> None:
-            params, opt_state = compile_ahead(
-                state.params,
-                state.opt_state,
-                self._matrices,
-                ranks,
-                tx=self._tx,
-                moment_rule=self._moment_rule,
-            )
-            new_state = state.replace(params=params, opt_state=opt_state)
-            self._jitted.lower(new_state, *args, **kwargs).compile()
+            with contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh):
+                params, opt_state = compile_ahead(
+                    state.params,
+                    state.opt_state,
+                    self._matrices,
+                    ranks,
+                    then,
+                    tx=self._tx,
+                    moment_rule=self._moment_rule,
+                )
+                new_state = state.replace(params=params, opt_state=opt_state)
+                self._jitted.lower(new_state, *args, **kwargs).compile()
 
         self._ahead = self._thread.submit(compile_all)
 
@@ -242,7 +249,7 @@ def _abstract(x: Any) -> Any:
         x.shape,
         x.dtype,
         sharding=x.sharding if x.committed else None,
-        weak_type=x.weak_type,
+        weak_type=getattr(x, "weak_type", False),  # keys have none
     )
 
 

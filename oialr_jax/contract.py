@@ -106,7 +106,7 @@ def workload(x: Array, factors: Factors, use: interpret.Use, out: Any) -> cost.W
         m=m,
         n=n,
         rank=core.shape[-1],
-        window=m // x.shape[use.x_contracted[0]] if use.kind == "conv" else 1,
+        window=m // x.shape[use.x_contracted[0]] if use.kind == "conv" else 0,
         stack=stack,
         input_gradient=not use.x_fixed,
     )

@@ -117,11 +117,11 @@ class Workload:
     A convolution is a use with m = window * channels in and one row per output
     position; the factor that meets x carries the window.
 
-    Args:     rows: T, of each stacked matrix. window: taps of a convolution, 1 for a
+    Args:     rows: T, of each stacked matrix. window: taps of a convolution, 0 for a
               dot product. stack: matrices of the same shape, each with its own rows.
               input_gradient: whether x has one; the first layer needs none.
               training: False for the forward pass alone.
-    Raises:   ValueError: a negative number of rows; m, n, `window` or `stack` below 1,
+    Raises:   ValueError: a negative number of rows; m, n or `stack` below 1,
               a window that does not divide m; a rank outside [1, min(m, n)].
     """
 
@@ -129,7 +129,7 @@ class Workload:
     m: int
     n: int
     rank: int
-    window: int = 1
+    window: int = 0
     stack: int = 1
     input_gradient: bool = True
     training: bool = True
@@ -138,11 +138,11 @@ class Workload:
         """Refuse sizes out of range."""
         if self.rows < 0:
             raise ValueError(f"`rows` must be at least 0, got {self.rows}")
-        for name in ("m", "n", "window", "stack"):
+        for name, least in (("m", 1), ("n", 1), ("window", 0), ("stack", 1)):
             value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}")
-        if self.m % self.window:
+            if value < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}")
+        if self.window and self.m % self.window:
             raise ValueError(
                 f"`window` must divide m={self.m}, the taps times the channels; "
                 f"got {self.window}"
@@ -163,17 +163,17 @@ def products(order: Order, load: Workload) -> tuple[Product, ...]:
     t, m, n, r, window = load.rows, load.m, load.n, load.rank, load.window
 
     def meet(columns: int) -> Product:  # x times (m, columns)
-        if window == 1:
+        if not window:
             return Product(t, m, columns, False)
         return Product(t, m, columns, False, "conv", "ab", window)
 
     def to_input(columns: int) -> Product:  # (T, columns) times (columns, m)
-        if window == 1:
+        if not window:
             return Product(t, columns, m, True)
         return Product(t, columns, m, True, "conv_input", "ac", window)
 
     def to_kernel(columns: int) -> Product:  # xᵀ times (T, columns)
-        if window == 1:
+        if not window:
             return over_rows(m, columns)
         return Product(m, t, columns, True, "conv_kernel", "ab", window)
 
@@ -272,7 +272,7 @@ def cheapest(load: Workload, rates: Rates | None = None, itemsize: int = 4) -> O
     times = {
         order: seconds(order, load, rates, itemsize)
         for order in LOW_RANK
-        if order != Order.MERGED or load.window == 1 or rates.conv_merging
+        if order != Order.MERGED or not load.window or rates.conv_merging
     }
     least = min(times.values())
     return next(order for order, time in times.items() if time * (1 - MARGIN) <= least)

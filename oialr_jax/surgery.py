@@ -6,6 +6,7 @@ and a new optimizer state. Nothing is changed in place: on an error the caller's
 are as they were.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import (
+    Mesh,
     NamedSharding,
     PartitionSpec,
     Sharding,
@@ -43,7 +45,7 @@ from oialr_jax.lowrank import (
 from oialr_jax.matrices import Matrix
 from oialr_jax.moments import MomentRule, Move
 from oialr_jax.schedule import RankRule
-from oialr_jax.transform import is_frozen
+from oialr_jax.transform import is_frozen, with_pending
 
 
 class LayerReport(NamedTuple):
@@ -179,6 +181,7 @@ def compile_ahead(
     opt_state: PyTree,
     matrices: Sequence[Matrix],
     ranks: Mapping[str, int],
+    then: Sequence[Matrix],
     *,
     tx: optax.GradientTransformation,
     moment_rule: MomentRule = MomentRule(),  # noqa: B008 -- frozen
@@ -187,16 +190,17 @@ def compile_ahead(
 
     The event is `apply_ranks` of the same arguments; nothing is computed. It is
     expected to find every matrix finite and no basis drifted: otherwise it compiles
-    something else when it comes.
+    something else when it comes. `choose` for the matrices `then` is compiled as well.
 
-    Args:     params, opt_state: arrays or `jax.ShapeDtypeStruct`.
+    Args:     params, opt_state: arrays, or `jax.ShapeDtypeStruct` with the sharding of
+              those that are committed to one.
     """
     params, opt_state, _ = _ranks_applied(
         params, opt_state, matrices, ranks, tx, moment_rule, _AHEAD
     )
     leaves = named_leaves(params)
-    items = [leaves[matrix.path] for matrix in matrices]
-    _solved(items, [x.axes for x in matrices], _AHEAD, vectors=False)  # to choose next
+    items = [leaves[matrix.path] for matrix in then]
+    _solved(items, [x.axes for x in then], _AHEAD, vectors=False)
     return params, opt_state
 
 
@@ -397,8 +401,21 @@ class _Run(NamedTuple):
 
 def _compiled(fn: Any, *args: Any, **static: Any) -> Any:
     """Instead of fn(*args): its program compiled, and the shapes of the result."""
-    fn.lower(*args, **static).compile()
-    return fn.eval_shape(*args, **static)
+    program = fn.lower(*args, **static).compile()
+    shapes = fn.eval_shape(*args, **static)
+    if not any(map(_is_committed, jax.tree.leaves(args))):
+        return shapes
+    return jax.tree.map(_shape_in, shapes, program.output_shardings)
+
+
+def _is_committed(x: Any) -> bool:
+    """Whether an array, or the array that a shape stands for, has a fixed place."""
+    return getattr(x, "committed", getattr(x, "sharding", None) is not None)
+
+
+def _shape_in(x: Any, where: Sharding) -> jax.ShapeDtypeStruct:
+    weak = getattr(x, "weak_type", False)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where, weak_type=weak)
 
 
 def _expected(shapes: Any) -> Any:
@@ -410,14 +427,18 @@ def _placed(shapes: Any, where: jax.Device | Sharding) -> Any:
     """Shapes as those of arrays on a device or in a sharding."""
     if not isinstance(where, Sharding):
         where = SingleDeviceSharding(where)
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes
-    )
+    return jax.tree.map(lambda x: _shape_in(x, where), shapes)
 
 
-_NOW = _Run(
-    lambda fn, *args, **static: fn(*args, **static), jax.device_get, jax.device_put
-)
+def _put(arrays: Any, where: jax.Device | Sharding) -> Any:
+    arrays = jax.device_put(arrays, where)
+    if isinstance(where, Sharding):
+        return arrays
+    # the one shard: the array itself has the mesh that it comes from in its type
+    return jax.tree.map(lambda x: x.addressable_shards[0].data, arrays)
+
+
+_NOW = _Run(lambda fn, *args, **static: fn(*args, **static), jax.device_get, _put)
 _AHEAD = _Run(_compiled, _expected, _placed)
 
 
@@ -463,12 +484,15 @@ def _solved(
             arrays = [middle[i] for i in share]
             if device is not None:
                 arrays = run.place(arrays, device)
-            batch = run.call(
-                _solved_group,
-                arrays,
-                axes=tuple(views[i] for i in share),
-                vectors=vectors,
-            )
+            # in the caller's `jax.set_mesh` no program may run on one device alone
+            alone = device is not None
+            with jax.set_mesh(_NO_MESH) if alone else contextlib.nullcontext():
+                batch = run.call(
+                    _solved_group,
+                    arrays,
+                    axes=tuple(views[i] for i in share),
+                    vectors=vectors,
+                )
             if device is None or device.platform == "cpu":
                 jax.block_until_ready(batch)
             if sharding is not None:
@@ -478,6 +502,9 @@ def _solved(
                 results[i] = _Solved(batch, start, axes[i].l)
                 start += math.prod(axes[i].l)
     return [results[i] for i in range(len(leaves))]
+
+
+_NO_MESH = Mesh(np.empty((), dtype=object), ())
 
 
 def _shares(group: list[int], array: Any) -> list[tuple[list[int], Any, Any]]:
@@ -679,7 +706,7 @@ def _after(
         if cut.rank
     }
     if not moved:
-        return params, opt_state
+        return params, with_pending(params, opt_state, {})
     moves = [move for _, move in moved.values()]
     new_params = _replaced(params, {path: node for path, (node, _) in moved.items()})
     state = run.call(

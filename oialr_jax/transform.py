@@ -48,7 +48,9 @@ def with_pending(params: PyTree, opt_state: PyTree, ranks: Mapping[str, int]) ->
     def replaced(state: Any) -> Any:
         if not is_frozen(state):
             return state
-        return state._replace(pending=jnp.asarray(vector))
+        old = state.pending  # where it was: another place is another program
+        place = old.sharding if getattr(old, "committed", False) else None
+        return state._replace(pending=jax.device_put(vector, place))
 
     return jax.tree.map(replaced, opt_state, is_leaf=is_frozen)
 

@@ -118,7 +118,7 @@ def test_events_tell_what_stalls(monkeypatch):
         assert row["event_ms"] > 0
         assert row["compile_ms"] > 0
         assert row["stall_steps"] == pytest.approx(row["stall_ms"] / row["step_ms"])
-        assert row["waiting_ms"] == 0 if row["lag"] == 0 else row["waiting_ms"] >= 0
+        assert row["waiting_ms"] >= 0
 
 
 def test_layers_compare_every_order_with_the_estimate():
@@ -127,7 +127,7 @@ def test_layers_compare_every_order_with_the_estimate():
     for row in rows:
         layer = next(x for x in bench.LAYERS if x.name == row["model"])
         rank = max(1, int(row["rank_fraction"] * min(layer.m, layer.n)))
-        window = 1 if layer.side is None else 9
+        window = 0 if layer.side is None else 9
         load = cost.Workload(layer.rows, layer.m, layer.n, rank, window=window)
         order, dense = cost.Order(row["picked"]), cost.Order.DENSE
         assert row["picked"] == row["order"] or row["order"] == "auto"
@@ -153,6 +153,14 @@ def test_run_splits_the_wall_time(monkeypatch):
         parts = row["steps_s"] + row["compiling_s"] + row["svd_s"] + row["waiting_s"]
         assert parts == pytest.approx(row["wall_s"])
         assert row["steps_s"] > 0
+
+
+def test_nested_compilations_count_once():
+    spans = [(1.0, 2.0), (1.2, 1.5), (1.8, 2.5), (4.0, 5.0)]
+    log = [bench.Span(*x, main=True) for x in spans]
+    log.append(bench.Span(0.0, 10.0, main=False))
+    assert bench.covered(log, main=True) == pytest.approx(2.5)
+    assert bench.covered(log, main=False) == pytest.approx(10)
 
 
 def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):

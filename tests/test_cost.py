@@ -162,7 +162,7 @@ def test_ties_go_to_the_earlier_order():
         ({"m": 0}, r"^`m` must be at least 1, got 0$"),
         ({"n": 0}, r"^`n` must be at least 1, got 0$"),
         ({"stack": 0}, r"^`stack` must be at least 1, got 0$"),
-        ({"window": 0}, r"^`window` must be at least 1, got 0$"),
+        ({"window": -1}, r"^`window` must be at least 0, got -1$"),
         ({"window": 9}, r"^`window` must divide m=100, .*; got 9$"),
         ({"rank": 0}, r"^`rank` must be in \[1, 64\], got 0$"),
         ({"rank": 80}, r"^`rank` must be in \[1, 64\], got 80$"),
@@ -336,10 +336,12 @@ def test_measured_rates_move_the_choice():
 
 def test_merging_can_be_ruled_out_for_convolutions():
     conv = Workload(10**5, 9 * 64, 64, rank=64, window=9)
-    dot = dataclasses.replace(conv, window=1)
+    dot = dataclasses.replace(conv, window=0)
+    one = Workload(10**5, 64, 64, rank=64, window=1)  # a 1x1 convolution is one
     without = dataclasses.replace(RATES, conv_merging=False)
     assert cost.cheapest(conv, RATES) == cost.cheapest(dot, without) == Order.MERGED
     assert cost.cheapest(conv, without) == Order.CHAIN
+    assert cost.cheapest(one, without) != Order.MERGED
 
 
 def test_times_within_the_margin_are_equal():
