@@ -197,8 +197,9 @@ class Schedule:
         """How often a step whose other shapes are constant is compiled at most.
 
         Once dense, and once for each event. With the `rule`, and the small `sides` of
-        all matrices, never more than there are falling sequences of ranks: a rank falls
-        through multiples of `rule.multiple`.
+        all matrices, once for the conversion and once for each fall of a rank, which is
+        through multiples of `rule.multiple`; a matrix that is not finite at the
+        conversion, and so converts later, adds one.
 
         >>> schedule = Schedule(delay=100, every=50)
         >>> schedule.compilations(1000)

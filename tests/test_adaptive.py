@@ -1,6 +1,9 @@
 """adaptive(): a drop-in for jax.jit(train_step) that takes Flax's TrainState."""
 
+import contextlib
+import gc
 import threading
+import weakref
 from typing import Any
 
 import equinox as eqx
@@ -13,6 +16,7 @@ from cases import normal
 from flax import nnx, struct
 from flax.training.train_state import TrainState
 from helpers import assert_close
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import oialr_jax as oialr
 from oialr_jax import surgery
@@ -273,6 +277,42 @@ def test_nothing_is_compiled_at_an_event_whose_ranks_were_chosen_before(middle):
     assert len(step.reports) == (2 if middle == 4 else 1)
 
 
+@pytest.mark.parametrize("place", ["device", "mesh", "context"])
+def test_nor_where_the_state_has_a_fixed_place_as_after_a_restore(place):
+    """Committed to a device, or to a mesh, by itself or in the context of the loop."""
+    jax.clear_caches()
+    where = onto = jax.devices()[1]
+    context = contextlib.nullcontext()
+    if place != "device":
+        mesh = jax.make_mesh((8,), ("x",), (AxisType.Auto,))
+        where = NamedSharding(mesh, PartitionSpec())
+        onto = NamedSharding(mesh, PartitionSpec("x"))
+    if place == "context":
+        context = jax.set_mesh(mesh)
+    state, step, train_step = problem(schedule=AHEAD)
+
+    def constrained(state, x, y):  # a bare spec has a meaning in the context only
+        x = jax.lax.with_sharding_constraint(x, PartitionSpec("x"))
+        return train_step(state, x, y)
+
+    chosen = constrained if place == "context" else train_step
+    step = oialr.adaptive(chosen, state.tx, step._matrices, AHEAD, RULE)
+    state = jax.device_put(state, where)
+    with context:
+        for i in range(14):
+            args = jax.device_put(batch(i), onto)
+
+            def call(args=args):
+                nonlocal state
+                state, _ = step(state, *args)
+                jax.block_until_ready(state)
+
+            count = compiled_by_main_thread(call)
+            assert (count > 0) == (i in (0, 4)), i  # the first call, the first choice
+    assert [r.step for r in step.reports] == [7, 13]
+    assert step.compilations == 3
+
+
 def test_without_a_lag_the_event_compiles():
     jax.clear_caches()
     state, step, _ = problem()
@@ -330,24 +370,34 @@ def test_a_matrix_that_is_no_longer_finite_at_the_event_is_left_as_it_is():
     assert oialr.ranks(state.params)["c/kernel"][2] == node.rank
 
 
-def test_a_call_that_jumps_over_choice_and_event_does_both():
-    _, _, train_step = problem()
-
+@pytest.mark.parametrize(
+    ("stride", "first", "events"),
+    [
+        # chosen at 4, 10, 16 and due at 7, 13, 19: seen at 5, 10 and at 10, 15
+        (5, 0, [(10, "conversion", 3), (15, "truncation", 2)]),
+        # at 8 both; at 16 the choice of 10 is made up for, and that of 16 made
+        (8, 0, [(8, "conversion", 3), (8, "truncation", 1), (16, "truncation", 2)]),
+        # at 5 the choice of 4; at 13 the event of 7 gives way to the newer one
+        (8, 5, [(13, "conversion", 3), (13, "truncation", 2)]),
+    ],
+    ids=["choice_then_event", "both_in_one", "overtaken"],
+)
+def test_a_call_may_jump_over_choices_and_events(stride, first, events):
     def scanned(state, xs, ys):
         return jax.lax.scan(lambda s, xy: train_step(s, *xy), state, (xs, ys))
 
-    state, step, _ = problem()
+    state, step, train_step = problem()
     step = oialr.adaptive(
-        scanned, state.tx, step._matrices, AHEAD, RULE, steps_per_call=5
+        scanned, state.tx, step._matrices, AHEAD, RULE, steps_per_call=stride
     )
-    for i in range(0, 20, 5):
-        xs, ys = zip(*[batch(j) for j in range(i, i + 5)], strict=True)
+    state = state.replace(step=first)
+    for i in range(first, 17, stride):
+        xs, ys = zip(*[batch(j) for j in range(i, i + stride)], strict=True)
         state, _ = step(state, jnp.stack(xs), jnp.stack(ys))
-    # chosen at 4 and 10, due at 7 and 13: seen at 5 and 10, and at 10 and 15
-    assert [(r.step, r.kind) for r in step.reports] == [
-        (10, "conversion"),
-        (15, "truncation"),
-    ]
+        waiting = AHEAD.due(i, -1) != AHEAD.decided(i, -1)
+        assert bool(pending_ranks(state.params, state.opt_state)) == waiting
+    found = [(r.step, r.kind, len(r.layers)) for r in step.reports]
+    assert found == events
 
 
 def test_ranks_that_do_not_wait_at_their_event_are_chosen_then():
@@ -377,6 +427,40 @@ def test_bases_are_not_copied_by_a_step():
         node = named_leaves(state.params)[path]
         found = (node.u.unsafe_buffer_pointer(), node.vt.unsafe_buffer_pointer())
         assert found == pointers
+
+
+def test_a_state_that_is_dropped_is_freed():
+    state, step, _ = problem()
+    state, _ = run(state, step, 0, 5)
+    u = weakref.ref(state.params["a"]["kernel"].u)
+    assert u() is not None
+    del state
+    gc.collect()
+    assert u() is None
+
+
+def test_a_state_may_be_changed_between_calls():
+    """Its step number is not fetched anew, nor are its programs compiled again."""
+    state, step, _ = problem(schedule=AHEAD)
+    state, _ = run(state, step, 0, 5)
+    ahead = step._ahead
+    assert ahead is not None
+    state, _ = step(state.replace(opt_state=copied(state.opt_state)), *batch(5))
+    assert step._ahead is ahead
+
+
+def test_a_key_is_an_argument_like_others():
+    state, step, train_step = problem(schedule=AHEAD)
+
+    def noisy(state, x, y, key):
+        return train_step(state, x + 0.01 * jax.random.normal(key, x.shape), y)
+
+    step = oialr.adaptive(noisy, state.tx, step._matrices, AHEAD, RULE)
+    key = jax.random.key(0)
+    for i in range(8):
+        state, _ = step(state, *batch(i), jax.random.fold_in(key, i))
+    assert len(oialr.ranks(state.params)) == 3
+    assert step.compilations == 2
 
 
 def test_donation_can_be_declined():

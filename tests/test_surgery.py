@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import oialr_jax as oialr
 from oialr_jax import lowrank, surgery
 from oialr_jax.lowrank import named_leaves
+from oialr_jax.transform import pending_ranks, with_pending
 
 F32 = TOLERANCE[jnp.dtype(jnp.float32)]
 KEEP_ALL = oialr.RankRule(cutoff=0.0)
@@ -317,6 +318,20 @@ def test_a_core_that_is_not_finite_is_left_as_it_was():
     np.testing.assert_array_equal(trace["a"], np.ones((6, 6)))
     assert new["b"].rank < 6
     assert [x.finite for x in report.layers] == [False, True]
+
+
+@pytest.mark.parametrize("value", [1.0, jnp.nan], ids=["cut", "left_as_it_was"])
+def test_no_rank_waits_after_an_event(value):
+    node = oialr.factor(normal(0, 8, 6), oialr.Axes((8, 6), (), (0,), (1,)))
+    core = node.s.at[0, 0].set(value)
+    params = {"b": jnp.ones(3), "w": oialr.LowRank(node.u, core, node.vt, node.axes)}
+    tx = oialr.freeze_bases(optax.adam(1e-3))
+    state = with_pending(params, tx.init(params), {"w": 2})
+    assert pending_ranks(params, state) == {"w": 2}
+    new, new_state, _ = oialr.truncate(params, state, {"w": 2}, tx=tx)
+    assert pending_ranks(new, new_state) == {}
+    _, dense_state = oialr.densify(params, state, tx=tx)
+    np.testing.assert_array_equal(dense_state.pending, [0, 0])
 
 
 def test_drifted_bases_are_repaired_and_the_matrix_kept():

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -36,7 +37,7 @@ from flax.training.train_state import TrainState
 from jaxtyping import Array
 
 import oialr_jax as oialr
-from oialr_jax import cost
+from oialr_jax import cost, surgery
 from train import images, names, peers, process
 from train.models.mlp import MLP
 from train.models.resnet import ResNet
@@ -603,8 +604,9 @@ def events(settings: Settings) -> list[Row]:
     `stall_ms` is what the steps from the choice of ranks to `AROUND` steps after the
     event took beyond as many ordinary ones (medians of the steps before and after);
     `event_ms` the part of the host in it (singular values, SVDs, turning the state),
-    `compile_ms` what tracing and compiling took in any thread meanwhile. Once without
-    a lag, where the step waits for the compiler, and once with it.
+    `compile_ms` what tracing and compiling took meanwhile, in any thread and not
+    counted in `event_ms`. Once without a lag, where the step waits for the compiler,
+    and once with it.
     """
     rows = []
     for lag in dict.fromkeys((0, settings.lag)):
@@ -678,7 +680,10 @@ LADDER_EVENTS = 4
 
 
 class Span(NamedTuple):
-    """When one tracing, lowering or compilation ran, and whether in the main thread."""
+    """When one tracing, lowering or compilation ran, and who waited for it.
+
+    `main`: the main thread, outside of rank events, whose time is counted with them.
+    """
 
     start: float
     end: float
@@ -692,9 +697,14 @@ def compile_times() -> Iterator[list[Span]]:
     main = threading.get_ident()
 
     def listen(event: str, duration_secs: float, **_: Any) -> None:
-        if event.startswith("/jax/core/compile/"):
-            now = time.perf_counter()
-            log.append(Span(now - duration_secs, now, threading.get_ident() == main))
+        if not event.startswith("/jax/core/compile/"):
+            return
+        in_main = threading.get_ident() == main
+        for frame, _line in traceback.walk_stack(None):
+            if in_main and frame.f_code.co_filename == surgery.__file__:
+                return
+        now = time.perf_counter()
+        log.append(Span(now - duration_secs, now, in_main))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
