@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import importlib
 import threading
 import weakref
 from typing import Any
@@ -343,6 +344,18 @@ def test_what_fails_in_the_background_is_raised_at_the_event():
     step = oialr.adaptive(fails, state.tx, step._matrices, AHEAD, RULE)
     state, _ = run(state, step, 0, 7)
     with pytest.raises(RuntimeError, match="no low rank today"):
+        step(state, *batch(7))
+
+
+def test_a_failure_of_the_background_alone_is_raised_as_well(monkeypatch):
+    def fails(*args, **options):
+        raise MemoryError("no room to compile")
+
+    module = importlib.import_module("oialr_jax.adaptive")  # not the function
+    monkeypatch.setattr(module, "compile_ahead", fails)
+    state, step, _ = problem(schedule=AHEAD)
+    state, _ = run(state, step, 0, 7)
+    with pytest.raises(MemoryError, match="no room to compile"):
         step(state, *batch(7))
 
 
