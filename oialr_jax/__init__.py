@@ -1,6 +1,7 @@
 """Public names of oialr_jax: low-rank training of any JAX model."""
 
 from oialr_jax.adaptive import AdaptiveStep, Timing, adaptive
+from oialr_jax.checkpoint import Checkpoints, Restored
 from oialr_jax.cost import Rates
 from oialr_jax.explain import Explanation, explain
 from oialr_jax.factored import factored
@@ -18,6 +19,7 @@ from oialr_jax.lowrank import (
 from oialr_jax.matrices import Matrix, find_matrices, select
 from oialr_jax.moments import MomentRule
 from oialr_jax.schedule import RankRule, Schedule
+from oialr_jax.sharding import Layout, Rules, make_mesh
 from oialr_jax.surgery import LayerReport, Report, densify, factorize, truncate
 from oialr_jax.transform import (
     FreezeBasesState,
@@ -32,16 +34,20 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptiveStep",
     "Axes",
+    "Checkpoints",
     "Counts",
     "Explanation",
     "FreezeBasesState",
     "LayerReport",
+    "Layout",
     "LowRank",
     "Matrix",
     "MomentRule",
     "RankRule",
     "Rates",
     "Report",
+    "Restored",
+    "Rules",
     "Schedule",
     "Timing",
     "adaptive",
@@ -54,6 +60,7 @@ __all__ = [
     "find_matrices",
     "freeze_bases",
     "is_low_rank",
+    "make_mesh",
     "materialize",
     "orthogonality_error",
     "ranks",

@@ -14,6 +14,7 @@ from oialr_jax.lowrank import is_low_rank, named_leaves
 from oialr_jax.matrices import Matrix
 from oialr_jax.moments import MomentRule
 from oialr_jax.schedule import RankRule, Schedule
+from oialr_jax.sharding import Layout
 from oialr_jax.surgery import (
     Report,
     apply_ranks,
@@ -34,6 +35,8 @@ def adaptive(
     *,
     moment_rule: MomentRule = MomentRule(),  # noqa: B008 -- frozen
     steps_per_call: int = 1,
+    layout: Layout | None = None,
+    jit: Callable[..., Any] = jax.jit,
     **jit_options: Any,
 ) -> "AdaptiveStep":
     """Host side: `step(state, *args)`, compiled, with OIALR's events between the calls.
@@ -56,7 +59,11 @@ def adaptive(
 
     Args:     matrices: in execution order, as `find_matrices` and `select` give them.
               steps_per_call: by how much one call raises `state.step`.
-              jit_options: passed to `jax.jit` (static_argnames, donate_argnums, ...).
+              layout: where the state lies, before, after and across events; the state
+              given has to be there, as `layout.initialize` puts it.
+              jit: what compiles the step, `jax.jit` or `jax.pmap`; the latter with
+              in_axes=(None, 0), out_axes=None, so that the state has no device axis.
+              jit_options: passed to it (static_argnames, donate_argnums, ...).
     Raises:   ValueError: no matrices, or `steps_per_call` below 1; on call, what
               `factorize` and `truncate` raise, and a step whose `state.step` does not
               advance by `steps_per_call`; at an event, what failed in the background.
@@ -73,6 +80,8 @@ def adaptive(
         rule,
         moment_rule,
         steps_per_call,
+        layout,
+        jit,
         jit_options,
     )
 
@@ -104,17 +113,18 @@ class AdaptiveStep:
         rule: RankRule,
         moment_rule: MomentRule,
         steps_per_call: int,
+        layout: Layout | None,
+        jit: Callable[..., Any],
         jit_options: dict[str, Any],
     ) -> None:
         """Use `adaptive`, which checks its arguments."""
         self.reports: list[Report] = []
         self.timings: list[Timing] = []
         self.compilations = 0
-        self._tx = tx
         self._matrices = matrices
         self._schedule = schedule
         self._rule = rule
-        self._moment_rule = moment_rule
+        self._options: Any = {"tx": tx, "moment_rule": moment_rule, "layout": layout}
         self._stride = steps_per_call
         self._last: tuple[Any, int] = (None, 0)  # the latest `state.step`, its value
         self._thread = ThreadPoolExecutor(1, "compile-ahead")
@@ -122,11 +132,12 @@ class AdaptiveStep:
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             self.compilations += 1  # runs when jit traces, once per set of shapes
-            return step(*args, **kwargs)
+            out = step(*args, **kwargs)
+            return out if layout is None else _placed(out, layout)
 
         if "donate_argnames" not in jit_options:
             jit_options = {"donate_argnums": 0} | jit_options
-        self._jitted = jax.jit(counted, **jit_options)
+        self._jitted = jit(counted, **jit_options)
 
     def __call__(self, state: Any, *args: Any, **kwargs: Any) -> Any:
         """What the step returns: the new state, alone or first in a tuple."""
@@ -146,7 +157,7 @@ class AdaptiveStep:
             state = self._decision(state, number, decided, args, kwargs)
 
         out = self._jitted(state, *args, **kwargs)
-        new_state = out[0] if isinstance(out, tuple) and not _is_state(out) else out
+        new_state = out[0] if _is_pair(out) else out
         if self._last[0] is None and int(new_state.step) != number + self._stride:
             raise ValueError(
                 f"one call took `state.step` from {number} to {int(new_state.step)}; "
@@ -189,8 +200,7 @@ class AdaptiveStep:
                     self._matrices,
                     ranks,
                     then,
-                    tx=self._tx,
-                    moment_rule=self._moment_rule,
+                    **self._options,
                 )
                 new_state = state.replace(params=params, opt_state=opt_state)
                 self._jitted.lower(new_state, *args, **kwargs).compile()
@@ -205,19 +215,18 @@ class AdaptiveStep:
         if ahead is not None:
             ahead.result()
         waited = time.perf_counter()
-        options: Any = {"tx": self._tx, "moment_rule": self._moment_rule}
         params, opt_state = state.params, state.opt_state
         reports: list[Report] = []
         if ranks:
             params, opt_state, reports = apply_ranks(
-                params, opt_state, self._matrices, ranks, **options
+                params, opt_state, self._matrices, ranks, **self._options
             )
         else:
             leaves = named_leaves(params)
             dense = [x for x in self._matrices if not is_low_rank(leaves.get(x.path))]
             if dense:
                 params, opt_state, report = factorize(
-                    params, opt_state, dense, **options
+                    params, opt_state, dense, **self._options
                 )
                 reports.append(report)
                 leaves = named_leaves(params)
@@ -226,7 +235,7 @@ class AdaptiveStep:
             ]
             if paths:
                 params, opt_state, report = truncate(
-                    params, opt_state, self._rule, paths=paths, **options
+                    params, opt_state, self._rule, paths=paths, **self._options
                 )
                 reports.append(report)
         self.reports += [dataclasses.replace(x, step=number) for x in reports]
@@ -253,5 +262,14 @@ def _abstract(x: Any) -> Any:
     )
 
 
-def _is_state(out: Any) -> bool:
-    return hasattr(out, "params") and hasattr(out, "opt_state")
+def _placed(out: Any, layout: Layout) -> Any:
+    """What a step returns, its state where the layout wants it."""
+    if not _is_pair(out):
+        return layout.constrain(out)
+    return (layout.constrain(out[0]), *out[1:])
+
+
+def _is_pair(out: Any) -> bool:
+    """Whether a step returned its state with something else, not the state alone."""
+    is_state = hasattr(out, "params") and hasattr(out, "opt_state")
+    return isinstance(out, tuple) and not is_state

@@ -6,28 +6,28 @@ and a new optimizer state. Nothing is changed in place: on an error the caller's
 are as they were.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import (
-    Mesh,
-    NamedSharding,
-    PartitionSpec,
-    Sharding,
-    SingleDeviceSharding,
-)
 from jaxtyping import Array
 
 from oialr_jax import moments
+from oialr_jax.decompose import (
+    AHEAD,
+    NOW,
+    Run,
+    Solved,
+    decomposed,
+    mesh_of,
+    on_host,
+)
 from oialr_jax.lowrank import (
     Axes,
     LowRank,
@@ -38,13 +38,12 @@ from oialr_jax.lowrank import (
     named_leaves,
     orthogonality_error,
     path_name,
-    singular_values,
-    svd,
     unique_names,
 )
 from oialr_jax.matrices import Matrix
 from oialr_jax.moments import MomentRule, Move
 from oialr_jax.schedule import RankRule
+from oialr_jax.sharding import Layout
 from oialr_jax.transform import is_frozen, with_pending
 
 
@@ -109,6 +108,7 @@ def factorize(
     tx: optax.GradientTransformation,
     rank: int | Mapping[str, int] | None = None,
     moment_rule: MomentRule = MomentRule(),  # noqa: B008 -- frozen
+    layout: Layout | None = None,
 ) -> tuple[PyTree, PyTree, Report]:
     """Host side: (params, opt_state, report) with `matrices` held as LowRank nodes.
 
@@ -118,12 +118,14 @@ def factorize(
     so. Leaves that are LowRank already are left alone.
 
     Args:     rank: one for all, or by path; None keeps min(m, n).
+              layout: where the result lies; by default `Layout(mesh)` of the params'
+              mesh, if they lie on one.
     Raises:   ValueError: a matrix names no leaf of `params`, or one of another shape; a
               rank is outside [1, min(m, n)]; `tx` was not wrapped by `freeze_bases`.
     Source:   OIALR, conversion; the authors' code zeroes the moments and keeps the step
               count, which makes Adam's next steps about three learning rates long.
     """
-    return _factorized(params, opt_state, matrices, rank, tx, moment_rule, _NOW)
+    return _factorized(params, opt_state, matrices, rank, tx, moment_rule, layout, NOW)
 
 
 def truncate(
@@ -134,6 +136,7 @@ def truncate(
     tx: optax.GradientTransformation,
     paths: Iterable[str] | None = None,
     moment_rule: MomentRule = MomentRule(),  # noqa: B008 -- frozen
+    layout: Layout | None = None,
 ) -> tuple[PyTree, PyTree, Report]:
     """Host side: (params, opt_state, report) with cores diagonal and ranks chosen anew.
 
@@ -144,6 +147,8 @@ def truncate(
     repaired by a QR whose triangular part goes into the core, so W does not change. A
     leaf that is not finite stays as it was.
 
+    Args:     layout: where the result lies; by default `Layout(mesh)` of the params'
+              mesh, if they lie on one.
     Raises:   ValueError: a path names no LowRank leaf; a named rank is outside [1, the
               present one]; `tx` was not wrapped.
     Source:   OIALR, update step; the authors' code turns bases and core but only slices
@@ -151,7 +156,7 @@ def truncate(
     """
     if paths is None and isinstance(rule, Mapping):
         paths = rule
-    return _truncated(params, opt_state, rule, paths, tx, moment_rule, _NOW)
+    return _truncated(params, opt_state, rule, paths, tx, moment_rule, layout, NOW)
 
 
 def choose(
@@ -166,9 +171,9 @@ def choose(
     """
     leaves = named_leaves(params)
     items = [_named(matrix.path, leaves) for matrix in matrices]
-    found = _solved(items, [x.axes for x in matrices], _NOW, vectors=False)
+    found = decomposed(items, [x.axes for x in matrices], NOW, vectors=False)
     ranks = {}
-    for matrix, sigma in zip(matrices, _on_host(found, _NOW), strict=True):
+    for matrix, sigma in zip(matrices, on_host(found, NOW), strict=True):
         if np.isfinite(sigma).all():
             ranks[matrix.path] = rule.choose(
                 sigma.reshape(-1, sigma.shape[-1]), min(matrix.m, matrix.n)
@@ -185,6 +190,7 @@ def compile_ahead(
     *,
     tx: optax.GradientTransformation,
     moment_rule: MomentRule = MomentRule(),  # noqa: B008 -- frozen
+    layout: Layout | None = None,
 ) -> tuple[PyTree, PyTree]:
     """Host side: compile what an event with these ranks runs; the shapes it will give.
 
@@ -196,11 +202,11 @@ def compile_ahead(
               those that are committed to one.
     """
     params, opt_state, _ = _ranks_applied(
-        params, opt_state, matrices, ranks, tx, moment_rule, _AHEAD
+        params, opt_state, matrices, ranks, tx, moment_rule, layout, AHEAD
     )
     leaves = named_leaves(params)
     items = [leaves[matrix.path] for matrix in then]
-    _solved(items, [x.axes for x in then], _AHEAD, vectors=False)
+    decomposed(items, [x.axes for x in then], AHEAD, vectors=False)
     return params, opt_state
 
 
@@ -212,12 +218,15 @@ def apply_ranks(
     *,
     tx: optax.GradientTransformation,
     moment_rule: MomentRule = MomentRule(),  # noqa: B008 -- frozen
+    layout: Layout | None = None,
 ) -> tuple[PyTree, PyTree, list[Report]]:
     """Host side: the `matrices` named by `ranks` at these ranks, dense or not before.
 
     Raises:   ValueError: what `factorize` and `truncate` raise.
     """
-    return _ranks_applied(params, opt_state, matrices, ranks, tx, moment_rule, _NOW)
+    return _ranks_applied(
+        params, opt_state, matrices, ranks, tx, moment_rule, layout, NOW
+    )
 
 
 def _ranks_applied(
@@ -227,7 +236,8 @@ def _ranks_applied(
     ranks: Mapping[str, int],
     tx: optax.GradientTransformation,
     moment_rule: MomentRule,
-    run: "_Run",
+    layout: Layout | None,
+    run: "Run",
 ) -> tuple[PyTree, PyTree, list[Report]]:
     leaves = named_leaves(params)
     low = {path: r for path, r in ranks.items() if is_low_rank(leaves.get(path))}
@@ -236,12 +246,12 @@ def _ranks_applied(
     if dense:
         wanted = {x.path: ranks[x.path] for x in dense}
         params, opt_state, report = _factorized(
-            params, opt_state, dense, wanted, tx, moment_rule, run
+            params, opt_state, dense, wanted, tx, moment_rule, layout, run
         )
         reports.append(report)
     if low:
         params, opt_state, report = _truncated(
-            params, opt_state, low, low, tx, moment_rule, run
+            params, opt_state, low, low, tx, moment_rule, layout, run
         )
         reports.append(report)
     return params, opt_state, reports
@@ -276,7 +286,13 @@ def densify(
     ]
     _check_wrapped(opt_state)
     return dense, _carried(
-        dense, opt_state, moves, paths=tuple(nodes), tx=tx, rule=moment_rule
+        dense,
+        opt_state,
+        moves,
+        paths=tuple(nodes),
+        tx=tx,
+        rule=moment_rule,
+        layout=None,
     )
 
 
@@ -287,7 +303,8 @@ def _factorized(
     rank: int | Mapping[str, int] | None,
     tx: optax.GradientTransformation,
     moment_rule: MomentRule,
-    run: "_Run",
+    layout: Layout | None,
+    run: "Run",
 ) -> tuple[PyTree, PyTree, Report]:
     leaves = _leaves(params)
     by_name = dict(zip(unique_names(leaves), leaves, strict=True))
@@ -311,16 +328,16 @@ def _factorized(
             _named(name, {matrix.path: () for matrix in matrices}, "`rank` names")
 
     chosen = [matrix for matrix, _ in jobs.values()]
-    solved = _solved(
+    solved = decomposed(
         [leaves[path] for path in jobs], [x.axes for x in chosen], run, vectors=True
     )
-    spectra = _on_host(solved, run)
+    spectra = on_host(solved, run)
     plan = [
         _Cut(path, r if np.isfinite(sigma).all() else None, matrix.axes)
         for (path, (matrix, r)), sigma in zip(jobs.items(), spectra, strict=True)
     ]
     new_params, new_state = _after(
-        params, opt_state, solved, plan, tx, moment_rule, run
+        params, opt_state, solved, plan, tx, moment_rule, layout, run
     )
     new = _leaves(new_params)
     nodes = [new[cut.path] for cut in plan if cut.rank]
@@ -339,7 +356,8 @@ def _truncated(
     paths: Iterable[str] | None,
     tx: optax.GradientTransformation,
     moment_rule: MomentRule,
-    run: "_Run",
+    layout: Layout | None,
+    run: "Run",
 ) -> tuple[PyTree, PyTree, Report]:
     leaves = _leaves(params)
     nodes_by_name = {
@@ -381,7 +399,14 @@ def _truncated(
         layers.append(layer)
     repairs = _replaced(params, dict(zip(chosen, nodes, strict=True)))
     new_params, new_state = _after(
-        repairs if drifted else params, opt_state, solved, plan, tx, moment_rule, run
+        repairs if drifted else params,
+        opt_state,
+        solved,
+        plan,
+        tx,
+        moment_rule,
+        layout,
+        run,
     )
     return new_params, new_state, Report(tuple(layers), "truncation")
 
@@ -389,69 +414,6 @@ def _truncated(
 ORTHOGONALITY_BOUND = 1e-3
 """Entry of |UᵀU - I| past which float32 bases are repaired; bfloat16 rounding alone
 gives 4e-3, so narrower bases are repaired past ten times their machine epsilon."""
-
-
-class _Run(NamedTuple):
-    """How the parts of an event are called, placed, and brought to the host."""
-
-    call: Callable[..., Any]
-    get: Callable[[Any], Any]
-    place: Callable[[Any, Any], Any]
-
-
-def _compiled(fn: Any, *args: Any, **static: Any) -> Any:
-    """Instead of fn(*args): its program compiled, and the shapes of the result."""
-    program = fn.lower(*args, **static).compile()
-    shapes = fn.eval_shape(*args, **static)
-    if not any(map(_is_committed, jax.tree.leaves(args))):
-        return shapes
-    return jax.tree.map(_shape_in, shapes, program.output_shardings)
-
-
-def _is_committed(x: Any) -> bool:
-    """Whether an array, or the array that a shape stands for, has a fixed place."""
-    return getattr(x, "committed", getattr(x, "sharding", None) is not None)
-
-
-def _shape_in(x: Any, where: Sharding) -> jax.ShapeDtypeStruct:
-    weak = getattr(x, "weak_type", False)
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where, weak_type=weak)
-
-
-def _expected(shapes: Any) -> Any:
-    """What an event without trouble brings to the host: True, and numbers of no use."""
-    return jax.tree.map(lambda x: np.full(x.shape, x.dtype == bool, x.dtype), shapes)
-
-
-def _placed(shapes: Any, where: jax.Device | Sharding) -> Any:
-    """Shapes as those of arrays on a device or in a sharding."""
-    if not isinstance(where, Sharding):
-        where = SingleDeviceSharding(where)
-    return jax.tree.map(lambda x: _shape_in(x, where), shapes)
-
-
-def _put(arrays: Any, where: jax.Device | Sharding) -> Any:
-    arrays = jax.device_put(arrays, where)
-    if isinstance(where, Sharding):
-        return arrays
-    # the one shard: the array itself has the mesh that it comes from in its type
-    return jax.tree.map(lambda x: x.addressable_shards[0].data, arrays)
-
-
-_NOW = _Run(lambda fn, *args, **static: fn(*args, **static), jax.device_get, _put)
-_AHEAD = _Run(_compiled, _expected, _placed)
-
-
-class _Solved(NamedTuple):
-    """Where one leaf's part of a batched decomposition lies.
-
-    `batch` has the singular values (b, k) of all matrices of a shape, and for SVDs the
-    left and right vectors (b, a, k), (b, k, c) around them.
-    """
-
-    batch: tuple[Array, ...]
-    start: int
-    stack: tuple[int, ...]
 
 
 class _Cut(NamedTuple):
@@ -462,98 +424,13 @@ class _Cut(NamedTuple):
     axes: Axes
 
 
-def _solved(
-    leaves: Sequence[Any], axes: Sequence[Axes], run: _Run, *, vectors: bool
-) -> list[_Solved]:
-    """Host side: the SVD, or singular values, of every core and every dense matrix.
-
-    One program for all matrices of a shape, or one on each device that holds the params
-    for its share of them. On a CPU one after the other: they use all threads anyway,
-    and two solver calls at the same time, be it a QR beside an SVD in one program, have
-    been seen to deadlock there.
-    """
-    groups: dict[Any, list[int]] = defaultdict(list)
-    middle = [x.s if is_low_rank(x) else x for x in leaves]
-    views = [None if is_low_rank(x) else a for x, a in zip(leaves, axes, strict=True)]
-    for i, (array, view) in enumerate(zip(middle, views, strict=True)):
-        side = array.shape[-2:] if view is None else (view.m, view.n)
-        groups[side, array.dtype].append(i)
-    results: dict[int, _Solved] = {}
-    for group in groups.values():
-        for share, device, sharding in _shares(group, middle[group[0]]):
-            arrays = [middle[i] for i in share]
-            if device is not None:
-                arrays = run.place(arrays, device)
-            # in the caller's `jax.set_mesh` no program may run on one device alone
-            alone = device is not None
-            with jax.set_mesh(_NO_MESH) if alone else contextlib.nullcontext():
-                batch = run.call(
-                    _solved_group,
-                    arrays,
-                    axes=tuple(views[i] for i in share),
-                    vectors=vectors,
-                )
-            if device is None or device.platform == "cpu":
-                jax.block_until_ready(batch)
-            if sharding is not None:
-                batch = run.place(batch, sharding)
-            start = 0
-            for i in share:
-                results[i] = _Solved(batch, start, axes[i].l)
-                start += math.prod(axes[i].l)
-    return [results[i] for i in range(len(leaves))]
-
-
-_NO_MESH = Mesh(np.empty((), dtype=object), ())
-
-
-def _shares(group: list[int], array: Any) -> list[tuple[list[int], Any, Any]]:
-    """Which matrices of a shape which device decomposes, and where the result goes.
-
-    On a mesh every device of this process takes its turn, and the result is replicated.
-    """
-    sharding = getattr(array, "sharding", None)
-    if not isinstance(sharding, NamedSharding):
-        return [(group, None, None)]
-    local: Any = sharding.addressable_devices
-    devices = sorted(local, key=lambda x: x.id)
-    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
-    shares = [group[i :: len(devices)] for i in range(len(devices))]
-    return [
-        (share, device, everywhere)
-        for share, device in zip(shares, devices, strict=True)
-        if share
-    ]
-
-
-@functools.partial(jax.jit, static_argnames=("axes", "vectors"))
-def _solved_group(
-    arrays: list[Array], axes: tuple[Axes | None, ...], vectors: bool
-) -> tuple[Array, ...]:
-    matrices = [
-        array if view is None else view.to_matrix(array)
-        for view, array in zip(axes, arrays, strict=True)
-    ]
-    batch = jnp.concatenate([x.reshape(-1, *x.shape[-2:]) for x in matrices])
-    return svd(batch) if vectors else (singular_values(batch),)
-
-
-def _on_host(solved: Sequence[_Solved], run: _Run) -> list[np.ndarray]:
-    """Singular values of each leaf, (*stack, k), in one transfer for all."""
-    found = run.get([x.batch[len(x.batch) // 2] for x in solved])
-    return [
-        sigma[x.start : x.start + math.prod(x.stack)].reshape(*x.stack, -1)
-        for x, sigma in zip(solved, found, strict=True)
-    ]
-
-
 def _facts(
-    nodes: Sequence[LowRank], run: _Run
-) -> tuple[list[_Solved], list[np.ndarray], list[tuple[Any, Any]]]:
+    nodes: Sequence[LowRank], run: Run
+) -> tuple[list[Solved], list[np.ndarray], list[tuple[Any, Any]]]:
     """The cores' SVDs; on the host their singular values and the state of the bases."""
-    solved = _solved(nodes, [x.axes for x in nodes], run, vectors=True)
+    solved = decomposed(nodes, [x.axes for x in nodes], run, vectors=True)
     checks = [run.call(_checked, x.u, x.vt) for x in nodes]
-    return solved, _on_host(solved, run), run.get(checks)
+    return solved, on_host(solved, run), run.get(checks)
 
 
 @jax.jit
@@ -563,7 +440,7 @@ def _checked(u: Array, vt: Array) -> tuple[Array, Array]:
     return finite, orthogonality_error(u, vt)
 
 
-@functools.partial(jax.jit, static_argnames=("stack", "rank", "axes"))
+@functools.partial(jax.jit, static_argnames=("stack", "rank", "axes", "where"))
 def _rebased(
     leaf: Any,
     batch: tuple[Array, Array, Array],
@@ -572,6 +449,7 @@ def _rebased(
     stack: tuple[int, ...],
     rank: int,
     axes: Axes,
+    where: tuple[Any, ...] | None,
 ) -> tuple[LowRank, Move]:
     """One leaf on the first `rank` singular vectors, and the move of its moments.
 
@@ -591,6 +469,8 @@ def _rebased(
             vt = right @ leaf.vt.astype(sigma.dtype)
         old = (leaf.u, leaf.s, leaf.vt)
     u, core, vt = (x.astype(o.dtype) for x, o in zip((u, core, vt), old, strict=True))
+    if where is not None:
+        u, core, vt = jax.lax.with_sharding_constraint((u, core, vt), where)
     before = None if is_low_rank(leaf) else axes
     return LowRank(u, core, vt, axes), Move(
         jnp.swapaxes(left, -1, -2), right, before=before
@@ -683,15 +563,21 @@ _UNWRAPPED = (
 def _after(
     params: PyTree,
     opt_state: PyTree,
-    solved: Sequence[_Solved],
+    solved: Sequence[Solved],
     plan: Sequence[_Cut],
     tx: optax.GradientTransformation,
     rule: MomentRule,
-    run: _Run,
+    layout: Layout | None,
+    run: Run,
 ) -> tuple[PyTree, PyTree]:
     """Params and state after an event."""
     _check_wrapped(opt_state)
+    run.agree([(path_name(cut.path), cut.rank) for cut in plan])
     leaves = _leaves(params)
+    mesh = mesh_of(jax.tree.leaves(params))
+    if layout is None and mesh is not None:
+        layout = Layout(mesh)
+    places = _places(params, plan, layout)
     moved = {
         cut.path: run.call(
             _rebased,
@@ -701,6 +587,7 @@ def _after(
             stack=x.stack,
             rank=cut.rank,
             axes=cut.axes,
+            where=places.get(cut.path),
         )
         for x, cut in zip(solved, plan, strict=True)
         if cut.rank
@@ -710,12 +597,38 @@ def _after(
     moves = [move for _, move in moved.values()]
     new_params = _replaced(params, {path: node for path, (node, _) in moved.items()})
     state = run.call(
-        _carried, new_params, opt_state, moves, paths=tuple(moved), tx=tx, rule=rule
+        _carried,
+        new_params,
+        opt_state,
+        moves,
+        paths=tuple(moved),
+        tx=tx,
+        rule=rule,
+        layout=layout,
     )
     return new_params, state
 
 
-@functools.partial(jax.jit, static_argnames=("paths", "tx", "rule"))
+def _places(
+    params: PyTree, plan: Sequence[_Cut], layout: Layout | None
+) -> dict[tuple[Any, ...], tuple[Any, ...]]:
+    """Where the layout wants u, s and vt of each leaf that moves."""
+    if layout is None:
+        return {}
+
+    def shape(*side: int) -> Any:
+        return jax.ShapeDtypeStruct(side, jnp.float32)
+
+    nodes = {}
+    for path, r, axes in plan:
+        if r:
+            u, s = shape(*axes.l, axes.m, r), shape(*axes.l, r, r)
+            nodes[path] = LowRank(u, s, shape(*axes.l, r, axes.n), axes)
+    places = _leaves(layout(_replaced(params, nodes)))
+    return {path: (places[path].u, places[path].s, places[path].vt) for path in nodes}
+
+
+@functools.partial(jax.jit, static_argnames=("paths", "tx", "rule", "layout"))
 def _carried(
     new_params: PyTree,
     opt_state: PyTree,
@@ -724,13 +637,17 @@ def _carried(
     paths: tuple[tuple[Any, ...], ...],
     tx: optax.GradientTransformation,
     rule: MomentRule,
+    layout: Layout | None,
 ) -> PyTree:
     fresh = tx.init(new_params)
     if moments.holds_bases(fresh):
         raise ValueError(_UNWRAPPED)
     new = moments.carry(opt_state, fresh, dict(zip(paths, moves, strict=True)), rule)
-    return jax.tree.map(
+    new = jax.tree.map(
         lambda x: x._replace(pending=jnp.zeros_like(x.pending)) if is_frozen(x) else x,
         new,
         is_leaf=is_frozen,
     )
+    if layout is None:
+        return new
+    return jax.lax.with_sharding_constraint(new, layout.of_optimizer(new_params, new))

@@ -128,12 +128,18 @@ def freeze_bases(
 
 
 def value_and_grad(
-    loss: Callable[..., Any], *, has_aux: bool = False
+    loss: Callable[..., Any],
+    *,
+    has_aux: bool = False,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> Callable[..., Any]:
     """Like `jax.value_and_grad(loss)` over the first argument, without its bases.
 
     The gradient has an array in the place of each core and of each dense leaf, and
     nothing for the bases: what is averaged over devices is r x r, not (m + n) x r.
+
+    Args:     axis_name: under `jax.pmap` or `jax.shard_map`, the mapped axis: loss, aux
+              and gradients are averaged over it. Under `jax.jit` the compiler does it.
     """
 
     def run(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
@@ -141,7 +147,8 @@ def value_and_grad(
             return loss(with_trainable(params, trained), *args, **kwargs)
 
         grad = jax.value_and_grad(of_trainable, has_aux=has_aux)
-        return grad(trainable(params))
+        result = grad(trainable(params))
+        return result if axis_name is None else jax.lax.pmean(result, axis_name)
 
     return run
 

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import shutil
+import signal
 import subprocess
 import sys
 
@@ -12,6 +14,7 @@ import optax
 import pytest
 from flax.training.train_state import TrainState
 
+import oialr_jax as oialr
 from train import images, loop, report
 
 STEPS = 12
@@ -53,7 +56,7 @@ SUMMARY_KEYS = {
 
 
 def start(out, *arguments):
-    images.main(["digits", *SHORT, "--out", str(out), *arguments])
+    images.main(["digits", *SHORT, "--mesh", "data=1", "--out", str(out), *arguments])
 
 
 def records(folder, *, timed=False):
@@ -239,56 +242,200 @@ def toy(losses):
     return step, state
 
 
+def toy_run(folder, losses, pace, state=None, **options):
+    """The loop over a step that does nothing but name these losses."""
+    step, first = toy(losses)
+    with (
+        loop.Interrupts() as interrupts,
+        oialr.Checkpoints(folder / loop.CHECKPOINTS, keep=9) as checkpoints,
+    ):
+        return loop.train(
+            first if state is None else state,
+            step,
+            lambda t: t,
+            lambda params: {"accuracy": 0.5},
+            pace=pace,
+            folder=folder,
+            checkpoints=checkpoints,
+            settings={},
+            interrupts=interrupts,
+            **options,
+        )
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=["nan", "inf"])
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, bad):
+@pytest.mark.parametrize("save", [10, 7], ids=["at_a_log", "at_a_save"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
+    tmp_path, bad, save
+):
     losses = [1.0] * 10
     losses[6] = bad
-    step, state = toy(losses)
     loop.begin(tmp_path)
     with pytest.raises(FloatingPointError, match=f"the loss is {bad} at step 6;"):
-        loop.train(
-            state,
-            step,
-            range(10),
-            lambda params: {"accuracy": 0.0},
-            pace=loop.Pace(10, 5, 10),
-            folder=tmp_path,
-        )
+        toy_run(tmp_path, losses, loop.Pace(10, 5, 10, save))
     assert [x["step"] for x in records(tmp_path)] == [5]
+    with oialr.Checkpoints(tmp_path / loop.CHECKPOINTS) as checkpoints:
+        assert checkpoints.steps == ()  # what is broken is not saved
 
 
 def test_records_hold_means_since_the_last_one_and_the_last_step(tmp_path):
-    step, state = toy(list(range(7)))
     loop.begin(tmp_path)
-    state, evaluation = loop.train(
-        state,
-        step,
-        range(7),
-        lambda params: {"accuracy": 0.5},
-        pace=loop.Pace(7, 3, 5),
-        folder=tmp_path,
-    )
+    state, progress = toy_run(tmp_path, list(range(7)), loop.Pace(7, 3, 5, 7))
     assert int(state.step) == 7
-    assert evaluation == {"accuracy": 0.5}
+    assert progress.evaluation == {"accuracy": 0.5}
     lines = records(tmp_path)
     losses = [(x["step"], x["loss"]) for x in lines if x["kind"] == "train"]
     assert losses == [(3, 1.0), (6, 4.0), (7, 6.0)]
     assert [x["step"] for x in lines if x["kind"] == "eval"] == [5, 7]
 
 
-def test_a_run_goes_on_from_the_step_of_its_state(tmp_path):
-    step, state = toy(list(range(7)))
+@pytest.mark.parametrize("save", range(1, 8))
+def test_a_record_goes_on_where_its_checkpoint_was(tmp_path, save):
+    """Whatever was written after it, and between two lines about training."""
+    losses, pace = [x / 3 for x in range(8)], loop.Pace(8, 3, 4, save)
     loop.begin(tmp_path)
-    loop.train(
-        state.replace(step=4),
-        step,
-        range(7),
-        lambda params: {"accuracy": 0.5},
-        pace=loop.Pace(7, 3, 7),
-        folder=tmp_path,
-    )
-    losses = [x["loss"] for x in records(tmp_path) if x["kind"] == "train"]
-    assert losses == [4.5, 6.0]
+    toy_run(tmp_path, losses, pace)
+    whole = records(tmp_path)
+    path = tmp_path / loop.CHECKPOINTS
+    for step in sorted((int(x.name) for x in path.iterdir()), reverse=True)[:-1]:
+        shutil.rmtree(path / str(step))
+    _, state = toy(losses)
+    with oialr.Checkpoints(path) as checkpoints:
+        found = checkpoints.restore(state, state.tx)
+    assert int(found.state.step) == save
+    progress = loop.Progress(**found.extra["progress"])
+    loop.resume(tmp_path, progress)
+    assert len(records(tmp_path)) == sum(x["step"] <= save for x in whole)
+    toy_run(tmp_path, losses, pace, found.state, progress=progress)
+    assert records(tmp_path) == whole
+    seconds = [x["seconds"] for x in records(tmp_path, timed=True)]
+    assert seconds == sorted(seconds)
+
+
+def test_a_record_that_was_cut_is_said(tmp_path):
+    loop.begin(tmp_path)
+    loop.append(tmp_path / loop.METRICS, {"kind": "train"})
+    with pytest.warns(UserWarning, match="has 18 bytes and had 99 at the checkpoint"):
+        loop.resume(tmp_path, loop.Progress(bytes=99))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops_after_the_step(tmp_path, number, capsys):
+    before = signal.getsignal(number)
+    step, state = toy([1.0] * 9)
+
+    def interrupted(state, t):
+        if t == 4:
+            signal.raise_signal(number)
+        return step(state, t)
+
+    loop.begin(tmp_path)
+    with (
+        loop.Interrupts() as interrupts,
+        oialr.Checkpoints(tmp_path / loop.CHECKPOINTS) as checkpoints,
+        pytest.raises(loop.StoppedError, match="before step 5 of 9; it is saved"),
+    ):
+        loop.train(
+            state,
+            interrupted,
+            lambda t: t,
+            lambda params: {"accuracy": 0.5},
+            pace=loop.Pace(9, 3, 9, 9),
+            folder=tmp_path,
+            checkpoints=checkpoints,
+            settings={},
+            interrupts=interrupts,
+        )
+    assert "stopping after this step" in capsys.readouterr().err
+    assert signal.getsignal(number) == before
+    with oialr.Checkpoints(tmp_path / loop.CHECKPOINTS) as checkpoints:
+        assert checkpoints.steps == (5,)
+        found = checkpoints.restore(state, state.tx)
+    assert found.extra["progress"]["window"] == [{"loss": 1.0}] * 2
+
+
+def test_a_run_that_did_not_end_is_not_overwritten(tmp_path):
+    (tmp_path / loop.CHECKPOINTS / "5").mkdir(parents=True)
+    (tmp_path / loop.METRICS).write_text("{}")
+    with pytest.raises(FileExistsError, match="go on with it by --resume, choose"):
+        loop.begin(tmp_path)
+    assert (tmp_path / loop.METRICS).read_text() == "{}"
+    loop.finish(tmp_path, {})
+    loop.begin(tmp_path)
+    assert not (tmp_path / loop.CHECKPOINTS).exists()
+
+
+def stopped(out, at, *arguments):
+    """The program, asked to stop by SIGTERM after the step `at`."""
+    real = loop.train
+
+    def train(state, step, *args, **options):
+        def watched(state, batch):
+            if int(state.step) == at:
+                signal.raise_signal(signal.SIGTERM)
+            return step(state, batch)
+
+        return real(state, watched, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train", train)
+        start(out, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("at", "arguments"),
+    [(1, LOW_RANK), (4, LOW_RANK), (7, [*LOW_RANK, "--lag", "2"])],
+    ids=["dense", "after_the_conversion", "ranks_wait"],
+)
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, at, arguments, capsys):
+    start(tmp_path / "whole", *arguments)
+    capsys.readouterr()
+    stopped(tmp_path / "parts", at, *arguments)
+    said = capsys.readouterr().out
+    assert f"stopped before step {at + 1} of {STEPS}; it is saved" in said
+    assert "--resume" in said
+    folder = tmp_path / "parts" / "digits-oialr-seed0"
+    assert not (folder / "summary.json").exists()
+    with pytest.raises(SystemExit, match="go on with it by --resume"):
+        start(tmp_path / "parts", *arguments)
+    start(tmp_path / "parts", "--resume", *arguments)
+    whole = tmp_path / "whole" / "digits-oialr-seed0"
+    assert records(folder) == records(whole)
+    assert final(folder) == final(whole)
+    summaries = [json.loads((x / "summary.json").read_text()) for x in (folder, whole)]
+    for name in ("test_accuracy", "test_loss", "ranks", "stored_weights"):
+        assert summaries[0][name] == summaries[1][name]
+    assert (folder / "plots" / "ranks.png").exists()
+
+
+def final(folder):
+    """The checksums and shapes of every array of the last checkpoint."""
+    with oialr.Checkpoints(folder / loop.CHECKPOINTS) as checkpoints:
+        step = checkpoints.steps[-1]
+        return step, checkpoints._contents(step)["arrays"]
+
+
+def test_a_resumed_run_that_is_over_says_its_result_again(low_rank, capsys):
+    before = (low_rank / "summary.json").read_text()
+    lines = records(low_rank, timed=True)
+    start(low_rank.parent, "--resume", *LOW_RANK)
+    assert "of the test set right" in capsys.readouterr().out
+    after = json.loads((low_rank / "summary.json").read_text())
+    for name in ("test_accuracy", "test_loss", "ranks", "stored_weights"):
+        assert after[name] == json.loads(before)[name]
+    assert records(low_rank, timed=True) == lines
+
+
+def test_another_run_is_not_resumed(low_rank, tmp_path):
+    copy = shutil.copytree(low_rank.parent, tmp_path / "copy")
+    with pytest.raises(SystemExit, match=r"cutoff was 0\.9 and is 0\.8; every was"):
+        start(copy, "--resume", "--cutoff", "0.8")
+    assert records(copy / low_rank.name) == records(low_rank)
+
+
+def test_resume_without_a_checkpoint_begins(tmp_path):
+    start(tmp_path, "--resume", "--method", "dense", "--seed", "3")
+    assert (tmp_path / "digits-dense-seed3" / "summary.json").exists()
 
 
 def test_only_process_0_writes(tmp_path, monkeypatch):
@@ -337,7 +484,8 @@ def test_decay_spares_biases_and_scales():
     np.testing.assert_array_equal(updates["bias"], 0.0)
 
 
-def test_evaluation_counts_every_test_image_once():
+@pytest.mark.parametrize("mesh", ["data=1", "data=8"])
+def test_evaluation_counts_every_test_image_once(mesh):
     data = images.DATASETS["digits"](None)
     repeated = dataclasses.replace(
         data,
@@ -349,10 +497,11 @@ def test_evaluation_counts_every_test_image_once():
     }
 
     def oracle(params, image):
-        labels = np.array([truth[x.tobytes()] for x in image])
+        labels = np.array([truth[x.tobytes()] for x in np.asarray(image)])
         wrong = np.arange(len(labels)) % 4 == 0
         return 50 * jnp.eye(10)[(labels + wrong) % 10]
 
-    found = images.evaluate(oracle, repeated, 0.0, {})
+    layout = oialr.Layout(oialr.make_mesh(mesh))
+    found = images.evaluate(oracle, layout, repeated, 0.0, {})
     assert found["accuracy"] == pytest.approx(0.75)
     assert found["loss"] == pytest.approx(12.5, rel=1e-4)

@@ -19,6 +19,7 @@ FLOORS = {
     "orthogonal": 2,
     "moments": 2,
     "stability": 2,
+    "decompose": 2,
     "sharding": 2,
     "factored": 3,
     "surgery": 3,

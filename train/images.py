@@ -14,7 +14,9 @@ Result:    over seeds 0, 1 and 2
            oialr  90.3 ± 0.1 %, 21 % of the dense weights stored, 2 % trained
            dense  91.5 ± 0.2 %
 
-A run writes metrics.jsonl (the record), summary.json and plots/ into runs/NAME.
+A run writes metrics.jsonl (the record), checkpoints/, summary.json and plots/ into
+runs/NAME. After SIGTERM, a kill or a crash the same command with --resume goes on, bit
+for bit. Several devices share each batch (--mesh); for several hosts see train/tpu/.
 """
 
 import dataclasses
@@ -27,10 +29,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import tyro
 from flax import linen as nn
 from flax.training.train_state import TrainState
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 import oialr_jax as oialr
@@ -84,6 +88,22 @@ class Settings:
     """Steps between training records."""
     eval_every: int = 100
     """Steps between evaluations on the whole test set."""
+    save_every: int = 200
+    """Steps between checkpoints; the latest two and the most accurate are kept."""
+    resume: bool = False
+    """Go on from the last checkpoint, if there is one."""
+    mesh: str = "data=-1"
+    """Axes and sizes, -1 for the rest of the devices: `data` divides batches, `fsdp`
+    batches, weights and optimizer state, `model` the wide side of each block."""
+    distributed: bool = False
+    """One of several processes: found out from Cloud TPU, Slurm or Open MPI, or from
+    the next three."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0."""
+    processes: int | None = None
+    """How many there are."""
+    process_id: int | None = None
+    """Which one this is, from 0."""
     data_dir: pathlib.Path = pathlib.Path("data")
     """Where `python -m train.data.prepare` put the dataset."""
     out: pathlib.Path = pathlib.Path("runs")
@@ -115,6 +135,12 @@ PRESETS: Mapping[str, tuple[str, Settings]] = {
         ),
     ),
 }
+
+PLACE_ONLY = frozenset(
+    {"data_dir", "out", "name", "compilation_cache", "resume", "mesh", "distributed"}
+    | {"coordinator", "processes", "process_id"}
+)
+"""Settings that do not change what a run computes: a resumed one may have others."""
 
 MODELS: Mapping[str, Callable[[int], nn.Module]] = {
     "vit-digits": lambda classes: VisionTransformer(
@@ -160,13 +186,21 @@ def run(settings: Settings, *, name: str) -> dict[str, Any]:
     started = time.perf_counter()
     if settings.compilation_cache is not None:
         keep_compiled(settings.compilation_cache)
-    pace = loop.Pace(settings.steps, settings.log_every, settings.eval_every)
+    pace = loop.Pace(
+        settings.steps, settings.log_every, settings.eval_every, settings.save_every
+    )
     if settings.method == "oialr":
         plan = schedule(settings)
     build = names.find("model", settings.model, MODELS)
     data = names.find("dataset", settings.dataset, DATASETS)(settings.data_dir)
+    mesh = oialr.make_mesh(settings.mesh)
+    layout = oialr.Layout(mesh, rules(mesh, settings.model))
     stream = batches(
-        data.train_image, data.train_label, batch=settings.batch, seed=settings.seed
+        data.train_image,
+        data.train_label,
+        batch=settings.batch,
+        seed=settings.seed,
+        part=layout.rows(settings.batch),
     )
     model = build(len(data.classes))
 
@@ -175,15 +209,23 @@ def run(settings: Settings, *, name: str) -> dict[str, Any]:
         return model.apply({"params": params}, x)
 
     sample = standardize(jnp.asarray(data.train_image[:1]), data.mean, data.deviation)
-    params = jax.jit(model.init)(jax.random.key(settings.seed), sample)["params"]
+    factored = oialr.factored(forward)
+    tx = oialr.freeze_bases(optimizer(settings))
+
+    def create(key: Array) -> TrainState:
+        params = model.init(key, sample)["params"]
+        state = TrainState.create(apply_fn=factored, params=params, tx=tx)
+        return state.replace(step=jnp.zeros((), jnp.int32))
+
+    key = jax.random.key(settings.seed)
+    template = jax.eval_shape(create, key)
     abstract = jax.ShapeDtypeStruct(
         (settings.batch, *data.train_image.shape[1:]), jnp.uint8
     )
     matrices = oialr.select(
-        oialr.find_matrices(forward, params, abstract), min_aspect=settings.min_aspect
+        oialr.find_matrices(forward, template.params, abstract),
+        min_aspect=settings.min_aspect,
     )
-    factored = oialr.factored(forward)
-    tx = oialr.freeze_bases(optimizer(settings))
 
     def loss(params: Any, image: Array, label: Array) -> tuple[Array, Array]:
         logits = factored(params, image)
@@ -196,28 +238,56 @@ def run(settings: Settings, *, name: str) -> dict[str, Any]:
         state = state.apply_gradients(grads=grads)
         return state, {"loss": value, "accuracy": accuracy}
 
-    state = TrainState.create(apply_fn=factored, params=params, tx=tx)
-    step: Any
-    reports: Sequence[oialr.Report] = []
-    timings: Sequence[oialr.Timing] = []
-    if settings.method == "oialr":
-        rule = oialr.RankRule(cutoff=settings.cutoff, multiple=settings.multiple)
-        step = oialr.adaptive(train_step, tx, matrices, plan, rule)
-        reports, timings = step.reports, step.timings
-    else:
-        jitted = jax.jit(train_step, donate_argnums=0)
-        step = jitted.lower(state, stream[0]).compile()  # once, for all
+    def batch(t: int) -> Batch:
+        return layout.put_batch(stream[t], settings.batch)
+
     folder = settings.out / name
-    loop.begin(folder)
-    state, evaluation = loop.train(
-        state,
-        step,
-        stream,
-        functools.partial(evaluate, jax.jit(factored), data, settings.smoothing),
-        pace=pace,
-        folder=folder,
-        reports=reports,
-    )
+    progress = loop.Progress()
+    state: Any = None
+    if not settings.resume:
+        loop.begin(folder)
+    with (
+        loop.Interrupts() as interrupts,
+        oialr.Checkpoints(folder / loop.CHECKPOINTS, best="max") as checkpoints,
+    ):
+        if settings.resume:
+            found = checkpoints.restore(template, tx, layout)
+            if found is None:
+                loop.begin(folder)
+            else:
+                _same(settings, found.extra["settings"], folder)
+                progress = loop.Progress(**found.extra["progress"])
+                loop.resume(folder, progress)
+                state = found.state
+        before = progress.seconds
+        if state is None:
+            state = layout.initialize(create, key)
+        step: Any
+        reports: Sequence[oialr.Report] = []
+        timings: Sequence[oialr.Timing] = []
+        if settings.method == "oialr":
+            rule = oialr.RankRule(cutoff=settings.cutoff, multiple=settings.multiple)
+            step = oialr.adaptive(train_step, tx, matrices, plan, rule, layout=layout)
+            reports, timings = step.reports, step.timings
+        else:
+            places = (layout(state), None)
+            jitted = jax.jit(train_step, donate_argnums=0, out_shardings=places)
+            step = jitted.lower(state, batch(0)).compile()  # once, for all
+        state, progress = loop.train(
+            state,
+            step,
+            batch,
+            functools.partial(
+                evaluate, jax.jit(factored), layout, data, settings.smoothing
+            ),
+            pace=pace,
+            folder=folder,
+            checkpoints=checkpoints,
+            settings=_stored(settings),
+            interrupts=interrupts,
+            progress=progress,
+            reports=reports,
+        )
     count = oialr.counts(state.params)
     summary = {
         "dataset": settings.dataset,
@@ -225,21 +295,22 @@ def run(settings: Settings, *, name: str) -> dict[str, Any]:
         "method": settings.method,
         "seed": settings.seed,
         "steps": settings.steps,
-        "test_accuracy": evaluation["accuracy"],
-        "test_loss": evaluation["loss"],
+        "test_accuracy": progress.evaluation["accuracy"],
+        "test_loss": progress.evaluation["loss"],
         "dense_weights": count.dense,
         "stored_weights": count.stored,
         "trainable_weights": count.trainable,
         "stored_fraction": count.stored / count.dense,
         "trainable_fraction": count.trainable / count.dense,
-        "wall_seconds": round(time.perf_counter() - started, 2),
+        "wall_seconds": round(time.perf_counter() - started + before, 2),
         "event_seconds": round(sum(x.choosing + x.surgery for x in timings), 3),
         "waiting_seconds": round(sum(x.waiting for x in timings), 3),
         "compilations": getattr(step, "compilations", 1),
         "ranks": oialr.ranks(state.params),
     }
     loop.finish(folder, summary)
-    report.draw(folder)
+    if jax.process_index() == 0:
+        report.draw(folder)
     return summary
 
 
@@ -306,18 +377,71 @@ def cross_entropy(
 
 
 def evaluate(
-    forward: Callable[[Any, Any], Array], data: Images, smoothing: float, params: Any
+    forward: Callable[[Any, Any], Array],
+    layout: oialr.Layout,
+    data: Images,
+    smoothing: float,
+    params: Any,
 ) -> dict[str, float]:
     """Accuracy and mean loss, that of the training, over the whole test set."""
     correct, total = 0.0, 0.0
-    for start in range(0, len(data.test_label), EVALUATION_BATCH):
-        rows = slice(start, start + EVALUATION_BATCH)
-        label = jnp.asarray(data.test_label[rows])
-        logits = forward(params, data.test_image[rows])
-        correct += float(jnp.sum(jnp.argmax(logits, -1) == label))
-        total += float(jnp.sum(cross_entropy(logits, label, smoothing)))
     count = len(data.test_label)
+    size = -(-min(count, EVALUATION_BATCH) // layout.shards) * layout.shards
+    part = layout.rows(size)
+    for start in range(0, count, size):
+        rows = np.arange(start, start + size)[part]
+        inside = rows < count
+        rows = np.where(inside, rows, 0)  # the last piece is filled up
+        local = (data.test_image[rows], data.test_label[rows], inside)
+        image, label, counted = layout.put_batch(local, size)
+        logits = forward(params, image)
+        right, entropy = _sums(logits, label, counted, smoothing)
+        correct += float(right)
+        total += float(entropy)
     return {"accuracy": correct / count, "loss": total / count}
+
+
+@functools.partial(jax.jit, static_argnames="smoothing")
+def _sums(
+    logits: Array, label: Array, counted: Array, smoothing: float
+) -> tuple[Array, Array]:
+    """Of a batch: how many are right, and the sum of their losses."""
+    right = (jnp.argmax(logits, -1) == label) & counted
+    entropy = cross_entropy(logits, label, smoothing)
+    return jnp.sum(right), jnp.sum(jnp.where(counted, entropy, 0))
+
+
+def rules(mesh: Mesh, model: str) -> oialr.Rules:
+    """Which side of which matrix the axis `model` divides, if the mesh has it.
+
+    Raises:   ValueError: no rules are known for this model.
+    """
+    if "model" not in mesh.shape:
+        return ()
+    if "vit" not in model:
+        raise ValueError(f"an axis `model` is of no use for {model}: use data or fsdp")
+    other = "fsdp" if "fsdp" in mesh.shape else None
+    return (
+        (r"(attention_in|mlp_in)/kernel$", PartitionSpec(other, "model")),
+        (r"(attention_out|mlp_out)/kernel$", PartitionSpec("model", other)),
+    )
+
+
+def _stored(settings: Settings) -> dict[str, Any]:
+    """Settings that a resumed run must share, as JSON holds them."""
+    values = dataclasses.asdict(settings)
+    return {name: x for name, x in values.items() if name not in PLACE_ONLY}
+
+
+def _same(settings: Settings, stored: Mapping[str, Any], folder: pathlib.Path) -> None:
+    given = _stored(settings)
+    different = [
+        f"{name.replace('_', '-')} was {stored.get(name)} and is {given.get(name)}"
+        for name in sorted(given.keys() | stored.keys())
+        if given.get(name) != stored.get(name)
+    ]
+    if different:
+        raise ValueError(f"{folder} is another run: {'; '.join(different)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -331,15 +455,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         usual = f"{arguments[0]}-{settings.method}-seed{settings.seed}"
         name = settings.name or usual
+        if settings.distributed:
+            jax.distributed.initialize(
+                settings.coordinator, settings.processes, settings.process_id
+            )
         summary = run(settings, name=name)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except loop.StoppedError as stopped:
+        print(f"{stopped}. Go on with the same command and --resume")
+        return
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
-    print(
-        f"{name}: {summary['test_accuracy']:.2%} of the test set right, "
-        f"{summary['stored_fraction']:.1%} of the dense weights stored, "
-        f"{summary['trainable_fraction']:.1%} trained, "
-        f"{summary['wall_seconds']:.0f} s, {settings.out / name}"
-    )
+    if jax.process_index() == 0:
+        print(
+            f"{name}: {summary['test_accuracy']:.2%} of the test set right, "
+            f"{summary['stored_fraction']:.1%} of the dense weights stored, "
+            f"{summary['trainable_fraction']:.1%} trained, "
+            f"{summary['wall_seconds']:.0f} s, {settings.out / name}"
+        )
 
 
 if __name__ == "__main__":

@@ -6,76 +6,149 @@ Order of operations, for every step t from `state.step` to the last:
 2. the compiled step; a rank event that is due at t happens at its start;
 3. the event, if there was one, goes into the record and its table on the screen;
 4. every `log_every` steps and after the last: losses are fetched, checked, recorded;
-5. every `eval_every` steps and after the last: the test set is evaluated, recorded.
+5. every `eval_every` steps and after the last: the test set is evaluated, recorded;
+6. every `save_every` steps, after the last, and when asked to stop: a checkpoint, with
+   the length of the record, so that a resumed run cuts it there and writes on.
 
-The loop waits for the device in 4 and 5 only, so the host reads ahead between them.
+The loop waits for the device in 4, 5 and 6 only, so the host reads ahead between them.
 """
 
 import dataclasses
 import json
 import math
+import os
 import pathlib
+import shutil
+import signal
 import sys
+import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
 from flax.training.train_state import TrainState
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 import oialr_jax as oialr
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
+CHECKPOINTS = "checkpoints"
 
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """How long a run is and how often it says something, in steps."""
+    """How long a run is and how often it says and saves something, in steps."""
 
     steps: int
     log_every: int
     eval_every: int
+    save_every: int
 
     def __post_init__(self) -> None:
-        """Refuse what would never step, log or evaluate."""
+        """Refuse what would never step, log, evaluate or save."""
         for name, value in dataclasses.asdict(self).items():
             if value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What of a run is neither in its state nor a function of the step."""
+
+    bytes: int = 0
+    """Length of the record."""
+    seconds: float = 0.0
+    """Time trained so far."""
+    window: Sequence[Mapping[str, float]] = ()
+    """Metrics of the steps since the last line about training."""
+    evaluation: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """The last evaluation."""
+
+
+class StoppedError(Exception):
+    """A run that was asked to stop has saved and stopped before `step`."""
+
+    def __init__(self, step: int, steps: int) -> None:
+        """Before which step of how many."""
+        self.step, self.steps = step, steps
+        super().__init__(f"stopped before step {step} of {steps}; it is saved")
+
+
+class Interrupts:
+    """Whether this process was asked to stop: by SIGTERM, or by SIGINT once.
+
+    A second SIGINT quits at once. Outside the main thread signals cannot be had and
+    nothing ever asks.
+    """
+
+    def __init__(self) -> None:
+        """Nobody has asked yet."""
+        self.asked = False
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._old[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        del frame
+        if number == signal.SIGINT and self.asked:
+            os._exit(128 + number)
+        self.asked = True
+        print("\nstopping after this step, with a checkpoint", file=sys.stderr)
+
+
 def train(
     state: TrainState,
     step: Callable[[TrainState, Any], tuple[TrainState, Mapping[str, Any]]],
-    batches: Sequence[Any],
+    batch: Callable[[int], Any],
     evaluate: Callable[[Any], Mapping[str, float]],
     *,
     pace: Pace,
     folder: pathlib.Path,
+    checkpoints: oialr.Checkpoints,
+    settings: Mapping[str, Any],
+    interrupts: Interrupts,
+    progress: Progress = Progress(),
     reports: Sequence[oialr.Report] = (),
-) -> tuple[TrainState, Mapping[str, float]]:
-    """Host side: the state after the last step, and its evaluation.
+) -> tuple[TrainState, Progress]:
+    """Host side: the state after the last step, and how the run went.
 
     Args:     step: (state, batch) -> (state, metrics), metrics with a "loss".
-              batches: item t is the batch of step t.
+              batch: the batch of a step.
               evaluate: params -> numbers over the whole test set, with an "accuracy".
               folder: where `metrics.jsonl` is written, by process 0 alone.
+              checkpoints: every process calls it; `settings` go into each.
+              interrupts: of the program, entered before whatever takes time.
+              progress: that of the checkpoint from which `state` was restored.
               reports: the growing list of rank events of the step.
     Raises:   FloatingPointError: a loss is not finite; names the step, which is the
-              number of updates before the bad one.
+              number of updates before the bad one. StoppedError: a signal asked for it.
     """
     first = int(state.step)
-    started = time.perf_counter()
+    started = time.perf_counter() - progress.seconds
     written = len(reports)
-    window: list[Mapping[str, Any]] = []
-    evaluation: Mapping[str, float] = {}
+    window: list[Mapping[str, Any]] = list(progress.window)
+    evaluation: Mapping[str, float] = progress.evaluation
     view: dict[str, str] = {}
 
     def record(kind: str, values: Mapping[str, Any]) -> None:
         seconds = round(time.perf_counter() - started, 3)
         append(folder / METRICS, {"kind": kind, **values, "seconds": seconds})
+
+    def reached(every: int, done: int) -> bool:
+        return done % every == 0 or done == pace.steps
 
     with tqdm(
         total=pace.steps,
@@ -86,7 +159,7 @@ def train(
         disable=jax.process_index() != 0,
     ) as bar:
         for t in range(first, pace.steps):
-            state, metrics = step(state, batches[t])
+            state, metrics = step(state, batch(t))
             window.append(metrics)
             for report in reports[written:]:
                 now = _fractions(state.params)
@@ -94,18 +167,49 @@ def train(
                 bar.write(f"{report}\n")
             written = len(reports)
             done = t + 1
-            if done % pace.log_every == 0 or done == pace.steps:
-                means = _means(window, done)
+            stop = _anyone(interrupts.asked, at=reached(pace.log_every, done))
+            save = stop or reached(pace.save_every, done)
+            if reached(pace.log_every, done) or save:
+                window = _on_host(window, done)
+            if reached(pace.log_every, done):
+                means = _means(window)
                 window = []
                 record("train", {"step": done, **means, **_fractions(state.params)})
                 view |= {"loss": f"{means['loss']:.3f}"}
-            if done % pace.eval_every == 0 or done == pace.steps:
+            if reached(pace.eval_every, done):
                 evaluation = dict(evaluate(state.params))
                 record("eval", {"step": done, **evaluation})
                 view |= {"test": f"{evaluation['accuracy']:.2%}"}
+            if save:
+                progress = Progress(
+                    bytes=_length(folder / METRICS),
+                    seconds=time.perf_counter() - started,
+                    window=window,
+                    evaluation=evaluation,
+                )
+                checkpoints.save(
+                    state,
+                    {"progress": dataclasses.asdict(progress), "settings": settings},
+                    metric=evaluation["accuracy"]
+                    if reached(pace.eval_every, done)
+                    else None,
+                )
             bar.set_postfix(view, refresh=False)
             bar.update()
-    return state, evaluation
+            if stop and done < pace.steps:
+                checkpoints.wait()
+                raise StoppedError(done, pace.steps)
+    checkpoints.wait()
+    return state, progress
+
+
+def _anyone(asked: bool, *, at: bool) -> bool:
+    """Whether any process was asked to stop; several agree on it only `at` times."""
+    if jax.process_count() == 1:
+        return asked
+    if not at:
+        return False
+    return bool(np.any(multihost_utils.process_allgather(np.array(asked))))
 
 
 def append(path: pathlib.Path, values: Mapping[str, Any]) -> None:
@@ -116,11 +220,59 @@ def append(path: pathlib.Path, values: Mapping[str, Any]) -> None:
 
 
 def begin(folder: pathlib.Path) -> None:
-    """Host side: an empty record in `folder`, and no summary of an older run."""
+    """Host side: an empty record in `folder`, and nothing of an older run.
+
+    Raises:   FileExistsError: a run in there has checkpoints and did not end.
+    """
+    saved = folder / CHECKPOINTS
+    if saved.exists() and not (folder / SUMMARY).exists() and any(saved.iterdir()):
+        raise FileExistsError(
+            f"{folder} has checkpoints of a run that did not end: go on with it by "
+            "--resume, choose another --name, or delete the folder"
+        )
+    agree(f"begin {folder}")
     if jax.process_index() == 0:
+        shutil.rmtree(saved, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / METRICS).write_text("")
         (folder / SUMMARY).unlink(missing_ok=True)
+    agree(f"begun {folder}")
+
+
+def resume(folder: pathlib.Path, progress: Progress) -> None:
+    """Host side: the record as it was at a checkpoint; what was written later goes."""
+    path = folder / METRICS
+    length = _length(path)
+    if length < progress.bytes:
+        warnings.warn(
+            f"{path} has {length} bytes and had {progress.bytes} at the checkpoint: "
+            "lines of its record are lost",
+            stacklevel=2,
+        )
+    elif jax.process_index() == 0:
+        with path.open("r+") as stream:
+            stream.truncate(progress.bytes)
+    if jax.process_index() == 0:
+        (folder / SUMMARY).unlink(missing_ok=True)
+    agree(f"resume {folder}")
+
+
+def agree(where: str) -> None:
+    """Host side: wait for the other processes, if there are any."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
+
+
+def _length(path: pathlib.Path) -> int:
+    """Length of a file, of which nothing is left in memory alone; 0 if it is not there.
+
+    Process 0 alone writes, the others' number is never used.
+    """
+    if not path.exists():
+        return 0
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+        return stream.seek(0, os.SEEK_END)
 
 
 def finish(folder: pathlib.Path, summary: Mapping[str, Any]) -> None:
@@ -130,18 +282,27 @@ def finish(folder: pathlib.Path, summary: Mapping[str, Any]) -> None:
         (folder / SUMMARY).write_text(text + "\n")
 
 
-def _means(window: Sequence[Mapping[str, Any]], done: int) -> dict[str, float]:
-    """Means over the last steps, once every loss among them is known to be finite."""
-    values = jax.device_get(list(window))
+def _on_host(
+    window: Sequence[Mapping[str, Any]], done: int
+) -> list[Mapping[str, float]]:
+    """Metrics of the last steps as numbers, once every loss is known to be finite."""
+    values: list[Mapping[str, float]] = [
+        {name: float(x) for name, x in each.items()}
+        for each in jax.device_get(list(window))
+    ]
     for i, each in enumerate(values):
         if not math.isfinite(each["loss"]):
             raise FloatingPointError(
                 f"the loss is {each['loss']} at step {done - len(values) + i}; the run "
                 "stops here. A lower learning rate or gradient clipping may help"
             )
+    return values
+
+
+def _means(window: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {
-        name: float(np.mean([each[name] for each in values], dtype=np.float64))
-        for name in values[0]
+        name: float(np.mean([each[name] for each in window], dtype=np.float64))
+        for name in window[0]
     }
 
 

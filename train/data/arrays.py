@@ -47,11 +47,13 @@ def batches(
     *,
     batch: int,
     seed: int,
+    part: slice = slice(None),
 ) -> grain.MapDataset[Batch]:
-    """A sequence without end whose item t is the batch of step t.
+    """A sequence without end whose item t is the batch of step t, or `part` of it.
 
     Every epoch is a new permutation of all images, and a batch may span two epochs.
-    Item t depends on `seed` and t alone: a run that resumes at step t needs only t.
+    Item t depends on `seed` and t alone: a run that resumes at step t needs only t, and
+    processes that take parts of it make up the batch that one process has.
 
     Raises:   ValueError: `batch` below 1, or no images.
     """
@@ -61,6 +63,7 @@ def batches(
         raise ValueError(f"got {len(image)} images for {len(label)} labels")
 
     def rows(index: Int[np.ndarray, " b"]) -> Batch:
+        index = index[part]
         return {"image": image[index], "label": label[index]}
 
     order = grain.MapDataset.range(len(image)).seed(seed).shuffle().repeat()

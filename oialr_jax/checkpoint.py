@@ -1,0 +1,378 @@
+"""Saves and restores a training state whose shapes have changed, with Orbax.
+
+A checkpoint holds every array of the state by its path, and a table of contents: which
+leaves are LowRank and over which axes, the shape and a checksum of every array, and
+whatever the program adds (data position, settings). Ranks are the stored shapes, ranks
+that wait for their event are in the optimizer state, and the schedule is a function of
+the step, so nothing else is needed to go on bit for bit.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import shutil
+import warnings
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding, SingleDeviceSharding
+from jaxtyping import Array, UInt32
+
+from oialr_jax.lowrank import Axes, LowRank, PyTree, is_low_rank, path_name
+from oialr_jax.sharding import Layout
+
+_FORMAT = 1
+_ARRAYS, _CONTENTS = "arrays", "contents"
+
+
+class Restored(NamedTuple):
+    """A checkpoint in memory: `extra` is what `save` was given beside the state."""
+
+    state: Any
+    extra: dict[str, Any]
+
+
+class Checkpoints:
+    """Host side: the checkpoints of one run, in one folder.
+
+    Saving is asynchronous (it returns when the arrays are off the devices) and atomic
+    (a step that is not whole has another name). The latest `keep` stay, and the one
+    with the best `metric`. Every process of a run calls every method, on a folder that
+    all of them see.
+
+    Args:     best: "max" or "min", which `metric` is best; None keeps the latest only.
+    Raises:   ValueError: `keep` below 1, or another `best`.
+    """
+
+    def __init__(
+        self, folder: str | pathlib.Path, *, keep: int = 2, best: str | None = None
+    ) -> None:
+        """Open, or create, the folder."""
+        if keep < 1:
+            raise ValueError(f"`keep` must be at least 1, got {keep}")
+        if best not in (None, "max", "min"):
+            raise ValueError(f"`best` must be 'max', 'min' or None, got {best!r}")
+        self.folder = pathlib.Path(folder).absolute()
+        self._policy = _LatestAndBest(keep, best, {})
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self._policy,
+            lightweight_initialize=True,  # of damaged checkpoints too
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        for step in self.steps:
+            try:
+                metric = self._contents(step)["metric"]
+            except Exception:  # damaged, so it cannot be the best
+                continue
+            self._policy.metrics[step] = metric
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The steps that were saved, ascending."""
+        return tuple(sorted(self._manager.all_steps()))
+
+    def save(
+        self,
+        state: PyTree,
+        extra: Mapping[str, Any] | None = None,
+        *,
+        metric: float | None = None,
+    ) -> None:
+        """Save `state`, which has a `.step`, and `extra`, which JSON can hold.
+
+        The state may be donated to the next step at once. What went wrong with the
+        save before is raised here, or by `wait`.
+
+        Raises:   ValueError: this step is there already.
+        """
+        step = int(state.step)
+        if step in self.steps:
+            raise ValueError(f"step {step} is saved already in {self.folder}")
+        nodes = {
+            path_name(path): dataclasses.asdict(leaf.axes)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(
+                state, is_leaf=is_low_rank
+            )
+            if is_low_rank(leaf)
+        }
+        leaves = _leaves(state)
+        keys = {k: str(jax.random.key_impl(x)) for k, x in leaves.items() if _is_key(x)}
+        arrays = {k: _data(x) for k, x in leaves.items()}
+        contents: dict[str, Any] = {
+            "format": _FORMAT,
+            "step": step,
+            "metric": metric,
+            "low_rank": nodes,
+            "keys": keys,
+            "arrays": {
+                k: {"shape": list(x.shape), "dtype": str(x.dtype), "sum": total}
+                for (k, x), total in zip(arrays.items(), _sums(arrays), strict=True)
+            },
+            "extra": dict(extra or {}),
+        }
+        text = json.dumps(contents, allow_nan=False)
+        contents = {"crc32": zlib.crc32(text.encode()), "text": text}
+        if metric is not None:
+            self._policy.metrics[step] = metric
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                **{
+                    _ARRAYS: ocp.args.StandardSave(arrays),
+                    _CONTENTS: ocp.args.JsonSave(contents),
+                }
+            ),
+            force=True,
+        )
+
+    def restore(
+        self,
+        template: PyTree,
+        tx: optax.GradientTransformation,
+        layout: Layout | None = None,
+    ) -> Restored | None:
+        """The latest checkpoint that is whole; None where there is none at all.
+
+        `template` is a state, or the shapes of one, as the program would begin with:
+        its leaves may be dense where the checkpoint has them in low rank. Arrays are
+        placed by `layout`, whatever mesh they were saved from, or on the first device.
+
+        A checkpoint that cannot be read, or whose arrays do not have the checksums that
+        were stored, is named in a warning and set aside as STEP.damaged, and the one
+        before is used. One that was never finished is named and left out.
+
+        Raises:   ValueError: the checkpoint does not fit the template (every path, with
+                  both shapes), or there are checkpoints and none is whole.
+        """
+        for path in sorted(self.folder.glob("*.orbax-checkpoint-tmp*")):
+            warnings.warn(f"{path} was never finished and is not used", stacklevel=2)
+        reasons = []
+        for step in reversed(self.steps):
+            try:
+                contents = self._contents(step)
+                problem = None
+            except Exception as error:  # whatever damaged files make of readers
+                contents, problem = {}, error
+            if _all_well(problem):
+                abstract = _abstract_state(
+                    template, tx, contents, self.folder / f"{step}"
+                )
+                try:
+                    state = self._state(step, abstract, contents, layout)
+                except Exception as error:
+                    problem = error
+                if _all_well(problem):
+                    return Restored(state, contents["extra"])
+            reasons.append(f"{self.folder / str(step)}: {_sentence(problem)}")
+            warnings.warn(
+                f"the checkpoint {reasons[-1]}; it is set aside as {step}.damaged",
+                stacklevel=2,
+            )
+            self._set_aside(step)
+        if reasons:
+            raise ValueError("no checkpoint is whole: " + "; ".join(reasons))
+        return None
+
+    def wait(self) -> None:
+        """Return when everything is on disk; raise what went wrong on the way."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait, and let go of the folder."""
+        self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _contents(self, step: int) -> dict[str, Any]:
+        """The table of contents of a checkpoint.
+
+        Raises:   ValueError: it is not what was written; and what files may raise.
+        """
+        args = ocp.args.Composite(**{_CONTENTS: ocp.args.JsonRestore()})
+        stored = self._manager.restore(step, args=args)[_CONTENTS]
+        text = stored["text"]
+        if zlib.crc32(text.encode()) != stored["crc32"]:
+            raise ValueError("its table of contents does not have its checksum")
+        return json.loads(text)
+
+    def _state(
+        self,
+        step: int,
+        abstract: PyTree,
+        contents: Mapping[str, Any],
+        layout: Layout | None,
+    ) -> PyTree:
+        """The arrays of a checkpoint, checked, in the shape of the abstract state."""
+        where = None if layout is None else layout(abstract)
+        first: Sharding = SingleDeviceSharding(jax.local_devices()[0])
+        places = {} if where is None else _leaves(where)
+        wanted = {
+            name: jax.ShapeDtypeStruct(
+                entry["shape"], entry["dtype"], sharding=places.get(name, first)
+            )
+            for name, entry in contents["arrays"].items()
+        }
+        args = ocp.args.Composite(**{_ARRAYS: ocp.args.StandardRestore(wanted)})
+        arrays = self._manager.restore(step, args=args)[_ARRAYS]
+        sums = dict(zip(arrays, _sums(arrays), strict=True))
+        for name, entry in contents["arrays"].items():
+            if sums[name] != entry["sum"]:
+                raise ValueError(f"{name} does not have its checksum")
+        keys = contents["keys"]
+        leaves = {
+            name: jax.random.wrap_key_data(x, impl=keys[name]) if name in keys else x
+            for name, x in arrays.items()
+        }
+        flat, treedef = jax.tree_util.tree_flatten_with_path(abstract)
+        return jax.tree.unflatten(
+            treedef, [leaves[path_name(path)] for path, _ in flat]
+        )
+
+    def _set_aside(self, step: int) -> None:
+        """A damaged checkpoint under another name, so that its step can be saved."""
+        self._policy.metrics.pop(step, None)
+        if jax.process_index() == 0:
+            aside = self.folder / f"{step}.damaged"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.folder / str(step)).rename(aside)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"checkpoint {step} set aside")
+        self._manager.reload()
+
+
+@dataclasses.dataclass(frozen=True)
+class _LatestAndBest(ocp.checkpoint_managers.PreservationPolicy):
+    """Keeps the latest checkpoints and the one with the best metric."""
+
+    keep: int
+    best: str | None
+    metrics: dict[int, float | None]
+
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: Any
+    ) -> list[bool]:
+        del context
+        steps = [x.step for x in checkpoints]
+        kept = set(sorted(steps)[-self.keep :])
+        known = {k: m for k in steps if (m := self.metrics.get(k)) is not None}
+        if self.best is not None and known:
+            choose = max if self.best == "max" else min
+            kept.add(choose(known, key=lambda k: known[k]))
+        return [step in kept for step in steps]
+
+
+def _abstract_state(
+    template: PyTree,
+    tx: optax.GradientTransformation,
+    contents: Mapping[str, Any],
+    where: pathlib.Path,
+) -> PyTree:
+    """The template with the ranks of a checkpoint, in shapes.
+
+    Raises:   ValueError: the arrays of the checkpoint are others.
+    """
+    stored = contents["arrays"]
+
+    def ranked(path: tuple[Any, ...], leaf: Any) -> Any:
+        name = path_name(path)
+        if name not in contents["low_rank"]:
+            return leaf
+        axes = Axes(**{k: tuple(v) for k, v in contents["low_rank"][name].items()})
+        factors = (stored[f"{name}/{part}"] for part in ("u", "s", "vt"))
+        u, s, vt = (jax.ShapeDtypeStruct(x["shape"], x["dtype"]) for x in factors)
+        if np.shape(leaf) != axes.shape:
+            raise ValueError(
+                f"{name} has shape {np.shape(leaf)} in the model and {axes.shape} in "
+                f"the checkpoint {where}"
+            )
+        return LowRank(u, s, vt, axes)
+
+    abstract = jax.eval_shape(lambda: template)
+    new = jax.tree_util.tree_map_with_path(ranked, abstract, is_leaf=is_low_rank)
+    new = new.replace(opt_state=jax.eval_shape(tx.init, new.params))
+    wrong = []
+    leaves = {name: jax.eval_shape(_data, x) for name, x in _leaves(new).items()}
+    for name in sorted(leaves.keys() | stored.keys()):
+        here = tuple(leaves[name].shape) if name in leaves else "nothing"
+        there = tuple(stored[name]["shape"]) if name in stored else "nothing"
+        if here != there:
+            wrong.append(
+                f"{name} is {here} in the program and {there} in the checkpoint"
+            )
+    if wrong:
+        raise ValueError(f"the checkpoint {where} does not fit: {'; '.join(wrong)}")
+    return new
+
+
+def _leaves(tree: PyTree) -> dict[str, Any]:
+    """Every array by its path, those inside of LowRank nodes too."""
+    return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _is_key(x: Any) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _data(x: Any) -> Array:
+    return jax.random.key_data(x) if _is_key(x) else jnp.asarray(x)
+
+
+def _sums(arrays: Mapping[str, Array]) -> list[int]:
+    """One checksum for each array, the same wherever its parts lie."""
+    return [int(x) for x in jax.device_get(_all_sums(list(arrays.values())))]
+
+
+@jax.jit
+def _all_sums(arrays: list[Array]) -> list[UInt32[Array, ""]]:
+    return [_checksum(x) for x in arrays]
+
+
+def _checksum(x: Array) -> UInt32[Array, ""]:
+    """Sum of (2 i + 1) times the i-th piece of the bits of x, modulo 2³².
+
+    An odd factor is invertible, so one piece that changes is always noticed; integer
+    addition has no order, so the number does not depend on how x is divided.
+
+    >>> int(_checksum(jnp.array([1.0, 2.0]))) == int(_checksum(jnp.array([2.0, 1.0])))
+    False
+    """
+    if x.dtype == bool:
+        x = x.astype(jnp.uint8)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        x = jnp.stack([x.real, x.imag], -1)
+    bits = min(8 * x.dtype.itemsize, 32)
+    pieces = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{bits}"))
+    index = jnp.zeros(pieces.shape, jnp.uint32)
+    for axis in range(pieces.ndim):
+        stride = np.uint32(math.prod(pieces.shape[axis + 1 :]) % 2**32)
+        index += stride * jax.lax.broadcasted_iota(jnp.uint32, pieces.shape, axis)
+    odd = np.uint32(2) * index + np.uint32(1)
+    return jnp.sum(odd * pieces.astype(jnp.uint32), dtype=jnp.uint32)
+
+
+def _all_well(problem: Exception | None) -> bool:
+    """Whether no process of the run has a problem."""
+    if jax.process_count() == 1:
+        return problem is None
+    mine = np.array(problem is None)
+    return bool(np.all(multihost_utils.process_allgather(mine)))
+
+
+def _sentence(problem: Exception | None) -> str:
+    """The first line of an error, or whose it is."""
+    if problem is None:
+        return "another process cannot read it"
+    lines = str(problem).splitlines() or [""]
+    return f"{type(problem).__name__}: {lines[0][:200]}"

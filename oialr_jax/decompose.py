@@ -1,0 +1,313 @@
+"""The decompositions of an event: batched, divided over devices, or compiled ahead.
+
+An event is written once, in `surgery.py`, against a `Run`: `NOW` calls its programs,
+`AHEAD` compiles them and hands shapes on in the place of arrays.
+"""
+
+import functools
+import math
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import (
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    SingleDeviceSharding,
+)
+from jaxtyping import Array
+
+from oialr_jax.lowrank import Axes, is_low_rank, singular_values, svd
+
+
+class Run(NamedTuple):
+    """How the parts of an event are called, brought to the host, and spread."""
+
+    call: Callable[..., Any]
+    get: Callable[[Any], Any]
+    split: Callable[[Any, NamedSharding], list[Any]]
+    join: Callable[[list[Any], NamedSharding], Any]
+    agree: Callable[[Any], None]
+
+
+def _compiled(fn: Any, *args: Any, **static: Any) -> Any:
+    """Instead of fn(*args): its program compiled, and the shapes of the result."""
+    program = fn.lower(*args, **static).compile()
+    shapes = fn.eval_shape(*args, **static)
+    if not any(map(_is_committed, jax.tree.leaves(args))):
+        return shapes
+    return jax.tree.map(_shape_in, shapes, program.output_shardings)
+
+
+def _is_committed(x: Any) -> bool:
+    """Whether an array, or the array that a shape stands for, has a fixed place."""
+    return getattr(x, "committed", getattr(x, "sharding", None) is not None)
+
+
+def _shape_in(x: Any, where: Sharding) -> jax.ShapeDtypeStruct:
+    weak = getattr(x, "weak_type", False)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where, weak_type=weak)
+
+
+def _expected(shapes: Any) -> Any:
+    """What an event without trouble brings to the host: True, and numbers of no use."""
+    return jax.tree.map(lambda x: np.full(x.shape, x.dtype == bool, x.dtype), shapes)
+
+
+def _split(array: Any, where: NamedSharding) -> list[Any]:
+    """The parts of an array, divided along its first axis, that this process holds."""
+    return [x.data for x in sorted(array.addressable_shards, key=_first_row)]
+
+
+def _first_row(shard: Any) -> int:
+    return shard.index[0].start or 0
+
+
+def _split_shapes(shape: Any, where: NamedSharding) -> list[Any]:
+    found = where.addressable_devices_indices_map(shape.shape)
+    devices = sorted(found, key=lambda x: (found[x] or (slice(0),))[0].start or 0)
+    part = jax.ShapeDtypeStruct(where.shard_shape(shape.shape), shape.dtype)
+    return [_shape_in(part, SingleDeviceSharding(x)) for x in devices]
+
+
+def _join(parts: list[Any], where: NamedSharding) -> Any:
+    shape = (parts[0].shape[0] * where.mesh.size, *parts[0].shape[1:])
+    return jax.make_array_from_single_device_arrays(shape, where, parts)
+
+
+def _join_shapes(parts: list[Any], where: NamedSharding) -> Any:
+    shape = (parts[0].shape[0] * where.mesh.size, *parts[0].shape[1:])
+    return jax.ShapeDtypeStruct(shape, parts[0].dtype, sharding=where)
+
+
+def _agree(plan: Any) -> None:
+    """Hosts that decided differently would wait for each other for ever: say so.
+
+    Raises:   RuntimeError: processes of one run have not chosen the same.
+    """
+    if jax.process_count() == 1:
+        return
+    mine = np.uint32(zlib.crc32(repr(plan).encode()))
+    found = multihost_utils.process_allgather(mine)
+    if len(set(found.tolist())) > 1:
+        raise RuntimeError(
+            f"the processes of this run do not agree on the event {plan}: they need "
+            "the same schedule, rank rule and state"
+        )
+
+
+NOW = Run(
+    lambda fn, *args, **static: fn(*args, **static),
+    jax.device_get,
+    _split,
+    _join,
+    _agree,
+)
+AHEAD = Run(_compiled, _expected, _split_shapes, _join_shapes, lambda _: None)
+
+
+class Solved(NamedTuple):
+    """Where one leaf's part of a batched decomposition lies.
+
+    `batch` has the singular values (b, k) of all matrices of a shape, and for SVDs the
+    left and right vectors (b, a, k), (b, k, c) around them.
+    """
+
+    batch: tuple[Array, ...]
+    start: int
+    stack: tuple[int, ...]
+
+
+def decomposed(
+    leaves: Sequence[Any], axes: Sequence[Axes], run: Run, *, vectors: bool
+) -> list[Solved]:
+    """Host side: the SVD, or singular values, of every core and every dense matrix.
+
+    One program for all matrices of a shape. On a mesh each device has a program of its
+    own for its share of them, so that every matrix is decomposed once and every process
+    gets the same numbers. On a CPU one after the other: they use all threads anyway,
+    and two solver calls at the same time, be it a QR beside an SVD in one program, have
+    been seen to deadlock there.
+    """
+    groups: dict[Any, list[int]] = defaultdict(list)
+    middle = [x.s if is_low_rank(x) else x for x in leaves]
+    views = [None if is_low_rank(x) else a for x, a in zip(leaves, axes, strict=True)]
+    for i, (array, view) in enumerate(zip(middle, views, strict=True)):
+        side = array.shape[-2:] if view is None else (view.m, view.n)
+        groups[side, array.dtype].append(i)
+    mesh = mesh_of(middle)
+    load = [0] * (1 if mesh is None else mesh.size)
+    results: dict[int, Solved] = {}
+    for (side, _), group in sorted(
+        groups.items(), key=lambda x: -math.prod(x[0][0]) * min(x[0][0])
+    ):
+        arrays = [middle[i] for i in group]
+        shapes = tuple(views[i] for i in group)
+        start = 0
+        if mesh is None:
+            batch = run.call(_solved_group, arrays, axes=shapes, vectors=vectors)
+            if jax.default_backend() == "cpu":
+                jax.block_until_ready(batch)
+        else:
+            count = sum(math.prod(axes[i].l) for i in group)
+            share = _share(count, math.prod(side) * min(side), load)
+            start = share.first * share.each
+            batch = _solved_on_mesh(arrays, shapes, share, mesh, run, vectors)
+        for i in group:
+            results[i] = Solved(batch, start, axes[i].l)
+            start += math.prod(axes[i].l)
+    return [results[i] for i in range(len(leaves))]
+
+
+def mesh_of(arrays: Sequence[Any]) -> Any:
+    """The mesh that holds the params, if it has more than one device, or None."""
+    for array in arrays:
+        sharding = getattr(array, "sharding", None)
+        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+            return sharding.mesh
+    return None
+
+
+class _Share(NamedTuple):
+    """Which devices of a mesh decompose a batch: `used` from `first`, `each` apiece."""
+
+    first: int
+    used: int
+    each: int
+
+
+def _share(count: int, cost: int, load: list[int]) -> _Share:
+    """The share of a batch of `count`, where the devices have least to do; adds to it.
+
+    >>> load = [0, 0, 0, 0]
+    >>> _share(6, 1, load), load
+    (_Share(first=0, used=3, each=2), [2, 2, 2, 0])
+    >>> _share(1, 1, load).first
+    3
+    """
+    each = -(-count // len(load))
+    used = -(-count // each)
+    first = min(range(len(load) - used + 1), key=lambda k: (max(load[k : k + used]), k))
+    for k in range(first, first + used):
+        load[k] += each * cost
+    return _Share(first, used, each)
+
+
+def _solved_on_mesh(
+    arrays: list[Any],
+    axes: tuple[Axes | None, ...],
+    share: _Share,
+    mesh: Mesh,
+    run: Run,
+    vectors: bool,
+) -> tuple[Any, ...]:
+    """The batch of `_solved_group`, with `share.each` rows for every device.
+
+    Vectors of dense matrices stay divided over the devices, along their long axis: no
+    device ever holds all of them. What cores give is small and goes to every device.
+    """
+    devices = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    rows = run.call(_spread, arrays, axes=axes, share=share, where=devices)
+    solved = []
+    local = run.split(rows, devices)
+    for k, part in zip(_positions(devices), local, strict=True):
+        # in the caller's `jax.set_mesh` no program may run on one device alone
+        with jax.set_mesh(_NO_MESH):
+            busy = share.first <= k < share.first + share.used
+            program = _solved_group if busy else _unsolved_group
+            solved.append(run.call(program, [part], axes=(None,), vectors=vectors))
+        if mesh.devices.flat[k].platform == "cpu":
+            jax.block_until_ready(solved[-1])
+    joined = tuple(run.join(list(x), devices) for x in zip(*solved, strict=True))
+    dense = any(view is not None for view in axes)
+    return run.call(_returned, joined, where=_return_places(joined, mesh, dense))
+
+
+def _positions(where: NamedSharding) -> list[int]:
+    """The places in the mesh, flattened, of the devices of this process."""
+    flat = list(where.mesh.devices.flat)
+    return [k for k, x in enumerate(flat) if x in where.addressable_devices]
+
+
+_NO_MESH = Mesh(np.empty((), dtype=object), ())
+
+
+def _return_places(
+    batch: tuple[Any, ...], mesh: Mesh, dense: bool
+) -> tuple[NamedSharding, ...]:
+    """Vectors of dense matrices along a or c, where it can be divided; else whole."""
+
+    def place(shape: tuple[int, ...], axis: int) -> NamedSharding:
+        spec: list[Any] = [None] * len(shape)
+        if dense and len(shape) == 3 and shape[axis] % mesh.size == 0:
+            spec[axis] = mesh.axis_names
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    last = len(batch) - 1
+    return tuple(place(x.shape, 2 if i == last else 1) for i, x in enumerate(batch))
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "share", "where"))
+def _spread(
+    arrays: list[Array],
+    axes: tuple[Axes | None, ...],
+    share: _Share,
+    where: NamedSharding,
+) -> Array:
+    """All matrices, those of a device together; idle ones get zeros."""
+    batch = _stacked(arrays, axes)
+    before = share.first * share.each
+    after = where.mesh.size * share.each - before - len(batch)
+    padded = jnp.pad(batch, ((before, after), (0, 0), (0, 0)))
+    return jax.lax.with_sharding_constraint(padded, where)
+
+
+@functools.partial(jax.jit, static_argnames="where")
+def _returned(
+    batch: tuple[Array, ...], where: tuple[NamedSharding, ...]
+) -> tuple[Array, ...]:
+    return jax.lax.with_sharding_constraint(batch, where)
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "vectors"))
+def _solved_group(
+    arrays: list[Array], axes: tuple[Axes | None, ...], vectors: bool
+) -> tuple[Array, ...]:
+    batch = _stacked(arrays, axes)
+    return svd(batch) if vectors else (singular_values(batch),)
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "vectors"), keep_unused=True)
+def _unsolved_group(
+    arrays: list[Array], axes: tuple[Axes | None, ...], vectors: bool
+) -> tuple[Array, ...]:
+    """Zeros in the shapes of `_solved_group`, on the device of the arrays."""
+    shapes = jax.eval_shape(
+        functools.partial(_solved_group, axes=axes, vectors=vectors), arrays
+    )
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+def _stacked(arrays: list[Array], axes: tuple[Axes | None, ...]) -> Array:
+    """All matrices of some leaves, (b, a, c)."""
+    matrices = [
+        array if view is None else view.to_matrix(array)
+        for view, array in zip(axes, arrays, strict=True)
+    ]
+    return jnp.concatenate([x.reshape(-1, *x.shape[-2:]) for x in matrices])
+
+
+def on_host(solved: Sequence[Solved], run: Run) -> list[np.ndarray]:
+    """Singular values of each leaf, (*stack, k), in one transfer for all."""
+    found = run.get([x.batch[len(x.batch) // 2] for x in solved])
+    return [
+        sigma[x.start : x.start + math.prod(x.stack)].reshape(*x.stack, -1)
+        for x, sigma in zip(solved, found, strict=True)
+    ]
