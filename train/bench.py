@@ -64,7 +64,8 @@ class Settings:
     """Of contraction; "rebuilt" is the authors' way."""
     peers: tuple[str, ...] = ("galore", "lora")
     """Other methods at the same ranks, of galore, lora and, with the extra `peers`, the
-    authors' scheme in PyTorch (torch) and its dense model (torch-dense)."""
+    authors' scheme in PyTorch (torch) and its dense model (torch-dense), both for the
+    vision transformers only."""
     repeats: int = 7
     """Rounds; each times one sample of every row."""
     lag: int = 8
@@ -273,7 +274,15 @@ def steps(settings: Settings) -> list[Row]:
 
     Where two orders give the same program (auto and the order that it picked for every
     matrix) it is timed once and has two rows.
+
+    Raises:   ValueError: an unknown model or peer, or a peer for none of the models.
     """
+    for peer in settings.peers:
+        names.find("peer", peer, PEERS)
+        if not any(_compares(peer, name) for name in settings.models):
+            raise ValueError(
+                f"{peer} is for vision transformers alone, not {settings.models}"
+            )
     return [row for name in settings.models for row in _steps(name, settings)]
 
 
@@ -300,8 +309,10 @@ def _steps(name: str, settings: Settings) -> list[Row]:
                 programs[key] = Program(step, holder, *batch)
             labels.append((fraction, order, told.flops / told.dense_flops, key))
         for peer in settings.peers:
+            if not _compares(peer, name):
+                continue
             key = f"{fraction} {peer}"
-            programs[key] = names.find("peer", peer, PEERS)(problem, fraction)
+            programs[key] = PEERS[peer](problem, fraction)
             labels.append((fraction, peer, None, key))
     times = interleaved([x.run for x in programs.values()], settings.repeats)
     by_key = dict(zip(programs, times, strict=True))
@@ -364,11 +375,13 @@ def _lora(problem: Problem, fraction: float) -> Program:
     return Program(step, {"state": state}, problem.image, problem.label)
 
 
+def _compares(peer: str, name: str) -> bool:
+    """Whether the peer has this model: PyTorch has the vision transformers."""
+    model = names.find("model", name, CASES).build(jnp.float32)
+    return not peer.startswith("torch") or isinstance(model, VisionTransformer)
+
+
 def _torch(problem: Problem, ranks: Mapping[str, int]) -> Any:
-    if not isinstance(problem.model, VisionTransformer):
-        raise ValueError(
-            f"PyTorch has the vision transformers alone, not {problem.name}"
-        )
     return peers.TorchViT(problem.model, ranks, problem.image, problem.label)
 
 
@@ -747,7 +760,11 @@ def run(settings: Settings) -> list[Row]:
     rows = []
     for method in ("dense", "oialr"):
         recipe = dataclasses.replace(
-            RECIPE, method=method, batch=settings.batch, lag=settings.lag
+            RECIPE,
+            method=method,
+            batch=settings.batch,
+            lag=settings.lag,
+            mesh="data=1",  # every suite measures one device
         )
         with tempfile.TemporaryDirectory() as folder, compile_times() as log:
             recipe = dataclasses.replace(recipe, out=pathlib.Path(folder))
