@@ -147,13 +147,15 @@ class Checkpoints:
 
         A checkpoint that cannot be read, or whose arrays do not have the checksums that
         were stored, is named in a warning and set aside as STEP.damaged, and the one
-        before is used. One that was never finished is named and left out.
+        before is used. One that was never finished is named and removed.
 
         Raises:   ValueError: the checkpoint does not fit the template (every path, with
                   both shapes), or there are checkpoints and none is whole.
         """
         for path in sorted(self.folder.glob("*.orbax-checkpoint-tmp*")):
-            warnings.warn(f"{path} was never finished and is not used", stacklevel=2)
+            warnings.warn(f"{path} was never finished and is removed", stacklevel=2)
+            if jax.process_index() == 0:
+                shutil.rmtree(path)
         reasons = []
         for step in reversed(self.steps):
             try:

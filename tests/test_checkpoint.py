@@ -204,7 +204,9 @@ def test_nothing_to_restore(tmp_path):
 def test_a_save_that_never_finished_is_named_and_not_used(tmp_path):
     states = filled(tmp_path, 2, 6)
     (tmp_path / "6").rename(tmp_path / "6.orbax-checkpoint-tmp")
-    with pytest.warns(UserWarning, match="6.orbax-checkpoint-tmp was never finished"):
+    with pytest.warns(
+        UserWarning, match="6.orbax-checkpoint-tmp was never finished and is"
+    ):
         found = last(tmp_path)
     assert_same(found.state, states[2])
 

@@ -242,26 +242,23 @@ def run(settings: Settings, *, name: str) -> dict[str, Any]:
         return layout.put_batch(stream[t], settings.batch)
 
     folder = settings.out / name
-    progress = loop.Progress()
-    state: Any = None
-    if not settings.resume:
+    found = None
+    if settings.resume:
+        with oialr.Checkpoints(folder / loop.CHECKPOINTS) as checkpoints:
+            found = checkpoints.restore(template, tx, layout)
+    if found is None:
         loop.begin(folder)
+        progress = loop.Progress()
+    else:
+        _same(settings, found.extra["settings"], folder)
+        progress = loop.Progress(**found.extra["progress"])
+        loop.resume(folder, progress)
+    before = progress.seconds
     with (
         loop.Interrupts() as interrupts,
         oialr.Checkpoints(folder / loop.CHECKPOINTS, best="max") as checkpoints,
     ):
-        if settings.resume:
-            found = checkpoints.restore(template, tx, layout)
-            if found is None:
-                loop.begin(folder)
-            else:
-                _same(settings, found.extra["settings"], folder)
-                progress = loop.Progress(**found.extra["progress"])
-                loop.resume(folder, progress)
-                state = found.state
-        before = progress.seconds
-        if state is None:
-            state = layout.initialize(create, key)
+        state = layout.initialize(create, key) if found is None else found.state
         step: Any
         reports: Sequence[oialr.Report] = []
         timings: Sequence[oialr.Timing] = []

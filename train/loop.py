@@ -164,7 +164,8 @@ def train(
             for report in reports[written:]:
                 now = _fractions(state.params)
                 record("event", {"step": t, **now, "event": report.to_dict()})
-                bar.write(f"{report}\n")
+                if jax.process_index() == 0:
+                    bar.write(f"{report}\n")
             written = len(reports)
             done = t + 1
             stop = _anyone(interrupts.asked, at=reached(pace.log_every, done))
@@ -225,7 +226,8 @@ def begin(folder: pathlib.Path) -> None:
     Raises:   FileExistsError: a run in there has checkpoints and did not end.
     """
     saved = folder / CHECKPOINTS
-    if saved.exists() and not (folder / SUMMARY).exists() and any(saved.iterdir()):
+    whole = saved.exists() and any(x.name.isdigit() for x in saved.iterdir())
+    if whole and not (folder / SUMMARY).exists():
         raise FileExistsError(
             f"{folder} has checkpoints of a run that did not end: go on with it by "
             "--resume, choose another --name, or delete the folder"
