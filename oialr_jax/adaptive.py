@@ -87,7 +87,10 @@ def adaptive(
 
 
 class Timing(NamedTuple):
-    """Seconds that the host spent on one decision or event before the step's call."""
+    """Seconds that the host spent on one decision or event before the step's call.
+
+    The steps before it have ended when the clock starts.
+    """
 
     step: int
     choosing: float = 0.0
@@ -170,6 +173,7 @@ class AdaptiveStep:
         self, state: Any, number: int, update: int, args: Any, kwargs: Any
     ) -> Any:
         """The state with ranks waiting for their event, whose programs compile."""
+        jax.block_until_ready(state)  # steps still running are no part of the event
         started = time.perf_counter()
         leaves = named_leaves(state.params)
         ranks = {  # of what is still dense: the conversion treats every matrix
@@ -209,6 +213,7 @@ class AdaptiveStep:
 
     def _event(self, state: Any, number: int, update: int, *, late: bool) -> Any:
         """The state after an event; `late` where its ranks are still to be chosen."""
+        jax.block_until_ready(state)
         started = time.perf_counter()
         ranks = {} if late else pending_ranks(state.params, state.opt_state)
         ahead, self._ahead = self._ahead, None

@@ -224,6 +224,33 @@ def test_with_a_lag_an_event_has_the_ranks_that_were_chosen_before_it():
     ]
 
 
+@pytest.mark.parametrize("verb", ["choose", "apply_ranks"])
+def test_steps_still_running_are_not_timed_as_the_event(verb, monkeypatch):
+    schedule = oialr.Schedule(delay=2, every=2, lag=1)
+    state, _, train_step = problem()
+    matrices = oialr.select(oialr.find_matrices(fn, state.params, batch(0)[0]))
+
+    def slow(state, x, y):
+        state, metrics = train_step(state, x, y)
+        spent = jax.lax.fori_loop(0, 3000, lambda _, z: jnp.tanh(z @ z), jnp.eye(128))
+        params = jax.tree.map(lambda p: p + 0 * spent[0, 0], state.params)
+        return state.replace(params=params), metrics
+
+    step = oialr.adaptive(slow, state.tx, matrices, schedule, RULE)
+    room = importlib.import_module("oialr_jax.adaptive")
+    real, ready = getattr(room, verb), []
+
+    def watched(params, *args, **kwargs):
+        ready.append(all(x.is_ready() for x in jax.tree.leaves(params)))
+        return real(params, *args, **kwargs)
+
+    monkeypatch.setattr(room, verb, watched)
+    for i in range(6):
+        state, _ = step(state, *batch(i))
+    assert len(ready) >= 2
+    assert all(ready)
+
+
 @pytest.mark.parametrize("middle", [4, 5, 6, 7, 11, 12])
 def test_a_run_resumed_between_choice_and_event_is_the_uninterrupted_one(middle):
     state, step, _ = problem(schedule=AHEAD)
