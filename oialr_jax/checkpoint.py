@@ -150,7 +150,7 @@ class Checkpoints:
         before is used. One that was never finished is named and removed.
 
         Raises:   ValueError: the checkpoint does not fit the template (every path, with
-                  both shapes), or there are checkpoints and none is whole.
+                  both shapes and dtypes), or there are checkpoints and none is whole.
         """
         for path in sorted(self.folder.glob("*.orbax-checkpoint-tmp*")):
             warnings.warn(f"{path} was never finished and is removed", stacklevel=2)
@@ -307,8 +307,11 @@ def _abstract_state(
     wrong = []
     leaves = {name: jax.eval_shape(_data, x) for name, x in _leaves(new).items()}
     for name in sorted(leaves.keys() | stored.keys()):
-        here = tuple(leaves[name].shape) if name in leaves else "nothing"
-        there = tuple(stored[name]["shape"]) if name in stored else "nothing"
+        here = there = "nothing"
+        if name in leaves:
+            here = f"{leaves[name].dtype}{tuple(leaves[name].shape)}"
+        if name in stored:
+            there = f"{stored[name]['dtype']}{tuple(stored[name]['shape'])}"
         if here != there:
             wrong.append(
                 f"{name} is {here} in the program and {there} in the checkpoint"

@@ -198,7 +198,10 @@ def test_rates_of_the_wrong_form_are_an_error(text, tmp_path):
     [
         (["--models", "mini-vitt"], "unknown model 'mini-vitt', did you mean"),
         (["--peers", "galor"], "unknown peer 'galor', did you mean 'galore'?"),
-        (["--models", "mlp", "--peers", "torch"], "torch is for vision transformers alone, not"),
+        (
+            ["--models", "mlp", "--peers", "torch"],
+            "torch is for vision transformers alone, not",
+        ),
         (["--rates", "none.json"], "none.json"),
     ],
 )

@@ -324,10 +324,25 @@ def test_checksums_notice_every_single_change(dtype):
 def test_a_model_of_another_shape(tmp_path):
     filled(tmp_path, 2)
     template = jax.eval_shape(lambda: create(width=12))
-    message = "params/a/kernel is .16, 12. in the program and .16, 16. in"
+    message = r"kernel is float32.16, 12. in the program and float32.16, 16. in"
     with pytest.raises(ValueError, match=message):
         last(tmp_path, template=template)
     assert last(tmp_path).state.step == 2  # nothing is lost
+
+
+def test_a_model_of_another_precision(tmp_path):
+    filled(tmp_path, 2)
+
+    def cast(x):
+        return x.astype(jnp.bfloat16) if x.shape == (16, 16) else x
+
+    template = jax.eval_shape(create)
+    template = template.replace(
+        params=jax.eval_shape(lambda p: jax.tree.map(cast, p), template.params)
+    )
+    message = r"kernel is bfloat16.16, 16. in the program and float32.16, 16. in"
+    with pytest.raises(ValueError, match=message):
+        last(tmp_path, template=template)
 
 
 def test_a_low_rank_leaf_of_another_shape(tmp_path):
@@ -363,7 +378,7 @@ def test_ranks_that_do_not_fit_their_arrays(tmp_path, monkeypatch):
     monkeypatch.setattr(oialr.Checkpoints, "_contents", other)
     with pytest.raises(ValueError, match="does not fit") as error:
         last(tmp_path)
-    assert "mu/a/kernel is (5, 5) in the program and" in str(error.value)
+    assert "mu/a/kernel is float32(5, 5) in the program and" in str(error.value)
 
 
 def test_a_step_twice(tmp_path):

@@ -10,6 +10,7 @@ import sys
 import time
 from itertools import pairwise
 
+import jax
 import numpy as np
 import pytest
 
@@ -66,14 +67,18 @@ AdaptiveStep.__call__ = slow
 STEP = "oialr_jax.adaptive:AdaptiveStep.__call__"
 
 
+OLDER_PYTHON = os.environ.get("OLDER_PYTHON")
+"""An interpreter with this library on an older JAX; .ci/run sets it."""
+
+
 def environment():
     clean = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     return clean | {"JAX_PLATFORMS": "cpu"}  # one device for each process
 
 
-def start(code, *arguments):
+def start(code, *arguments, python=sys.executable):
     return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
+        [python, "-c", code, *map(str, arguments)],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -99,6 +104,22 @@ def final(folder):
     with oialr.Checkpoints(folder / loop.CHECKPOINTS) as checkpoints:
         step = checkpoints.steps[-1]
         return step, checkpoints._contents(step)["arrays"]
+
+
+def assert_same_run(some, others):
+    """The same events with the same ranks, and the same losses to rounding."""
+    assert len(some) == len(others)
+    for a, b in zip(some, others, strict=True):
+        assert a.keys() == b.keys()
+        if a["kind"] == "event":
+            ranks = [[x["after"] for x in y["event"]["layers"]] for y in (a, b)]
+            assert ranks[0] == ranks[1]
+        else:
+            np.testing.assert_allclose(
+                [a[k] for k in a if k not in ("kind", "accuracy")],
+                [b[k] for k in b if k not in ("kind", "accuracy")],
+                rtol=1e-5,
+            )
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +198,27 @@ def test_a_second_interrupt_quits_at_once(tmp_path):
     assert time.monotonic() - began < 60
 
 
+@pytest.mark.skipif(not OLDER_PYTHON, reason="OLDER_PYTHON is not set")
+@pytest.mark.parametrize("event", [1, 3], ids=["dense", "low-rank"])
+def test_a_checkpoint_of_an_older_jax_restores(event, whole, tmp_path):
+    """Killed just before an event, with ranks waiting for it."""
+    version = "import jax; print(jax.__version__)"
+    older = end(start(version, python=OLDER_PYTHON))[0].strip()
+    assert older != jax.__version__
+    arguments = [*RUN, "--out", tmp_path, "--resume"]
+    kill = ("oialr_jax.adaptive:apply_ranks", event, -1)
+    killed = start(KILLED, *kill, *arguments, python=OLDER_PYTHON)
+    end(killed, -signal.SIGKILL)
+    step = final(tmp_path / whole.name)[0]
+    assert step in ((21, 24), (45, 48))[event == 3]
+    before = records(tmp_path / whole.name)
+    end(start(PROGRAM, *arguments))
+    after = records(tmp_path / whole.name)
+    kept = [x for x in before if x["step"] < step]
+    assert after[: len(kept)] == kept
+    assert_same_run(after, records(whole))
+
+
 def free_port():
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -190,19 +232,8 @@ def test_two_processes_are_one(whole, tmp_path):
     said = [end(process)[0] for process in both]
     assert "of the test set right" in said[0]
     assert [x for x in said[1].splitlines() if not x.startswith("[Gloo]")] == []
-    two, one = records(tmp_path / whole.name), records(whole)
-    assert len(two) == len(one)
-    for a, b in zip(two, one, strict=True):
-        assert a.keys() == b.keys()
-        if a["kind"] == "event":
-            ranks = [[x["after"] for x in y["event"]["layers"]] for y in (a, b)]
-            assert ranks[0] == ranks[1]
-        else:
-            np.testing.assert_allclose(
-                [a[k] for k in a if k not in ("kind", "accuracy")],
-                [b[k] for k in b if k not in ("kind", "accuracy")],
-                rtol=1e-5,
-            )
+    two = records(tmp_path / whole.name)
+    assert_same_run(two, records(whole))
     # one goes on with what two have saved
     arguments = [*RUN, "--out", tmp_path, "--resume"]
     end(start(PROGRAM, *arguments))
