@@ -209,6 +209,7 @@ def test_a_save_that_never_finished_is_named_and_not_used(tmp_path):
     ):
         found = last(tmp_path)
     assert_same(found.state, states[2])
+    assert not (tmp_path / "6.orbax-checkpoint-tmp").exists()
 
 
 DAMAGES = {
@@ -269,6 +270,19 @@ def test_a_damaged_checkpoint_is_never_used(damage, tmp_path, sound):
                 saved.save(advance(found.state, stepper(), 9), {"at": 9})
         assert_same(last(copy).state, states[9])
     assert 4 in used
+
+
+def test_a_changed_number_in_the_contents_is_noticed(tmp_path):
+    """It would still be read, as the settings of another run."""
+    filled(tmp_path, 2, 6)
+    changed = 0
+    for path in (tmp_path / "6" / "contents").rglob("*"):
+        if path.is_file() and r"\"at\": 6" in path.read_text():
+            path.write_text(path.read_text().replace(r"\"at\": 6", r"\"at\": 7"))
+            changed += 1
+    assert changed == 1
+    with pytest.warns(UserWarning, match="contents does not have its checksum"):
+        assert last(tmp_path).extra == {"at": 2}
 
 
 def test_damage_is_named(tmp_path):
