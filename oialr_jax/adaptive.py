@@ -2,19 +2,23 @@
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
-from oialr_jax.lowrank import is_low_rank, named_leaves
+from oialr_jax.lowrank import PyTree, is_low_rank, named_leaves
 from oialr_jax.matrices import Matrix
 from oialr_jax.moments import MomentRule
 from oialr_jax.schedule import RankRule, Schedule
 from oialr_jax.sharding import Layout
+from oialr_jax.stability import stability
 from oialr_jax.surgery import (
     Report,
     apply_ranks,
@@ -23,7 +27,14 @@ from oialr_jax.surgery import (
     factorize,
     truncate,
 )
-from oialr_jax.transform import pending_ranks, with_pending
+from oialr_jax.transform import (
+    pending_ranks,
+    reference_of,
+    trainable,
+    with_pending,
+    with_reference,
+    with_trainable,
+)
 
 
 def adaptive(
@@ -53,6 +64,7 @@ def adaptive(
     What happens at a step depends on the step number and the state alone, so a run
     resumed from a saved state repeats the uninterrupted one. Ranks that should be
     waiting at their event and do not (another loop ran in between) are chosen then.
+    `Schedule(when="stable")` needs `tx = freeze_bases(..., reference=True)`.
 
     The state given is used up, its buffers donated to the new one, as is usual in
     `state, metrics = step(state, batch)`; `donate_argnums=()` keeps it.
@@ -65,8 +77,9 @@ def adaptive(
               in_axes=(None, 0), out_axes=None, so that the state has no device axis.
               jit_options: passed to it (static_argnames, donate_argnums, ...).
     Raises:   ValueError: no matrices, or `steps_per_call` below 1; on call, what
-              `factorize` and `truncate` raise, and a step whose `state.step` does not
-              advance by `steps_per_call`; at an event, what failed in the background.
+              `factorize` and `truncate` raise, a step whose `state.step` does not
+              advance by `steps_per_call`, and no reference for a schedule that needs
+              one; at an event, what failed in the background.
     """
     if not matrices:
         raise ValueError("`matrices` is empty: there is nothing to hold in low rank")
@@ -103,8 +116,9 @@ class AdaptiveStep:
 
     `reports` lists what each event of this process did, `timings` what decisions and
     events cost the host (the compilation that follows an event without a lag not
-    included); `compilations` counts how often the step was traced and compiled. None of
-    them decides anything.
+    included); `compilations` counts how often the step was traced and compiled;
+    `stabilities` has (step, stability by path) of every update of a schedule that waits
+    for them. None of them decides anything.
     """
 
     def __init__(
@@ -123,6 +137,7 @@ class AdaptiveStep:
         """Use `adaptive`, which checks its arguments."""
         self.reports: list[Report] = []
         self.timings: list[Timing] = []
+        self.stabilities: list[tuple[int, dict[str, float]]] = []
         self.compilations = 0
         self._matrices = matrices
         self._schedule = schedule
@@ -148,6 +163,14 @@ class AdaptiveStep:
         if state.step is not known:  # reading the step waits for the device
             number = int(state.step)
             self._ahead = None
+            if (
+                self._schedule.when == "stable"
+                and reference_of(state.opt_state) is None
+            ):
+                raise ValueError(
+                    "a schedule with when='stable' compares the params with a "
+                    "reference: make the optimizer by freeze_bases(..., reference=True)"
+                )
             ranks = pending_ranks(state.params, state.opt_state)
             if ranks:
                 self._compile_ahead(state, number, ranks, args, kwargs)
@@ -175,13 +198,16 @@ class AdaptiveStep:
         """The state with ranks waiting for their event, whose programs compile."""
         jax.block_until_ready(state)  # steps still running are no part of the event
         started = time.perf_counter()
-        leaves = named_leaves(state.params)
-        ranks = {  # of what is still dense: the conversion treats every matrix
-            x.path: min(x.m, x.n)
-            for x in self._matrices
-            if not is_low_rank(leaves.get(x.path))
-        }
-        ranks |= choose(state.params, self._rule, self._treated(update))
+        if self._schedule.when == "stable":
+            state, ranks = self._stable(state, number)
+        else:
+            leaves = named_leaves(state.params)
+            ranks = {  # of what is still dense: the conversion treats every matrix
+                x.path: min(x.m, x.n)
+                for x in self._matrices
+                if not is_low_rank(leaves.get(x.path))
+            }
+            ranks |= choose(state.params, self._rule, self._treated(update))
         opt_state = with_pending(state.params, state.opt_state, ranks)
         state = state.replace(opt_state=opt_state)
         self._compile_ahead(state, number, ranks, args, kwargs)
@@ -193,7 +219,9 @@ class AdaptiveStep:
     ) -> None:
         state, args, kwargs = jax.tree.map(_abstract, (state, args, kwargs))
         decided = self._schedule.decided(number, previous=-1)
-        then = self._treated(0 if decided is None else decided + 1)
+        then: tuple[Matrix, ...] = ()  # of stable ones nobody knows which
+        if self._schedule.when == "delay":
+            then = self._treated(0 if decided is None else decided + 1)
         mesh = jax.sharding.get_mesh()  # known to this thread alone
 
         def compile_all() -> None:
@@ -220,13 +248,16 @@ class AdaptiveStep:
         if ahead is not None:
             ahead.result()
         waited = time.perf_counter()
+        stable = self._schedule.when == "stable"
+        if stable and late:  # others were chosen before, if any were
+            state, ranks = self._stable(state, number)
         params, opt_state = state.params, state.opt_state
         reports: list[Report] = []
         if ranks:
             params, opt_state, reports = apply_ranks(
                 params, opt_state, self._matrices, ranks, **self._options
             )
-        else:
+        elif not stable:
             leaves = named_leaves(params)
             dense = [x for x in self._matrices if not is_low_rank(leaves.get(x.path))]
             if dense:
@@ -250,9 +281,32 @@ class AdaptiveStep:
         )
         return state.replace(params=params, opt_state=opt_state)
 
+    def _stable(self, state: Any, number: int) -> tuple[Any, dict[str, int]]:
+        """The ranks of what has settled; and the state, which is the new reference."""
+        scores = jax.device_get(
+            _stabilities(reference_of(state.opt_state), state.params, self._matrices)
+        )
+        found = {x.path: float(s) for x, s in zip(self._matrices, scores, strict=True)}
+        self.stabilities.append((number, found))
+        settled = [
+            x for x in self._matrices if found[x.path] >= self._schedule.threshold
+        ]
+        ranks = choose(state.params, self._rule, settled) if settled else {}
+        kept = jax.tree.map(jnp.copy, trainable(state.params))
+        return state.replace(opt_state=with_reference(state.opt_state, kept)), ranks
+
     def _treated(self, update: int) -> tuple[Matrix, ...]:
         count = self._schedule.treated(update, len(self._matrices))
         return self._matrices[len(self._matrices) - count :]
+
+
+@functools.partial(jax.jit, static_argnames="matrices")
+def _stabilities(
+    reference: PyTree, params: PyTree, matrices: tuple[Matrix, ...]
+) -> list[Array]:
+    """How stable the basis of each matrix is, of a stack the least stable one."""
+    found = stability(with_trainable(params, reference), params, matrices)
+    return [jnp.min(found[matrix.path].basis) for matrix in matrices]
 
 
 def _abstract(x: Any) -> Any:

@@ -18,7 +18,9 @@ from jaxtyping import Array
 from oialr_jax.lowrank import Axes, PyTree, compute_dtype, is_low_rank, path_name
 
 # What Optax's states call their leaves, by how the leaf depends on the gradient.
-_LINEAR = frozenset({"mu", "trace", "ema", "acc_grads", "momentum", "velocity"})
+_LINEAR = frozenset(
+    {"mu", "trace", "ema", "acc_grads", "momentum", "velocity", "reference"}
+)
 _QUADRATIC = frozenset({"nu", "nu_max", "sum_of_squares", "e_g", "e_x", "v"})
 _FACTORED = frozenset({"v_row", "v_col"})
 

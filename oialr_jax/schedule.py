@@ -108,8 +108,15 @@ class Schedule:
     `layer_step` of them at first, as many more each time. It happens `lag` steps after
     its ranks were chosen; in between the program for the new shapes is compiled.
 
+    With `when="stable"` update j treats, whatever their place, the layers whose basis
+    has turned little since update j - 1 (the first: since the optimizer state was
+    made): those with a stability of at least `threshold`, which is 1 for a basis that
+    stands still. A dense one is converted then and a low-rank one cut; the others wait
+    for the next update, and may be dense for ever. `layer_step` has no meaning.
+
     Raises:   ValueError: `delay` below 0, `every` below 1, `layer_step` outside [0, 1],
-              `lag` outside [0, every), `stop` not after `delay`.
+              `lag` outside [0, every), `stop` not after `delay`, another `when`,
+              `threshold` outside [-1, 1].
     Source:   Coquelin et al. 2024 (arXiv 2401.08505). The authors' code counts steps
               from 1 and acts when a counter equals the next update, so a counter that
               starts past it or jumps over it never acts again; here an update is due
@@ -128,9 +135,15 @@ class Schedule:
     layer_step: float = 0.1
     lag: int = 0
     stop: int | None = None
+    when: str = "delay"
+    threshold: float = 0.98
 
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
+        if self.when not in ("delay", "stable"):
+            raise ValueError(f"`when` must be 'delay' or 'stable', got {self.when!r}")
+        if not -1 <= self.threshold <= 1:
+            raise ValueError(f"`threshold` must be in [-1, 1], got {self.threshold}")
         if self.delay < 0:
             raise ValueError(f"`delay` must be at least 0, got {self.delay}")
         if self.every < 1:
@@ -147,7 +160,7 @@ class Schedule:
             )
 
     def converted(self, step: int) -> bool:
-        """Whether the batch of this step meets low-rank params."""
+        """Whether the batch of this step meets low-rank params, if all are stable."""
         return step >= self.delay + self.lag
 
     def decided(self, step: int, previous: int | None = None) -> int | None:
@@ -199,7 +212,8 @@ class Schedule:
         Once dense, and once for each event. With the `rule`, and the small `sides` of
         all matrices, once for the conversion and once for each fall of a rank, which is
         through multiples of `rule.multiple`; a matrix that is not finite at the
-        conversion, and so converts later, adds one.
+        conversion, and so converts later, adds one. With `when="stable"` every matrix
+        may be converted by itself.
 
         >>> schedule = Schedule(delay=100, every=50)
         >>> schedule.compilations(1000)
@@ -210,5 +224,6 @@ class Schedule:
         events = len(self.events(steps))
         if rule is not None:
             falls = sum(-(-side // rule.multiple) - 1 for side in sides)
-            events = min(events, 1 + falls)
+            conversions = len(sides) if self.when == "stable" else 1
+            events = min(events, conversions + falls)
         return 1 + events

@@ -1,10 +1,12 @@
 """adaptive(): a drop-in for jax.jit(train_step) that takes Flax's TrainState."""
 
 import contextlib
+import dataclasses
 import gc
 import importlib
 import threading
 import weakref
+from itertools import pairwise
 from typing import Any
 
 import equinox as eqx
@@ -22,7 +24,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import oialr_jax as oialr
 from oialr_jax import surgery
 from oialr_jax.lowrank import named_leaves
-from oialr_jax.transform import pending_ranks
+from oialr_jax.transform import pending_ranks, reference_of
 
 SCHEDULE = oialr.Schedule(delay=4, every=3, layer_step=0.5)
 RULE = oialr.RankRule(cutoff=0.3)
@@ -609,3 +611,93 @@ def test_models_of_other_frameworks_train_in_low_rank(build):
     assert losses[-1] < 0.5 * losses[0]
     dense = forward(oialr.densify(state.params), batch(0)[0])
     assert_close(low_rank_forward(state.params, batch(0)[0]), dense, 2e-5)
+
+
+STABLE = oialr.Schedule(delay=4, every=4, when="stable", threshold=0.999)
+
+
+def slowing(lag=0):
+    """Of three layers a never moves, b until step 6, and c until step 14."""
+    rates = {
+        name: optax.piecewise_constant_schedule(3.0, {end: 0.0})
+        for name, end in (("a", 0), ("b", 6), ("c", 14))
+    }
+    tx = optax.multi_transform(
+        {name: optax.sgd(rate, momentum=0.5) for name, rate in rates.items()}
+        | {"head": optax.sgd(0.1)},
+        lambda params: {
+            name: jax.tree.map(lambda _, name=name: name, leaf)
+            for name, leaf in params.items()
+        },
+    )
+    schedule = dataclasses.replace(STABLE, lag=lag)
+    state, _, train_step = problem()
+    matrices = oialr.select(oialr.find_matrices(fn, state.params, batch(0)[0]))
+    tx = oialr.freeze_bases(tx, reference=True)
+    state = TrainState.create(apply_fn=fn, params=state.params, tx=tx)
+    step = oialr.adaptive(
+        train_step, tx, matrices, schedule, oialr.RankRule(cutoff=0.6)
+    )
+    return state, step
+
+
+def basis(w):
+    u, _, vt = np.linalg.svd(np.asarray(w, np.float64))
+    return u @ vt
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+def test_layers_are_converted_when_their_basis_has_settled(lag):
+    state, step = slowing(lag)
+    kinds, dense = {}, {}
+    for i in range(24):
+        dense[i] = jax.device_get(oialr.materialize(state.params))
+        state, _ = step(state, *batch(i))
+        for name, (*_, rank) in oialr.ranks(state.params).items():
+            kinds.setdefault(name, (i, rank))
+    assert [(k, i) for k, (i, _) in sorted(kinds.items())] == [
+        ("a/kernel", 4 + lag),
+        ("b/kernel", 12 + lag),
+        ("c/kernel", 20 + lag),
+    ]
+    assert all(rank < 16 for _, rank in kinds.values())  # cut by the same event
+    assert [i for i, _ in step.stabilities] == [4, 8, 12, 16, 20]
+    for (before, _), (now, found) in pairwise([(0, {}), *step.stabilities]):
+        for name in "abc":
+            same = name == "a" or (name == "b" and before >= 8) or before >= 16
+            score = found[f"{name}/kernel"]
+            assert (score >= 0.999) == same
+            if not same:  # dense at both times
+                p, q = (basis(dense[i][name]["kernel"]) for i in (before, now))
+                np.testing.assert_allclose(score, np.sum(p * q) / 16, atol=1e-4)
+
+
+@pytest.mark.parametrize("middle", [3, 5, 7, 13, 17])
+def test_a_run_that_waits_for_stability_can_be_resumed(middle):
+    state, step = slowing(lag=2)
+    before, _ = run(state, step, 0, middle)
+    kept = copied(before)
+    whole, losses = run(before, step, middle, 24)
+    _, fresh = slowing(lag=2)
+    resumed, again = run(kept, fresh, middle, 24)
+    assert again == losses
+    assert jax.tree.structure(resumed.params) == jax.tree.structure(whole.params)
+    for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_reference_turns_with_the_bases():
+    """It is the matrix of the update before, in the coordinates of the core."""
+    state, step = slowing()
+    state, _ = run(state, step, 0, 12)
+    reference = jax.device_get(state.params["b"]["kernel"])  # dense at step 12
+    state, _ = run(state, step, 12, 13)
+    node = state.params["b"]["kernel"]
+    kept = reference_of(state.opt_state)["b"]["kernel"]
+    assert_close(kept, node.u.T @ reference @ node.vt.T, 1e-5)
+
+
+def test_without_a_reference_stability_cannot_be_seen():
+    state, step, _ = problem(schedule=STABLE)
+    with pytest.raises(ValueError, match=r"freeze_bases\(..., reference=True\)"):
+        step(state, *batch(0))

@@ -80,6 +80,11 @@ class Settings:
     """Ranks are rounded up to this, so that layers share shapes."""
     stop: float = 0.7
     """When the ranks are final."""
+    when: Literal["delay", "stable"] = "delay"
+    """Convert all matrices after `delay`; or from then on each one when its basis has
+    turned little between two events, and cut it only then."""
+    threshold: float = 0.98
+    """The least stability of a basis that counts as little; 1 is none."""
     lag: int = 0
     """Steps between the choice of ranks and the event; meanwhile its step compiles."""
     min_aspect: float = 0.1
@@ -210,7 +215,8 @@ def run(settings: Settings, *, name: str) -> dict[str, Any]:
 
     sample = standardize(jnp.asarray(data.train_image[:1]), data.mean, data.deviation)
     factored = oialr.factored(forward)
-    tx = oialr.freeze_bases(optimizer(settings))
+    stable = settings.method == "oialr" and settings.when == "stable"
+    tx = oialr.freeze_bases(optimizer(settings), reference=stable)
 
     def create(key: Array) -> TrainState:
         params = model.init(key, sample)["params"]
@@ -355,6 +361,8 @@ def schedule(settings: Settings) -> oialr.Schedule:
         layer_step=settings.layer_step,
         lag=settings.lag,
         stop=stop,
+        when=settings.when,
+        threshold=settings.threshold,
     )
 
 
