@@ -20,6 +20,17 @@ from oialr_jax.matrices import Matrix, find_matrices, select
 from oialr_jax.moments import MomentRule
 from oialr_jax.schedule import RankRule, Schedule
 from oialr_jax.sharding import Layout, Rules, make_mesh
+from oialr_jax.stability import (
+    Portrait,
+    Spectrum,
+    Stability,
+    Subspaces,
+    Tracker,
+    spectra,
+    stability,
+    subspaces,
+    tracker,
+)
 from oialr_jax.surgery import LayerReport, Report, densify, factorize, truncate
 from oialr_jax.transform import (
     FreezeBasesState,
@@ -43,13 +54,18 @@ __all__ = [
     "LowRank",
     "Matrix",
     "MomentRule",
+    "Portrait",
     "RankRule",
     "Rates",
     "Report",
     "Restored",
     "Rules",
     "Schedule",
+    "Spectrum",
+    "Stability",
+    "Subspaces",
     "Timing",
+    "Tracker",
     "adaptive",
     "counts",
     "densify",
@@ -65,6 +81,10 @@ __all__ = [
     "orthogonality_error",
     "ranks",
     "select",
+    "spectra",
+    "stability",
+    "subspaces",
+    "tracker",
     "trainable",
     "truncate",
     "value_and_grad",

@@ -1,0 +1,454 @@
+"""The finding behind the one idea, measured: how much bases and mixing change in time.
+
+The orthogonal basis of a matrix W is its polar factor P = U Vᵀ; what is left of W, how
+it mixes the basis vectors, is seen in R of W = Q R. Both are taken of the tall view of
+W (its transpose where m < n). A low-rank leaf is never materialised: of W = B C, with B
+orthonormal, all is computed from the small C.
+"""
+
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from oialr_jax.decompose import NOW, decomposed, mesh_of, on_host
+from oialr_jax.lowrank import (
+    Axes,
+    PyTree,
+    compute_dtype,
+    is_low_rank,
+    named_leaves,
+)
+from oialr_jax.matrices import Matrix
+
+RESOLVED = 1e-4
+"""Singular values below this part of the largest count as less than a direction."""
+
+
+class Stability(NamedTuple):
+    """How alike a matrix is at two times; one number per matrix of a stack.
+
+    `basis`: tr(P₁ᵀP₂) / n, the mean cosine of the columns of P, in [-1, 1].
+    `mixing`: 1 - |R₁ - R₂| / 2 with R of norm 1 and a diagonal not negative, in [0, 1].
+    `cosine`: of W₁ and W₂ themselves, the control. `change`: |W₂ - W₁| / |W₁|.
+    `null`: the same after a random change of W₁ as large as that to W₂, or None.
+    """
+
+    basis: Float[Array, "*l"]
+    mixing: Float[Array, "*l"]
+    cosine: Float[Array, "*l"]
+    change: Float[Array, "*l"]
+    null: "Stability | None" = None
+
+
+class Portrait(NamedTuple):
+    """What is kept of one matrix to compare it later: W = B C, P = B X.
+
+    Shapes:   b: (*l, a, r) orthonormal columns, or None for I; c, x: (*l, r, k), r = a
+              without b; r: (*l, min(r, k), k). a and k are the long and the short side.
+    """
+
+    b: Any
+    c: Any
+    x: Any
+    r: Any
+
+
+Portraits = dict[str, Portrait]
+
+
+class Tracker(NamedTuple):
+    """Two pure functions that follow the matrices of a run, in the manner of Optax.
+
+    `init(params)` gives the state, about three times the size of the matrices (less
+    where they are low-rank); `update(state, params, key=None)` gives the new state and,
+    by path, the `Stability` since the params before, with a null where there is a key.
+    Under `jax.jit`, in `jax.lax.scan`, or between steps on the host, where leaves may
+    become low-rank or lose ranks from one call to the next.
+    """
+
+    init: Callable[..., Portraits]
+    update: Callable[..., tuple[Portraits, dict[str, Stability]]]
+
+
+def tracker(matrices: Sequence[Matrix]) -> Tracker:
+    """A `Tracker` of some matrices, as `find_matrices` gives them.
+
+    >>> x = jax.random.normal(jax.random.key(0), (8, 4))
+    >>> axes = Axes(shape=(8, 4), stack=(), inputs=(0,), outputs=(1,))
+    >>> track = tracker([Matrix("w", axes, rows=1, kind="dot")])
+    >>> state, values = track.update(track.init({"w": x}), {"w": 2 * x})
+    >>> round(float(values["w"].basis), 4), round(float(values["w"].change), 4)
+    (1.0, 1.0)
+    """
+    matrices = tuple(matrices)
+
+    def update(
+        state: Portraits, params: PyTree, key: Any = None
+    ) -> tuple[Portraits, dict[str, Stability]]:
+        new = _portraits(params, matrices)
+        return new, _compared(state, new, key)
+
+    return Tracker(lambda params: _portraits(params, matrices), update)
+
+
+def stability(
+    before: PyTree, after: PyTree, matrices: Sequence[Matrix], *, key: Any = None
+) -> dict[str, Stability]:
+    """How alike each matrix is in two params trees, by path in the order of `matrices`.
+
+    Traceable. Leaves may be dense in one tree and low-rank in the other. No number
+    changes with the sign or order of singular vectors, nor, but for `change`, when a
+    tree is multiplied by a positive number.
+
+    Of a matrix of rank r < n only the r directions that it has make up P, and `basis`
+    is tr(P₁ᵀP₂) / √(r₁r₂): a cut from n to r directions by itself gives √(r/n).
+    Singular values below `RESOLVED` times the largest count in part, smoothly. A matrix
+    of zeros has no basis: `basis` and `cosine` are 0.
+
+    Args:     key: of the random change; without one there is no `Stability.null`.
+    Raises:   ValueError: a matrix names no leaf of a tree, or one of another shape.
+    Source:   Stability: Coquelin et al. 2024 (arXiv 2401.08505), mean cosine of the
+              columns of P between checkpoints. Their similarity of R is not published;
+              `mixing` is our own, of R scaled to norm 1, so that weight decay is no
+              mixing. A change of given size leaves more of a tall P than of a square
+              one, and any change gets small with the learning rate: hence the null.
+    """
+    matrices = tuple(matrices)
+    return _compared(_portraits(before, matrices), _portraits(after, matrices), key)
+
+
+class Spectrum(NamedTuple):
+    """Singular values of one leaf, descending, and two ranks that they amount to.
+
+    `effective_rank`: exp of the entropy of σ / Σσ. `stable_rank`: Σσ² / σ₁². Both are 0
+    for a matrix of zeros.
+
+    Shapes:   sigma: (*l, k); the ranks: (*l,).
+    Source:   Roy and Vetterli 2007; Rudelson and Vershynin 2007.
+    """
+
+    sigma: Float[np.ndarray, "*l k"]
+    effective_rank: Float[np.ndarray, "*l"]
+    stable_rank: Float[np.ndarray, "*l"]
+
+
+def spectra(params: PyTree, matrices: Sequence[Matrix]) -> dict[str, Spectrum]:
+    """Host side: singular values and ranks of each matrix; of cores where low-rank.
+
+    Raises:   ValueError: a matrix names no leaf of `params`, or one of another shape.
+    """
+    leaves = _leaves(params, matrices)
+    found = decomposed(leaves, [x.axes for x in matrices], NOW, vectors=False)
+    return {
+        matrix.path: spectrum(sigma)
+        for matrix, sigma in zip(matrices, on_host(found, NOW), strict=True)
+    }
+
+
+def spectrum(sigma: Float[np.ndarray, "*l k"]) -> Spectrum:
+    """The ranks that go with singular values, descending.
+
+    >>> spectrum(np.array([2.0, 2.0, 0.0])).effective_rank.round(3)
+    np.float64(2.0)
+    """
+    values = sigma.astype(np.float64)
+    total = np.sum(values, axis=-1, keepdims=True)
+    share = values / np.where(total > 0, total, 1)
+    entropy = -np.sum(share * np.log(np.where(share > 0, share, 1)), axis=-1)
+    some = total[..., 0] > 0
+    largest = np.where(some, values[..., 0], 1)
+    stable = np.sum((values / largest[..., None]) ** 2, axis=-1)
+    return Spectrum(sigma, np.exp(entropy) * some, stable)
+
+
+class Subspaces(NamedTuple):
+    """How alike the leading r singular subspaces of a matrix are at two times.
+
+    `inputs` and `outputs` are |U₁ᵀU₂|² / r and |V₁ᵀV₂|² / r, in [0, 1]; the angles are
+    the principal ones, radians, descending.
+
+    Shapes:   inputs, outputs: (*l,); their angles: (*l, r).
+    Source:   Björck and Golub 1973.
+    """
+
+    inputs: Float[np.ndarray, "*l"]
+    outputs: Float[np.ndarray, "*l"]
+    input_angles: Float[np.ndarray, "*l r"]
+    output_angles: Float[np.ndarray, "*l r"]
+
+
+def subspaces(
+    before: PyTree, after: PyTree, matrices: Sequence[Matrix], rank: int
+) -> dict[str, Subspaces]:
+    """Host side: the leading `rank` directions of each matrix in two params trees.
+
+    Takes a full SVD of each dense matrix, and of the core of each low-rank one.
+
+    Raises:   ValueError: `rank` is outside [1, rank of a matrix]; a matrix names no
+              leaf of a tree, or one of another shape.
+    """
+    first, second = (_leading(tree, matrices, rank) for tree in (before, after))
+    return {path: _angles(first[path], second[path]) for path in first}
+
+
+def _leaves(params: PyTree, matrices: Sequence[Matrix]) -> list[Any]:
+    named = named_leaves(params)
+    for matrix in matrices:
+        if matrix.path not in named:
+            raise ValueError(f"params has no leaf {matrix.path}")
+        shape = named[matrix.path].shape
+        if shape != matrix.axes.shape:
+            raise ValueError(
+                f"{matrix.path} has shape {shape}, expected {matrix.axes.shape}"
+            )
+    leaves = [named[matrix.path] for matrix in matrices]
+    mesh = mesh_of([leaf.s if is_low_rank(leaf) else leaf for leaf in leaves])
+    if mesh is None:
+        return leaves
+    # each device would call LAPACK, and on a CPU two calls at once may deadlock
+    whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return jax.tree.map(lambda x: x.addressable_data(0), whole(leaves))
+
+
+def _portraits(params: PyTree, matrices: Sequence[Matrix]) -> Portraits:
+    """Of all matrices, computed by one program for each shape of their cores."""
+    views = [
+        _view(leaf, matrix.axes)
+        for leaf, matrix in zip(_leaves(params, matrices), matrices, strict=True)
+    ]
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for i, (_, c) in enumerate(views):
+        groups[c.shape[-2:], c.dtype].append(i)
+    found: dict[int, Portrait] = {}
+    token = jnp.zeros(())
+    for group in groups.values():
+        solved, token = _solved([views[i][1] for i in group], token)
+        for i, (x, r) in zip(group, solved, strict=True):
+            b, c = views[i]
+            found[i] = Portrait(b, c, x, r)
+    return {matrix.path: found[i] for i, matrix in enumerate(matrices)}
+
+
+@functools.partial(jax.jit, static_argnames="axes")
+def _view(leaf: Any, axes: Axes) -> tuple[Any, Array]:
+    """B and C of the tall view of W = B C, of which a dense matrix has no B.
+
+    Copies: the step that follows may be given the leaf's own buffer to use up.
+    """
+    tall = axes.m >= axes.n
+    dtype = compute_dtype(leaf.dtype)
+    if not is_low_rank(leaf):
+        w = axes.to_matrix(leaf).astype(dtype)
+        return None, jnp.copy(w if tall else jnp.swapaxes(w, -1, -2))
+    u, s, vt = (x.astype(dtype) for x in (leaf.u, leaf.s, leaf.vt))
+    with jax.default_matmul_precision("highest"):
+        if tall:
+            return jnp.copy(u), s @ vt
+        return jnp.copy(jnp.swapaxes(vt, -1, -2)), jnp.swapaxes(u @ s, -1, -2)
+
+
+@jax.jit
+def _solved(
+    cores: list[Array], token: Array
+) -> tuple[list[tuple[Array, Array]], Array]:
+    """(X, R) of each core C, and a token that makes the next call wait for this one.
+
+    Two LAPACK calls that run at the same time may deadlock on a CPU, also within one
+    program of the caller's.
+    """
+    side = cores[0].shape[-2:]
+    batch = jnp.concatenate([c.reshape(-1, *side) for c in cores])
+    x = polar(batch)
+    # `token` is 0: it orders the calls and changes nothing
+    r = _upright(jnp.linalg.qr(batch + token.astype(batch.dtype), mode="r"))
+    ends = list(np.cumsum([math.prod(c.shape[:-2]) for c in cores])[:-1])
+    parts = [
+        (a.reshape(c.shape), b.reshape(*c.shape[:-2], *b.shape[-2:]))
+        for c, a, b in zip(cores, jnp.split(x, ends), jnp.split(r, ends), strict=True)
+    ]
+    return parts, 0 * jnp.nan_to_num(r[0, 0, 0]).astype(jnp.float32)
+
+
+def _upright(r: Array) -> Array:
+    """Rows with signs that make the diagonal not negative, which makes R unique."""
+    sign = jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1, 1)
+    return r * sign[..., None].astype(r.dtype)
+
+
+def polar(matrix: Float[Array, "*l a c"]) -> Float[Array, "*l a c"]:
+    """U Vᵀ of the SVD of a matrix, by matrix products alone.
+
+    Singular values above `RESOLVED` times the largest become 1, smaller ones less, and
+    zeros stay zero: of a matrix that lacks directions this is the partial isometry.
+
+    Source:   Newton-Schulz, scaled as in Chen and Chow 2014 ("A stable scaling of
+              Newton-Schulz"): x -> ρx (3 - ρ²x²) / 2, with ρ² = 3 / (1 + l + l²) for
+              singular values in [l, 1], maps both ends to the same value and none
+              above 1.
+    """
+    wide = matrix.shape[-2] < matrix.shape[-1]
+    x = jnp.swapaxes(matrix, -1, -2) if wide else matrix
+    x = x / _or_one(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True))
+    with jax.default_matmul_precision("highest"):
+        gram = jnp.swapaxes(x, -1, -2) @ x
+        # (Σσ⁴)^¼ is above the largest σ, by n^¼ at most
+        x = x / _or_one(jnp.sqrt(jnp.linalg.norm(gram, axis=(-2, -1), keepdims=True)))
+
+        def step(x: Array, rho: Array) -> tuple[Array, None]:
+            x = rho.astype(x.dtype) * x
+            return 1.5 * x - 0.5 * (x @ (jnp.swapaxes(x, -1, -2) @ x)), None
+
+        lowest = RESOLVED / min(matrix.shape[-2:]) ** 0.25
+        x, _ = jax.lax.scan(step, x, jnp.asarray(_scales(lowest)))
+    return jnp.swapaxes(x, -1, -2) if wide else x
+
+
+def _scales(lowest: float) -> list[float]:
+    """ρ of each Newton-Schulz step until singular values from `lowest` on are 1."""
+    scales = []
+    while lowest < 1 - 1e-9:
+        rho = math.sqrt(3 / (1 + lowest + lowest**2))
+        lowest = rho * lowest * (3 - (rho * lowest) ** 2) / 2
+        scales.append(rho)
+    return scales
+
+
+def _or_one(x: Array) -> Array:
+    """Denominators, 1 where they are 0."""
+    return jnp.where(x == 0, jnp.ones_like(x), x)
+
+
+@jax.jit
+def _compared(
+    before: Mapping[str, Portrait], after: Mapping[str, Portrait], key: Any
+) -> dict[str, Stability]:
+    values = {path: _alike(before[path], after[path]) for path in after}
+    if key is None:
+        return values
+    changed = {}
+    for path, key_of in zip(after, jax.random.split(key, len(after)), strict=True):
+        changed[path] = _randomly(key_of, before[path], values[path].change)
+    token, nulls = jnp.zeros(()), {}
+    groups: dict[Any, list[str]] = defaultdict(list)
+    for path, c in changed.items():
+        groups[c.shape[-2:], c.dtype].append(path)
+    for paths in groups.values():
+        solved, token = _solved([changed[path] for path in paths], token)
+        for path, (x, r) in zip(paths, solved, strict=True):
+            null = Portrait(before[path].b, changed[path], x, r)
+            nulls[path] = _alike(before[path], null)
+    return {path: values[path]._replace(null=nulls[path]) for path in values}
+
+
+def _randomly(key: Any, portrait: Portrait, change: Array) -> Array:
+    """C after a random change of the given size, in its span where that is limited."""
+    c, x = portrait.c, portrait.x
+    noise = jax.random.normal(key, c.shape, c.dtype)
+    with jax.default_matmul_precision("highest"):
+        if portrait.b is not None:  # XᵀX projects on the span of the rows of C
+            noise = (noise @ jnp.swapaxes(x, -1, -2)) @ x
+    size = change * _norm(c) / _or_one(_norm(noise))
+    return c + size[..., None, None] * noise
+
+
+def _alike(p: Portrait, q: Portrait) -> Stability:
+    with jax.default_matmul_precision("highest"):
+        overlap = _overlap(p.b, q.b)
+        cosine = _inner(p.c, overlap, q.c) / _or_one(_norm(p.c) * _norm(q.c))
+        basis = _inner(p.x, overlap, q.x) / _or_one(_norm(p.x) * _norm(q.x))
+        change = _distance(p, q) / _or_one(_norm(p.c))
+    return Stability(basis, _mixing(p.r, q.r), cosine, change)
+
+
+def _overlap(b1: Any, b2: Any) -> Any:
+    """B₁ᵀB₂, where None stands for the identity."""
+    if b1 is None:
+        return b2
+    return jnp.swapaxes(b1, -1, -2) if b2 is None else jnp.swapaxes(b1, -1, -2) @ b2
+
+
+def _inner(c1: Array, overlap: Any, c2: Array) -> Array:
+    """The sum of the entries of B₁C₁ times those of B₂C₂."""
+    other = c2 if overlap is None else overlap @ c2
+    return jnp.sum(c1 * other, axis=(-2, -1))
+
+
+def _distance(p: Portrait, q: Portrait) -> Array:
+    """|B₂C₂ - B₁C₁|, without the cancellation that a small one suffers in squares."""
+    if q.b is None:
+        p, q = q, p
+    if q.b is None:
+        return _norm(q.c - p.c)
+    qt = jnp.swapaxes(q.b, -1, -2)
+    if p.b is None:
+        inside = qt @ p.c
+        return jnp.hypot(_norm(q.c - inside), _norm(p.c - q.b @ inside))
+    shared = qt @ p.b
+    outside = p.b - q.b @ shared
+    gram = jnp.swapaxes(outside, -1, -2) @ outside
+    square = jnp.sum(p.c * (gram @ p.c), axis=(-2, -1))
+    return jnp.hypot(_norm(q.c - shared @ p.c), jnp.sqrt(jnp.maximum(square, 0)))
+
+
+def _mixing(r1: Array, r2: Array) -> Array:
+    rows = max(r1.shape[-2], r2.shape[-2])
+    first, second = (
+        jnp.pad(r, [(0, 0)] * (r.ndim - 2) + [(0, rows - r.shape[-2]), (0, 0)])
+        / _or_one(_norm(r))[..., None, None]
+        for r in (r1, r2)
+    )
+    return 1 - _norm(first - second) / 2
+
+
+def _norm(x: Array) -> Array:
+    """Frobenius norms."""
+    return jnp.sqrt(jnp.sum(x * x, axis=(-2, -1)))
+
+
+def _leading(
+    params: PyTree, matrices: Sequence[Matrix], rank: int
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The leading directions of inputs (*l, m, r) and outputs (*l, n, r), by path."""
+    leaves = _leaves(params, matrices)
+    for leaf, matrix in zip(leaves, matrices, strict=True):
+        full = leaf.rank if is_low_rank(leaf) else min(matrix.m, matrix.n)
+        if not 1 <= rank <= full:
+            raise ValueError(
+                f"`rank` must be in [1, {full}] for {matrix.path}, got {rank}"
+            )
+    solved = decomposed(leaves, [x.axes for x in matrices], NOW, vectors=True)
+    result = {}
+    for leaf, matrix, found in zip(leaves, matrices, solved, strict=True):
+        rows = slice(found.start, found.start + math.prod(found.stack))
+        u, _, vt = (np.asarray(x[rows]) for x in found.batch)
+        u = u.reshape(*found.stack, *u.shape[1:])[..., :rank]
+        v = np.swapaxes(vt.reshape(*found.stack, *vt.shape[1:]), -1, -2)[..., :rank]
+        if is_low_rank(leaf):
+            u = np.asarray(leaf.u, u.dtype) @ u
+            v = np.swapaxes(np.asarray(leaf.vt, v.dtype), -1, -2) @ v
+        result[matrix.path] = (u, v)
+    return result
+
+
+def _angles(
+    before: tuple[np.ndarray, np.ndarray], after: tuple[np.ndarray, np.ndarray]
+) -> Subspaces:
+    angles = []
+    for one, two in zip(before, after, strict=True):
+        stack = one.shape[:-2]
+        found = [
+            scipy.linalg.subspace_angles(one[i].astype(float), two[i].astype(float))
+            for i in np.ndindex(stack)
+        ]
+        angles.append(np.array(found).reshape(*stack, one.shape[-1]))
+    overlaps = [np.mean(np.cos(x) ** 2, axis=-1) for x in angles]
+    return Subspaces(*overlaps, *angles)
