@@ -154,6 +154,25 @@ def test_a_state_stays_where_the_layout_wants_it(spec, rules):
     assert u.sharding.is_equivalent_to(NamedSharding(layout.mesh, divided), 2)
 
 
+@pytest.mark.parametrize(
+    ("spec", "rules"),
+    [("fsdp=8", ()), ("data=4,model=2", RULES)],
+    ids=["fsdp", "model"],
+)
+def test_an_event_leaves_every_leaf_in_its_place(spec, rules):
+    """No step has come since to put it there."""
+    tx, matrices, _ = parts()
+    layout = oialr.Layout(oialr.make_mesh(spec), rules, min_size=512)
+    state = layout.initialize(functools.partial(create, tx))
+    pair, options = (state.params, state.opt_state), {"tx": tx, "layout": layout}
+    for verb, what in ((oialr.factorize, matrices), (oialr.truncate, RULE)):
+        *pair, _ = verb(*pair, what, **options)
+        now = state.replace(params=pair[0], opt_state=pair[1])
+        wanted = jax.tree.leaves(layout(now))
+        for array, where in zip(jax.tree.leaves(now), wanted, strict=True):
+            assert array.sharding.is_equivalent_to(where, array.ndim)
+
+
 def test_no_event_gathers_the_bases_of_a_divided_matrix(monkeypatch):
     """What cores give is the largest array that any device holds whole."""
     seen = []
