@@ -9,7 +9,7 @@ orthonormal, all is computed from the small C.
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -270,7 +270,7 @@ def _solved(
     x = polar(batch)
     # `token` is 0: it orders the calls and changes nothing
     r = _upright(jnp.linalg.qr(batch + token.astype(batch.dtype), mode="r"))
-    ends = list(np.cumsum([math.prod(c.shape[:-2]) for c in cores])[:-1])
+    ends = _ends([c.shape[:-2] for c in cores])
     parts = [
         (a.reshape(c.shape), b.reshape(*c.shape[:-2], *b.shape[-2:]))
         for c, a, b in zip(cores, jnp.split(x, ends), jnp.split(r, ends), strict=True)
@@ -327,26 +327,59 @@ def _or_one(x: Array) -> Array:
     return jnp.where(x == 0, jnp.ones_like(x), x)
 
 
-@jax.jit
-def _compared(
-    before: Mapping[str, Portrait], after: Mapping[str, Portrait], key: Any
-) -> dict[str, Stability]:
-    values = {path: _alike(before[path], after[path]) for path in after}
-    if key is None:
-        return values
-    changed = {}
-    for path, key_of in zip(after, jax.random.split(key, len(after)), strict=True):
-        changed[path] = _randomly(key_of, before[path], values[path].change)
-    token, nulls = jnp.zeros(()), {}
+def _compared(before: Portraits, after: Portraits, key: Any) -> dict[str, Stability]:
+    """Of all matrices, by one program for each pair of shapes."""
     groups: dict[Any, list[str]] = defaultdict(list)
-    for path, c in changed.items():
-        groups[c.shape[-2:], c.dtype].append(path)
-    for paths in groups.values():
-        solved, token = _solved([changed[path] for path in paths], token)
-        for path, (x, r) in zip(paths, solved, strict=True):
-            null = Portrait(before[path].b, changed[path], x, r)
-            nulls[path] = _alike(before[path], null)
-    return {path: values[path]._replace(null=nulls[path]) for path in values}
+    for path in after:
+        pair = before[path], after[path]
+        groups[tuple(_side(x) for p in pair for x in p)].append(path)
+    values: dict[str, Stability] = {}
+    token = jnp.zeros(())
+    for i, paths in enumerate(groups.values()):
+        found, token = _alike_group(
+            [before[path] for path in paths],
+            [after[path] for path in paths],
+            None if key is None else jax.random.fold_in(key, i),
+            token,
+        )
+        values |= dict(zip(paths, found, strict=True))
+    return {path: values[path] for path in after}
+
+
+def _side(x: Any) -> Any:
+    return None if x is None else (x.shape[-2:], x.dtype)
+
+
+@jax.jit
+def _alike_group(
+    before: list[Portrait], after: list[Portrait], key: Any, token: Array
+) -> tuple[list[Stability], Array]:
+    p, q = _stacked(before), _stacked(after)
+    values = _alike(p, q)
+    if key is not None:
+        c = _randomly(key, p, values.change)
+        [(x, r)], token = _solved([c], token)
+        values = values._replace(null=_alike(p, Portrait(p.b, c, x, r)))
+    stacks = [portrait.c.shape[:-2] for portrait in after]
+    parts = [
+        [part.reshape(stack) for part, stack in zip(parts, stacks, strict=True)]
+        for parts in (jnp.split(v, _ends(stacks)) for v in jax.tree.leaves(values))
+    ]
+    treedef = jax.tree.structure(values)
+    return [jax.tree.unflatten(treedef, x) for x in zip(*parts, strict=True)], token
+
+
+def _stacked(portraits: list[Portrait]) -> Portrait:
+    """Portraits of one shape as that of a stack with a single axis."""
+    return jax.tree.map(
+        lambda *x: jnp.concatenate([a.reshape(-1, *a.shape[-2:]) for a in x]),
+        *portraits,
+    )
+
+
+def _ends(stacks: list[tuple[int, ...]]) -> list[int]:
+    """Where to split a batch of matrices into some stacks of them."""
+    return list(np.cumsum([math.prod(stack) for stack in stacks])[:-1])
 
 
 def _randomly(key: Any, portrait: Portrait, change: Array) -> Array:
