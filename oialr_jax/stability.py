@@ -7,6 +7,7 @@ orthonormal, all is computed from the small C.
 """
 
 import functools
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -316,7 +317,8 @@ def _scales(lowest: float) -> list[float]:
     """ρ of each Newton-Schulz step until singular values from `lowest` on are 1."""
     scales = []
     while lowest < 1 - 1e-9:
-        rho = math.sqrt(3 / (1 + lowest + lowest**2))
+        bound = max(lowest, 0.1)  # a smaller one maps 1 to about it, by cancellation
+        rho = math.sqrt(3 / (1 + bound + bound**2))
         lowest = rho * lowest * (3 - (rho * lowest) ** 2) / 2
         scales.append(rho)
     return scales
@@ -379,7 +381,7 @@ def _stacked(portraits: list[Portrait]) -> Portrait:
 
 def _ends(stacks: list[tuple[int, ...]]) -> list[int]:
     """Where to split a batch of matrices into some stacks of them."""
-    return list(np.cumsum([math.prod(stack) for stack in stacks])[:-1])
+    return list(itertools.accumulate(math.prod(stack) for stack in stacks))[:-1]
 
 
 def _randomly(key: Any, portrait: Portrait, change: Array) -> Array:

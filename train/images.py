@@ -42,6 +42,7 @@ from train import loop, names, process, report
 from train.data.arrays import Batch, Images, batches, standardize
 from train.models.lenet5 import LeNet5
 from train.models.vit import VisionTransformer
+from train.tracking import Tracking
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +90,16 @@ class Settings:
     """Steps between the choice of ranks and the event; meanwhile its step compiles."""
     min_aspect: float = 0.1
     """Matrices narrower than this, short over long side, stay dense."""
+    rate: Literal["cosine", "constant"] = "cosine"
+    """What the learning rate does after its warm-up."""
     log_every: int = 25
     """Steps between training records."""
     eval_every: int = 100
     """Steps between evaluations on the whole test set."""
     save_every: int = 200
     """Steps between checkpoints; the latest two and the most accurate are kept."""
+    track_every: int | None = None
+    """Steps between records of how far every basis has moved; by default there are none."""
     resume: bool = False
     """Go on from the last checkpoint, if there is one."""
     mesh: str = "data=-1"
@@ -228,10 +233,17 @@ def run(settings: Settings, *, name: str) -> dict[str, Any]:
     abstract = jax.ShapeDtypeStruct(
         (settings.batch, *data.train_image.shape[1:]), jnp.uint8
     )
-    matrices = oialr.select(
-        oialr.find_matrices(forward, template.params, abstract),
-        min_aspect=settings.min_aspect,
-    )
+    found_matrices = oialr.find_matrices(forward, template.params, abstract)
+    matrices = oialr.select(found_matrices, min_aspect=settings.min_aspect)
+    tracking = None
+    if settings.track_every is not None:
+        tracking = Tracking(
+            found_matrices,
+            every=settings.track_every,
+            steps=settings.steps,
+            epoch=len(data.train_label) / settings.batch,
+            seed=settings.seed,
+        )
 
     def loss(params: Any, image: Array, label: Array) -> tuple[Array, Array]:
         logits = factored(params, image)
@@ -290,6 +302,7 @@ def run(settings: Settings, *, name: str) -> dict[str, Any]:
             interrupts=interrupts,
             progress=progress,
             reports=reports,
+            tracking=tracking,
         )
     count = oialr.counts(state.params)
     summary = {
@@ -318,13 +331,14 @@ def run(settings: Settings, *, name: str) -> dict[str, Any]:
 
 
 def optimizer(settings: Settings) -> optax.GradientTransformation:
-    """AdamW with warm-up and cosine; decay on whatever has more than one axis."""
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0,
-        settings.learning_rate,
-        warmup_steps=round(settings.warmup * settings.steps),
-        decay_steps=settings.steps,
-    )
+    """AdamW with warm-up, decay of weights on whatever has more than one axis."""
+    warmup = round(settings.warmup * settings.steps)
+    if settings.rate == "constant":
+        rate = optax.warmup_constant_schedule(0.0, settings.learning_rate, warmup)
+    else:
+        rate = optax.warmup_cosine_decay_schedule(
+            0.0, settings.learning_rate, warmup, decay_steps=settings.steps
+        )
     decayed = optax.adamw(
         rate,
         b2=0.99,  # a run is too short for the usual 0.999

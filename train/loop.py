@@ -5,12 +5,14 @@ Order of operations, for every step t from `state.step` to the last:
 1. batch t, which depends on the seed and t alone;
 2. the compiled step; a rank event that is due at t happens at its start;
 3. the event, if there was one, goes into the record and its table on the screen;
+   then, where bases are tracked, how far they have moved, every so many steps;
 4. every `log_every` steps and after the last: losses are fetched, checked, recorded;
 5. every `eval_every` steps and after the last: the test set is evaluated, recorded;
 6. every `save_every` steps, after the last, and when asked to stop: a checkpoint, with
    the length of the record, so that a resumed run cuts it there and writes on.
 
-The loop waits for the device in 4, 5 and 6 only, so the host reads ahead between them.
+The loop waits for the device in 4, 5, 6 and to track bases only, so the host reads
+ahead between them.
 """
 
 import dataclasses
@@ -34,6 +36,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 import oialr_jax as oialr
+from train.tracking import Tracking
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
@@ -122,6 +125,7 @@ def train(
     interrupts: Interrupts,
     progress: Progress = Progress(),
     reports: Sequence[oialr.Report] = (),
+    tracking: Tracking | None = None,
 ) -> tuple[TrainState, Progress]:
     """Host side: the state after the last step, and how the run went.
 
@@ -133,6 +137,7 @@ def train(
               interrupts: of the program, entered before whatever takes time.
               progress: that of the checkpoint from which `state` was restored.
               reports: the growing list of rank events of the step.
+              tracking: which bases to follow, if any; of a resumed run from here on.
     Raises:   FloatingPointError: a loss is not finite; names the step, which is the
               number of updates before the bad one. StoppedError: a signal asked for it.
     """
@@ -142,6 +147,7 @@ def train(
     window: list[Mapping[str, Any]] = list(progress.window)
     evaluation: Mapping[str, float] = progress.evaluation
     view: dict[str, str] = {}
+    followed = None if tracking is None else tracking.start(state.params, first)
 
     def record(kind: str, values: Mapping[str, Any]) -> None:
         seconds = round(time.perf_counter() - started, 3)
@@ -168,6 +174,9 @@ def train(
                     bar.write(f"{report}\n")
             written = len(reports)
             done = t + 1
+            if tracking is not None and done % tracking.every == 0:
+                followed, moved = tracking.compare(followed, state.params, done)
+                record("stability", {"step": done, **moved})
             stop = _anyone(interrupts.asked, at=reached(pace.log_every, done))
             save = stop or reached(pace.save_every, done)
             if reached(pace.log_every, done) or save:
