@@ -99,7 +99,7 @@ class Settings:
     save_every: int = 200
     """Steps between checkpoints; the latest two and the most accurate are kept."""
     track_every: int | None = None
-    """Steps between records of how far every basis has moved; by default there are none."""
+    """Steps between records of how far every basis has moved; by default none."""
     resume: bool = False
     """Go on from the last checkpoint, if there is one."""
     mesh: str = "data=-1"

@@ -50,10 +50,8 @@ class Tracking:
         key = jax.random.fold_in(jax.random.key(self.seed), step) if detailed else None
         track = oialr.tracker(self.matrices)
         portraits, found = track.update(portraits, params, key)
-        layers = {
-            path: _plain(values._asdict())
-            for path, values in jax.device_get(found).items()
-        }
+        values = jax.device_get(found)
+        layers = {x.path: _plain(values[x.path]._asdict()) for x in self.matrices}
         if detailed:
             for path, spectrum in oialr.spectra(params, self.matrices).items():
                 layers[path] |= _plain(spectrum._asdict())
