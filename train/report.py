@@ -3,6 +3,9 @@
 Draws into RUN_DIR/plots: accuracy.png and loss.png over the steps, ranks.png per layer
 over the steps, spectra.png of singular values at every event, and fractions.png of
 stored and trained weights. Runs without rank events get the first two and the last.
+Runs whose bases were tracked also get stability.png, a map of how alike the basis of
+each layer is at the ends of each interval, over the means of all layers; and
+basis_spectra.png and basis_ranks.png with the singular values of all matrices.
 """
 
 import json
@@ -42,6 +45,11 @@ def draw(folder: pathlib.Path) -> list[pathlib.Path]:
     if events:
         figures["ranks.png"] = _ranks(records, events)
         figures["spectra.png"] = _spectra(events)
+    tracked = [record for record in records if record["kind"] == "stability"]
+    if tracked:
+        figures["stability.png"] = _stability(tracked)
+        figures["basis_spectra.png"] = _basis_spectra(tracked)
+        figures["basis_ranks.png"] = _basis_ranks(tracked)
     (folder / "plots").mkdir(exist_ok=True)
     paths = []
     for name, figure in figures.items():
@@ -160,15 +168,10 @@ def _ranks(records: Sequence[Record], events: Sequence[Record]) -> Figure:
 def _spectra(events: Sequence[Record]) -> Figure:
     """One panel per layer, one line per event; a dot is the last value that is kept."""
     paths = list(_full_ranks(events))
-    columns = min(4, len(paths))
-    rows = -(-len(paths) // columns)
-    figure = Figure(figsize=(2.9 * columns, 1 + 1.9 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False)
+    figure, panels = _panels(len(paths))
     steps = [event["step"] for event in events]
     norm = mpl.colors.Normalize(min(steps), max(max(steps), min(steps) + 1))
-    for panel in panels.flat[len(paths) :]:
-        panel.set_visible(False)
-    for panel, path in zip(panels.flat, paths, strict=False):
+    for panel, path in zip(panels, paths, strict=True):
         for event in events:
             color = LAYERS(0.9 * norm(event["step"]))
             for layer in event["event"]["layers"]:
@@ -180,19 +183,147 @@ def _spectra(events: Sequence[Record]) -> Figure:
                     if kept < len(sigma):
                         panel.plot(kept, sigma[kept - 1], "o", color=color, ms=4)
         panel.set_title(path, fontsize=8)
-        panel.tick_params(labelsize=7)
         panel.set_ylim(0, None)
-        panel.grid(alpha=0.3)
     figure.supxlabel("index of the singular value (dot: the last one that a cut kept)")
     figure.supylabel("singular value")
-    scale = mpl.cm.ScalarMappable(
-        norm,
-        mpl.colors.LinearSegmentedColormap.from_list(
-            "events", LAYERS(np.linspace(0, 0.9, 256))
-        ),
-    )
-    figure.colorbar(scale, ax=panels, label="step of the event", aspect=40, pad=0.01)
+    _scale(figure, panels, norm, "step of the event")
     return figure
+
+
+def _stability(tracked: Sequence[Record]) -> Figure:
+    """The paper's figure: a row per layer, a column per interval, means below."""
+    layers = list(tracked[-1]["layers"])
+    figure = Figure(figsize=(7.5, 4.2 + 0.2 * len(layers)), layout="constrained")
+    heights = [0.6 + 0.2 * len(layers), 3]
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=heights)
+    table = np.array([[layer_mean(r, x, "basis") for r in tracked] for x in layers])
+    edges = [_epoch(tracked[0], "since"), *(r["epoch"] for r in tracked)]
+    mesh = above.pcolormesh(
+        edges,
+        np.arange(len(layers) + 1),
+        np.ma.masked_invalid(table),
+        cmap=LAYERS,
+        vmin=min(0.9, np.floor(10 * np.nanmin(table)) / 10),
+        vmax=1,
+    )
+    above.set_facecolor("0.88")
+    above.set_yticks(np.arange(len(layers)) + 0.5, layers, fontsize=8)
+    above.invert_yaxis()
+    above.set_title("stability of each layer's basis, in execution order", fontsize=10)
+    figure.colorbar(mesh, ax=above, label="tr(P₁ᵀP₂) / n", pad=0.01)
+    draw_means(below, [tracked])
+    below.set_xlabel("epoch at the end of the interval")
+    return figure
+
+
+SERIES: Sequence[tuple[str, str, str, str]] = (
+    ("basis", "basis P", BLUE, "-"),
+    ("null", "basis after a random change as large", BLUE, ":"),
+    ("cosine", "weights W", ORANGE, "--"),
+    ("mixing", "mixing R", GREEN, "-."),
+)
+"""Name in the record, in words, colour and dashes of each mean curve."""
+
+
+def draw_means(axes: Any, runs: Sequence[Sequence[Record]]) -> None:
+    """Means over the layers of some runs, seeds of one, with the range they span."""
+    for name, title, color, dashes in SERIES:
+        means = np.array([[run_mean(r, name) for r in run] for run in runs])
+        known = ~np.isnan(means).any(axis=0)
+        x = np.array([r["epoch"] for r in runs[0]])[known]
+        y = means[:, known]
+        if not known.any():
+            continue
+        axes.plot(x, y.mean(0), dashes, color=color, label=title)
+        if len(runs) > 1:
+            axes.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.2, lw=0)
+    axes.set(ylabel="mean over the layers", xlim=(0, None), ylim=(None, 1))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8, ncols=2)
+
+
+def run_mean(record: Record, name: str) -> float:
+    """Mean over the layers of one number; NaN where the record does not have it."""
+    return float(np.mean([layer_mean(record, path, name) for path in record["layers"]]))
+
+
+def layer_mean(record: Record, path: str, name: str) -> float:
+    """One number of a layer, the mean over its stack; `null` is the null's basis."""
+    values = record["layers"][path]
+    value = values.get("null", {}).get("basis") if name == "null" else values.get(name)
+    if value is None:
+        return float("nan")
+    return float(np.mean(np.array(value, float)))
+
+
+def _epoch(record: Record, name: str) -> float:
+    return record["epoch"] * record[name] / record["step"]
+
+
+def _basis_spectra(tracked: Sequence[Record]) -> Figure:
+    """One panel per layer, one line per record that has a spectrum."""
+    known = [r for r in tracked if "sigma" in next(iter(r["layers"].values()))]
+    paths = list(known[-1]["layers"])
+    figure, panels = _panels(len(paths))
+    norm = mpl.colors.Normalize(known[0]["epoch"], known[-1]["epoch"] + 1e-9)
+    for panel, path in zip(panels, paths, strict=True):
+        for record in known:
+            for sigma in np.atleast_2d(record["layers"][path]["sigma"]):
+                color = LAYERS(0.9 * norm(record["epoch"]))
+                panel.plot(range(1, len(sigma) + 1), sigma, color=color, linewidth=1)
+        panel.set_title(path, fontsize=8)
+        panel.set_ylim(0, None)
+    figure.supxlabel("index of the singular value")
+    figure.supylabel("singular value")
+    _scale(figure, panels, norm, "epoch")
+    return figure
+
+
+def _basis_ranks(tracked: Sequence[Record]) -> Figure:
+    """Effective and stable rank of each layer over the epochs, as a share of the full.
+
+    A full rank is that of the first spectrum, before any cut.
+    """
+    known = [r for r in tracked if "sigma" in next(iter(r["layers"].values()))]
+    paths = list(known[-1]["layers"])
+    full = {x: np.shape(known[0]["layers"][x]["sigma"])[-1] for x in paths}
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    norm = mpl.colors.Normalize(1, max(2, len(paths)))
+    names = (("effective_rank", "effective rank"), ("stable_rank", "stable rank"))
+    for panel, (name, title) in zip(panels, names, strict=True):
+        for row, path in enumerate(paths, start=1):
+            share = [layer_mean(r, path, name) / full[path] for r in known]
+            epochs = [r["epoch"] for r in known]
+            panel.plot(epochs, share, ".-", color=LAYERS(0.9 * norm(row)), linewidth=1)
+        panel.set(title=title, xlabel="epoch", xlim=(0, None), ylim=(0, None))
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("share of full rank")
+    _scale(figure, panels, norm, "layer, in execution order")
+    return figure
+
+
+def _panels(count: int) -> tuple[Figure, list[Any]]:
+    """A grid of small panels, at most four in a row."""
+    columns = min(4, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(2.9 * columns, 1 + 1.9 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for panel in panels[count:]:
+        panel.set_visible(False)
+    for panel in panels[:count]:
+        panel.tick_params(labelsize=7)
+        panel.grid(alpha=0.3)
+    return figure, panels[:count]
+
+
+def _scale(figure: Figure, panels: Any, norm: Any, label: str) -> None:
+    """The bar that explains line colours, without the map's lightest part."""
+    colors = mpl.colors.LinearSegmentedColormap.from_list(
+        "lines", LAYERS(np.linspace(0, 0.9, 256))
+    )
+    scale = mpl.cm.ScalarMappable(norm, colors)
+    figure.colorbar(scale, ax=panels, label=label, aspect=40, pad=0.01)
 
 
 def _full_ranks(events: Sequence[Record]) -> dict[str, int]:
