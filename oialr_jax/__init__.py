@@ -18,6 +18,16 @@ from oialr_jax.lowrank import (
 )
 from oialr_jax.matrices import Matrix, find_matrices, select
 from oialr_jax.moments import MomentRule
+from oialr_jax.orthogonal import (
+    core_muon,
+    normalize_components,
+    normalize_tensor,
+    orthogonal_sgd,
+    orthogonalize,
+    scale_by_outer_shape,
+    spectral_trust_region,
+    swan,
+)
 from oialr_jax.schedule import RankRule, Schedule
 from oialr_jax.sharding import Layout, Rules, make_mesh
 from oialr_jax.stability import (
@@ -67,6 +77,7 @@ __all__ = [
     "Timing",
     "Tracker",
     "adaptive",
+    "core_muon",
     "counts",
     "densify",
     "explain",
@@ -78,12 +89,19 @@ __all__ = [
     "is_low_rank",
     "make_mesh",
     "materialize",
+    "normalize_components",
+    "normalize_tensor",
+    "orthogonal_sgd",
     "orthogonality_error",
+    "orthogonalize",
     "ranks",
+    "scale_by_outer_shape",
     "select",
     "spectra",
+    "spectral_trust_region",
     "stability",
     "subspaces",
+    "swan",
     "tracker",
     "trainable",
     "truncate",

@@ -20,6 +20,8 @@ CHAINS = {
     "adafactor": optax.adafactor(1e-2, min_dim_size_to_factor=4),
     "rmsprop": optax.rmsprop(1e-3, momentum=0.9),
     "muon": optax.contrib.muon(1e-2),
+    "orthogonal_sgd": oialr.orthogonal_sgd(1e-2, weight_decay=1e-3),
+    "spectral_trust_region": oialr.spectral_trust_region(1e-2, weight_decay=0.1),
     "clipped": optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2)),
     "schedule": optax.adamw(optax.warmup_cosine_decay_schedule(0, 1e-2, 2, 10)),
     "inject_hyperparams": optax.inject_hyperparams(optax.adamw)(learning_rate=1e-2),
