@@ -99,7 +99,7 @@ def stateless(
                     "oialr_jax.freeze_bases(tx), with nothing outside it"
                 )
         for name in known or ():
-            if name not in names:
+            if names and name not in names:  # Optax asks with a placeholder for all
                 raise ValueError(f"no leaf at {name}; there are: {', '.join(names)}")
         named_map(lambda name, leaf: axes_of(name, leaf, known), params)
         return optax.EmptyState()

@@ -71,7 +71,7 @@ def orthogonalize(
 
     >>> tx = orthogonalize("svd")
     >>> g = {"w": jnp.array([[3.0, 0.0], [0.0, -0.1]]), "b": jnp.array([2.0])}
-    >>> jax.tree.map(jnp.ndarray.tolist, tx.update(g, tx.init(g))[0])
+    >>> jax.tree.map(lambda x: x.tolist(), tx.update(g, tx.init(g))[0])
     {'b': [2.0], 'w': [[1.0, 0.0], [0.0, -1.0]]}
     """
     polar = polar_by(

@@ -109,7 +109,7 @@ def _by_qdwh(
             return q
         defined = jnp.any(matrix) & jnp.all(jnp.isfinite(h))
         v, sigma = jax.lax.linalg.eigh(jnp.where(defined, h, 0))
-        isometry = (q @ (v * _kept(sigma, x, tolerance))) @ v.T
+        isometry = (q @ (v * _kept(sigma, x, tolerance)[None, :])) @ v.T
         return jnp.where(jnp.any(matrix), isometry, 0)
 
     if x.shape[-2] >= x.shape[-1]:

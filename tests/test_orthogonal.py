@@ -142,7 +142,9 @@ def test_controls_are_what_they_say():
     out = apply(oialr.normalize_components(), {"w": g})["w"]
     norms = np.linalg.norm(out, axis=0)
     np.testing.assert_allclose(norms, [1, 0, 1, 1], atol=1e-6)
-    np.testing.assert_allclose(out * np.linalg.norm(g, axis=0), g, atol=1e-6)
+    np.testing.assert_allclose(
+        np.asarray(out) * np.linalg.norm(g, axis=0), g, atol=1e-6
+    )
 
 
 def test_components_step_as_far_as_orthogonal_ones():
@@ -211,7 +213,6 @@ def test_equal_shapes_are_one_call_and_svds_follow_one_another(method):
     g = {name: normal(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
     tx = oialr.orthogonalize(method)
     jaxpr = str(jax.make_jaxpr(lambda g: tx.update(g, tx.init(g))[0])(g))
-    calls = re.findall(r"f32\[(\d+),\d+,\d+\] f32\[\d+,\d+\] \S+ = svd\[", jaxpr)
     calls = re.findall(r"= svd\[", jaxpr)
     assert len(calls) == (3 if method == "svd" else 0)
     hlo = jax.jit(lambda g: tx.update(g, tx.init(g))[0]).lower(g).compile().as_text()
@@ -275,7 +276,7 @@ def test_matrices_that_do_not_fit_the_params(recipe, found, message):
 
 def test_without_freeze_bases_low_rank_is_refused():
     found = matrix("w", 6, 4)
-    with pytest.raises(ValueError, match="w is in low rank: build .* freeze_bases"):
+    with pytest.raises(ValueError, match=r"w is in low rank: build .*freeze_bases"):
         oialr.orthogonalize().init({"w": oialr.factor(normal(0, 6, 4), found.axes)})
 
 
@@ -521,7 +522,18 @@ def network(case, form):
     return fn, in_low_rank(params, low), x, matrices
 
 
-def stepping(fn, tx, x):
+MAIN = ("orthogonal_sgd", "swan", "spectral_trust_region", "core_muon")
+LAWS = [("dense", "mixed", name) for name in NAMES]
+LAWS += [("dense", form, name) for form in ("dense", "low_rank") for name in MAIN]
+LAWS += [
+    ("conv2d_strided_dilated", "mixed", "orthogonal_sgd_svd"),
+]
+
+
+@pytest.mark.parametrize(("case", "form", "name"), LAWS)
+def test_the_loss_falls_and_nothing_compiles_twice(case, form, name):
+    fn, params, x, matrices = network(case, form)
+    tx = oialr.freeze_bases(recipes(matrices)[name])
     loss = scalar_loss(oialr.factored(fn))
 
     @jax.jit
@@ -530,16 +542,7 @@ def stepping(fn, tx, x):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    return step
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", NAMES)
-def test_the_loss_falls_and_nothing_compiles_twice(name, form):
-    fn, params, x, matrices = network("conv2d_strided_dilated", form)
-    tx = oialr.freeze_bases(recipes(matrices)[name])
-    step, new, state = stepping(fn, tx, x), params, tx.init(params)
-    losses = []
+    new, state, losses = params, tx.init(params), []
     for _ in range(8):
         new, state, value = step(new, state)
         losses.append(float(value))
@@ -554,39 +557,53 @@ def test_the_loss_falls_and_nothing_compiles_twice(name, form):
         assert np.any(leaf != old), path
 
 
-@pytest.mark.parametrize("case", ["attention", "scan_remat"])
+MANY = [
+    matrix("heads", 6, 2, 4, outputs=(1, 2)),
+    matrix("stack", 3, 8, 6, stack=(0,), inputs=(1,), outputs=(2,)),
+    matrix("conv", 2, 2, 3, 6, inputs=(0, 1, 2), outputs=(3,)),
+]
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_heads_and_stacks_cross_events_without_losing_state(name, case):
+def test_heads_stacks_and_convolutions_cross_events_without_losing_state(name):
     """Dense, converted, truncated: a warning that state is lost would fail this."""
-    fn, params, x, matrices = network(case, "dense")
-    tx = oialr.freeze_bases(recipes(matrices)[name])
-    step, state = stepping(fn, tx, x), tx.init(params)
-    params, state, first = step(params, state)
-    ranks = {m.path: min(m.m, m.n) - 2 for m in matrices}
-    params, state, _ = oialr.factorize(params, state, matrices, tx=tx, rank=ranks)
-    params, state, _ = step(params, state)
-    less = {path: r - 1 for path, r in ranks.items()}
-    params, state, _ = oialr.truncate(params, state, less, tx=tx)
-    params, state, last = step(params, state)
-    assert all(
-        leaf.rank == less[p] for p, leaf in named_leaves(params).items() if p in less
-    )
-    assert np.isfinite(float(last))
+    tx = oialr.freeze_bases(recipes(MANY)[name])
+    params = {x.path: normal(i, *x.axes.shape) for i, x in enumerate(MANY)}
+    params["bias"] = normal(9, 5)
+
+    def step(params, state, seed):
+        shapes = oialr.trainable(params)
+        grads = {k: normal(seed + i, *shapes[k].shape) for i, k in enumerate(params)}
+        updates, state = jax.jit(tx.update)(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state = step(params, tx.init(params), 10)
+    params, state, _ = oialr.factorize(params, state, MANY, tx=tx, rank=5)
+    params, state = step(params, state, 20)
+    params, state, _ = oialr.truncate(params, state, {x.path: 4 for x in MANY}, tx=tx)
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, tx.init(params))
+    after, _ = step(params, state, 30)
+    for path, leaf in named_leaves(oialr.trainable(after)).items():
+        assert np.all(np.isfinite(leaf)), path
+        assert np.any(leaf != oialr.trainable(params)[path]), path
+
+
+def dtypes(tree):
+    return [leaf.dtype for leaf in jax.tree.leaves(tree)]
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MAIN)
 def test_state_is_abstract_and_params_shaped_and_types_stay(name, form):
     _, params, _, matrices = network("dense", form)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     tx = oialr.freeze_bases(recipes(matrices)[name])
-    abstract = jax.eval_shape(tx.init, half)
-    state = tx.init(half)
+    abstract, state = jax.eval_shape(tx.init, half), tx.init(half)
     assert jax.tree.map(jnp.shape, abstract) == jax.tree.map(jnp.shape, state)
-    updates, after = jax.jit(tx.update)(oialr.trainable(half), state, half)
-    for new, old in ((updates, half), (after, state)):
-        assert jax.tree.map(jnp.dtype, new) == jax.tree.map(jnp.dtype, old)
+    updates, after = jax.eval_shape(tx.update, oialr.trainable(half), state, half)
+    assert jax.tree.structure(updates) == jax.tree.structure(half)
+    assert dtypes(updates) == dtypes(half)
+    assert dtypes(after) == dtypes(state)
     ones = optax.tree.map_params(tx, jnp.ones_like, state)
     assert jax.tree.structure(ones) == jax.tree.structure(state)
 
@@ -600,10 +617,10 @@ def test_on_a_mesh_as_on_one_device_with_the_state_where_it_was(name):
     layout = oialr.Layout(oialr.make_mesh("data=2,fsdp=4"))
     params = jax.device_put(params, layout(params))
     state = tx.init(params)
-    places = layout.of_optimizer(params, state)
-    state = jax.device_put(state, places)
+    state = jax.device_put(state, layout.of_optimizer(params, state))
     new, after = jax.jit(tx.update)(grads, state, params)
-    for a, b in zip(
-        jax.tree.leaves((new, after)), jax.tree.leaves(expected), strict=True
-    ):
+    actual, desired = jax.tree.leaves((new, after)), jax.tree.leaves(expected)
+    for a, b in zip(actual, desired, strict=True):
         np.testing.assert_allclose(a, b, atol=EXACT)
+    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
+        assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
