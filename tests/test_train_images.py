@@ -16,8 +16,9 @@ from flax.training.train_state import TrainState
 
 import oialr_jax as oialr
 from train import images, loop, report
+from train.models.vit import VisionTransformer
 
-STEPS = 12
+STEPS, DEPTH = 12, 1
 SHORT = [
     "--steps",
     str(STEPS),
@@ -53,6 +54,20 @@ SUMMARY_KEYS = {
     "compilations",
     "ranks",
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shallow():
+    """The model of the preset with fewer blocks: what takes long is compiling them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(
+            images.MODELS,
+            "vit-digits",
+            lambda classes: VisionTransformer(
+                patch=2, depth=DEPTH, heads=4, width=64, classes=classes
+            ),
+        )
+        yield
 
 
 def start(out, *arguments):
@@ -95,8 +110,7 @@ def test_summary_of_a_low_rank_run(low_rank):
     for part in ("stored", "trainable"):
         fraction = summary[f"{part}_weights"] / summary["dense_weights"]
         assert summary[f"{part}_fraction"] == fraction
-    depth = 4
-    assert len(summary["ranks"]) == 4 * depth
+    assert len(summary["ranks"]) == 4 * DEPTH
     for m, n, rank in summary["ranks"].values():
         assert 1 <= rank < min(m, n)
     events = images.schedule(images.PRESETS["digits"][1]).events(1000)
@@ -164,7 +178,7 @@ def test_a_restart_finds_its_programs_compiled_and_does_the_same(tmp_path):
     for name in ("first", "second"):
         command = [sys.executable, "-c", COUNTED, "digits", *SHORT, *LOW_RANK]
         command += ["--lag", "2", "--out", str(tmp_path), "--name", name]
-        command += ["--compilation-cache", str(cache)]
+        command += ["--compilation-cache", str(cache), "--mesh", "data=1"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert "rror" not in done.stderr
         kept.append(len([x for x in cache.iterdir() if "cache" in x.name]))
