@@ -38,7 +38,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 import oialr_jax as oialr
-from train import loop, names, process, report
+from train import loop, names, optimizers, process, report
 from train.data.arrays import Batch, Images, batches, standardize
 from train.models.lenet5 import LeNet5
 from train.models.vit import VisionTransformer
@@ -61,12 +61,15 @@ class Settings:
     """Length of the run in batches."""
     batch: int = 64
     """Images in a batch."""
+    optimizer: str = "adamw"
+    """adamw, sgd, orthogonal_sgd, swan, spectral_trust_region or muon; rates and decays
+    of the presets are for adamw, swan and muon, see train/optimizers.py."""
     learning_rate: float = 4e-3
-    """Peak of AdamW's rate: linear warm-up, then cosine to zero."""
+    """Peak of the rate: linear warm-up, then cosine to zero."""
     warmup: float = 0.1
     """When the peak is reached."""
     weight_decay: float = 1.0
-    """AdamW's, on matrices only."""
+    """On matrices only; sgd, orthogonal_sgd and spectral_trust_region decay all."""
     smoothing: float = 0.1
     """Part of each training label that is spread over all classes."""
     delay: float = 1 / 3
@@ -121,7 +124,7 @@ class Settings:
     compilation_cache: pathlib.Path | None = None
     """Folder in which JAX keeps compiled programs for the next run."""
     name: str | None = None
-    """Folder of this run; by default from preset, method and seed."""
+    """Folder of this run; by default from preset, method, optimizer and seed."""
 
 
 PRESETS: Mapping[str, tuple[str, Settings]] = {
@@ -220,8 +223,14 @@ def run(settings: Settings, *, name: str) -> dict[str, Any]:
 
     sample = standardize(jnp.asarray(data.train_image[:1]), data.mean, data.deviation)
     factored = oialr.factored(forward)
+    weights = jax.eval_shape(model.init, jax.random.key(0), sample)["params"]
+    abstract = jax.ShapeDtypeStruct(
+        (settings.batch, *data.train_image.shape[1:]), jnp.uint8
+    )
+    found_matrices = oialr.find_matrices(forward, weights, abstract)
+    matrices = oialr.select(found_matrices, min_aspect=settings.min_aspect)
     stable = settings.method == "oialr" and settings.when == "stable"
-    tx = oialr.freeze_bases(optimizer(settings), reference=stable)
+    tx = oialr.freeze_bases(optimizer(settings, matrices), reference=stable)
 
     def create(key: Array) -> TrainState:
         params = model.init(key, sample)["params"]
@@ -230,11 +239,6 @@ def run(settings: Settings, *, name: str) -> dict[str, Any]:
 
     key = jax.random.key(settings.seed)
     template = jax.eval_shape(create, key)
-    abstract = jax.ShapeDtypeStruct(
-        (settings.batch, *data.train_image.shape[1:]), jnp.uint8
-    )
-    found_matrices = oialr.find_matrices(forward, template.params, abstract)
-    matrices = oialr.select(found_matrices, min_aspect=settings.min_aspect)
     tracking = None
     if settings.track_every is not None:
         tracking = Tracking(
@@ -309,6 +313,7 @@ def run(settings: Settings, *, name: str) -> dict[str, Any]:
         "dataset": settings.dataset,
         "model": settings.model,
         "method": settings.method,
+        "optimizer": settings.optimizer,
         "seed": settings.seed,
         "steps": settings.steps,
         "test_accuracy": progress.evaluation["accuracy"],
@@ -330,8 +335,13 @@ def run(settings: Settings, *, name: str) -> dict[str, Any]:
     return summary
 
 
-def optimizer(settings: Settings) -> optax.GradientTransformation:
-    """AdamW with warm-up, decay of weights on whatever has more than one axis."""
+def optimizer(
+    settings: Settings, matrices: Sequence[oialr.Matrix] = ()
+) -> optax.GradientTransformation:
+    """The optimizer that was asked for, with warm-up.
+
+    Raises:   ValueError: there is none of this name.
+    """
     warmup = round(settings.warmup * settings.steps)
     if settings.rate == "constant":
         rate = optax.warmup_constant_schedule(0.0, settings.learning_rate, warmup)
@@ -339,13 +349,7 @@ def optimizer(settings: Settings) -> optax.GradientTransformation:
         rate = optax.warmup_cosine_decay_schedule(
             0.0, settings.learning_rate, warmup, decay_steps=settings.steps
         )
-    decayed = optax.adamw(
-        rate,
-        b2=0.99,  # a run is too short for the usual 0.999
-        weight_decay=settings.weight_decay,
-        mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
-    )
-    return optax.chain(optax.clip_by_global_norm(1.0), decayed)
+    return optimizers.build(settings.optimizer, rate, settings.weight_decay, matrices)
 
 
 def schedule(settings: Settings) -> oialr.Schedule:
@@ -473,6 +477,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             dict(PRESETS), args=arguments, prog="python -m train.images"
         )
         usual = f"{arguments[0]}-{settings.method}-seed{settings.seed}"
+        if settings.optimizer != "adamw":
+            usual += f"-{settings.optimizer}"
         name = settings.name or usual
         if settings.distributed:
             jax.distributed.initialize(
