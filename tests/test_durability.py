@@ -230,7 +230,7 @@ def test_two_processes_are_one(whole, tmp_path):
     arguments += ["--coordinator", f"127.0.0.1:{free_port()}"]
     both = [start(PROGRAM, *arguments, "--process-id", i) for i in range(2)]
     said = [end(process)[0] for process in both]
-    assert "of the test set right" in said[0]
+    assert "on the test set, " in said[0]
     assert [x for x in said[1].splitlines() if not x.startswith("[Gloo]")] == []
     two = records(tmp_path / whole.name)
     assert_same_run(two, records(whole))

@@ -15,7 +15,7 @@ import pytest
 from flax.training.train_state import TrainState
 
 import oialr_jax as oialr
-from train import images, loop, report
+from train import images, loop, recipe, report
 from train.models.vit import VisionTransformer
 
 STEPS, DEPTH = 12, 1
@@ -113,7 +113,7 @@ def test_summary_of_a_low_rank_run(low_rank):
     assert len(summary["ranks"]) == 4 * DEPTH
     for m, n, rank in summary["ranks"].values():
         assert 1 <= rank < min(m, n)
-    events = images.schedule(images.PRESETS["digits"][1]).events(1000)
+    events = recipe.schedule(images.PRESETS["digits"][1]).events(1000)
     assert summary["compilations"] <= 1 + len(events)
 
 
@@ -256,7 +256,12 @@ def toy(losses):
     return step, state
 
 
-def toy_run(folder, losses, pace, state=None, **options):
+def half(state):
+    """An evaluation."""
+    return {"accuracy": 0.5}
+
+
+def toy_run(folder, losses, pace, state=None, evaluate=half, **options):
     """The loop over a step that does nothing but name these losses."""
     step, first = toy(losses)
     with (
@@ -267,7 +272,7 @@ def toy_run(folder, losses, pace, state=None, **options):
             first if state is None else state,
             step,
             lambda t: t,
-            lambda params: {"accuracy": 0.5},
+            evaluate,
             pace=pace,
             folder=folder,
             checkpoints=checkpoints,
@@ -301,6 +306,42 @@ def test_records_hold_means_since_the_last_one_and_the_last_step(tmp_path):
     losses = [(x["step"], x["loss"]) for x in lines if x["kind"] == "train"]
     assert losses == [(3, 1.0), (6, 4.0), (7, 6.0)]
     assert [x["step"] for x in lines if x["kind"] == "eval"] == [5, 7]
+
+
+def test_a_run_without_progress_ends_early_and_stays_so(tmp_path):
+    scores = {2: 0.4, 4: 0.6, 6: 0.5, 8: 0.6, 10: 0.9}
+    pace, goal = loop.Pace(10, 5, 2, 10), loop.Goal("accuracy", "max", patience=2)
+
+    def score(state):
+        return {"accuracy": scores[int(state.step)]}
+
+    loop.begin(tmp_path)
+    state, progress = toy_run(tmp_path, [1.0] * 10, pace, goal=goal, evaluate=score)
+    assert int(state.step) == 8
+    assert progress.best == {"step": 4, "accuracy": 0.6}
+    with oialr.Checkpoints(tmp_path / loop.CHECKPOINTS) as checkpoints:
+        assert checkpoints.steps == (8,)
+        found = checkpoints.restore(state, state.tx)
+    progress = loop.Progress(**found.extra["progress"])
+    again, _ = toy_run(
+        tmp_path, [1.0] * 10, pace, state, goal=goal, evaluate=score, progress=progress
+    )
+    assert int(again.step) == 8
+
+
+@pytest.mark.parametrize(("best", "kept"), [("max", 4), ("min", 2)])
+def test_the_best_evaluation_is_kept(tmp_path, best, kept):
+    scores = {2: 0.4, 4: 0.6, 6: 0.5}
+    loop.begin(tmp_path)
+    _, progress = toy_run(
+        tmp_path,
+        [1.0] * 6,
+        loop.Pace(6, 3, 2, 6),
+        goal=loop.Goal("mse", best),
+        evaluate=lambda state: {"mse": scores[int(state.step)]},
+    )
+    assert progress.best == {"step": kept, "mse": scores[kept]}
+    assert progress.evaluation == {"mse": 0.5}
 
 
 @pytest.mark.parametrize("save", range(1, 8))
@@ -353,7 +394,7 @@ def test_a_signal_saves_and_stops_after_the_step(tmp_path, number, capsys):
             state,
             interrupted,
             lambda t: t,
-            lambda params: {"accuracy": 0.5},
+            half,
             pace=loop.Pace(9, 3, 9, 9),
             folder=tmp_path,
             checkpoints=checkpoints,
@@ -433,7 +474,7 @@ def test_a_resumed_run_that_is_over_says_its_result_again(low_rank, capsys):
     before = (low_rank / "summary.json").read_text()
     lines = records(low_rank, timed=True)
     start(low_rank.parent, "--resume", *LOW_RANK)
-    assert "of the test set right" in capsys.readouterr().out
+    assert "on the test set, " in capsys.readouterr().out
     after = json.loads((low_rank / "summary.json").read_text())
     for name in ("test_accuracy", "test_loss", "ranks", "stored_weights"):
         assert after[name] == json.loads(before)[name]
@@ -475,8 +516,8 @@ def test_events_scale_with_the_length_of_the_run():
     settings = images.PRESETS["digits"][1]
     for steps in (30, 300, 3000):
         short = dataclasses.replace(settings, steps=steps)
-        events = np.array(images.schedule(short).events(steps))
-        assert len(events) == len(images.schedule(settings).events(settings.steps))
+        events = np.array(recipe.schedule(short).events(steps))
+        assert len(events) == len(recipe.schedule(settings).events(settings.steps))
         np.testing.assert_allclose(events[0] / steps, settings.delay, atol=0.02)
 
 
@@ -490,7 +531,7 @@ def test_decay_spares_biases_and_scales():
     settings = dataclasses.replace(
         images.PRESETS["digits"][1], learning_rate=0.1, weight_decay=1.0, warmup=0.0
     )
-    tx = images.optimizer(settings)
+    tx = recipe.optimizer(settings)
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
     zeros = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
     updates, _ = tx.update(zeros, tx.init(params), params)
@@ -510,12 +551,12 @@ def test_evaluation_counts_every_test_image_once(mesh):
         x.tobytes(): y for x, y in zip(data.test_image, data.test_label, strict=True)
     }
 
-    def oracle(params, image):
+    def oracle(image):
         labels = np.array([truth[x.tobytes()] for x in np.asarray(image)])
         wrong = np.arange(len(labels)) % 4 == 0
         return 50 * jnp.eye(10)[(labels + wrong) % 10]
 
     layout = oialr.Layout(oialr.make_mesh(mesh))
-    found = images.evaluate(oracle, layout, repeated, 0.0, {})
+    found = images.evaluate(oracle, layout, repeated, 0.0)
     assert found["accuracy"] == pytest.approx(0.75)
     assert found["loss"] == pytest.approx(12.5, rel=1e-4)

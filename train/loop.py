@@ -7,7 +7,8 @@ Order of operations, for every step t from `state.step` to the last:
 3. the event, if there was one, goes into the record and its table on the screen;
    then, where bases are tracked, how far they have moved, every so many steps;
 4. every `log_every` steps and after the last: losses are fetched, checked, recorded;
-5. every `eval_every` steps and after the last: the test set is evaluated, recorded;
+5. every `eval_every` steps and after the last: the test set is evaluated, recorded,
+   and where it has not become better for too long the run is over;
 6. every `save_every` steps, after the last, and when asked to stop: a checkpoint, with
    the length of the record, so that a resumed run cuts it there and writes on.
 
@@ -27,7 +28,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 import numpy as np
@@ -60,6 +61,30 @@ class Pace:
 
 
 @dataclasses.dataclass(frozen=True)
+class Goal:
+    """Which number of an evaluation counts, and when to give up."""
+
+    metric: str = "accuracy"
+    """Its name."""
+    best: Literal["max", "min"] = "max"
+    """Which end of it is good."""
+    patience: int | None = None
+    """So many evaluations without a better one end the run; by default none do."""
+
+    def __post_init__(self) -> None:
+        """Refuse a run that would end before its first evaluation."""
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"`patience` must be at least 1, got {self.patience}")
+
+    def prefers(self, new: Mapping[str, float], old: Mapping[str, float]) -> bool:
+        """Whether an evaluation is better than another, or than none."""
+        if not old:
+            return True
+        a, b = new[self.metric], old[self.metric]
+        return a > b if self.best == "max" else a < b
+
+
+@dataclasses.dataclass(frozen=True)
 class Progress:
     """What of a run is neither in its state nor a function of the step."""
 
@@ -71,6 +96,12 @@ class Progress:
     """Metrics of the steps since the last line about training."""
     evaluation: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """The last evaluation."""
+    best: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """The best one, with its `step`."""
+    waited: int = 0
+    """Evaluations since then."""
+    fetching: float = 0.0
+    """Seconds the host spent on reading batches."""
 
 
 class StoppedError(Exception):
@@ -119,6 +150,7 @@ def train(
     evaluate: Callable[[Any], Mapping[str, float]],
     *,
     pace: Pace,
+    goal: Goal = Goal(),
     folder: pathlib.Path,
     checkpoints: oialr.Checkpoints,
     settings: Mapping[str, Any],
@@ -131,7 +163,8 @@ def train(
 
     Args:     step: (state, batch) -> (state, metrics), metrics with a "loss".
               batch: the batch of a step.
-              evaluate: params -> numbers over the whole test set, with an "accuracy".
+              evaluate: state -> numbers over the whole test set.
+              goal: which of them counts.
               folder: where `metrics.jsonl` is written, by process 0 alone.
               checkpoints: every process calls it; `settings` go into each.
               interrupts: of the program, entered before whatever takes time.
@@ -145,7 +178,8 @@ def train(
     started = time.perf_counter() - progress.seconds
     written = len(reports)
     window: list[Mapping[str, Any]] = list(progress.window)
-    evaluation: Mapping[str, float] = progress.evaluation
+    evaluation, best = progress.evaluation, progress.best
+    waited, fetching = progress.waited, progress.fetching
     view: dict[str, str] = {}
     followed = None if tracking is None else tracking.start(state.params, first)
 
@@ -156,6 +190,9 @@ def train(
     def reached(every: int, done: int) -> bool:
         return done % every == 0 or done == pace.steps
 
+    def hopeless() -> bool:
+        return goal.patience is not None and waited >= goal.patience
+
     with tqdm(
         total=pace.steps,
         initial=first,
@@ -165,7 +202,12 @@ def train(
         disable=jax.process_index() != 0,
     ) as bar:
         for t in range(first, pace.steps):
-            state, metrics = step(state, batch(t))
+            if hopeless():
+                break
+            before = time.perf_counter()
+            values = batch(t)
+            fetching += time.perf_counter() - before
+            state, metrics = step(state, values)
             window.append(metrics)
             for report in reports[written:]:
                 now = _fractions(state.params)
@@ -178,31 +220,39 @@ def train(
                 followed, moved = tracking.compare(followed, state.params, done)
                 record("stability", {"step": done, **moved})
             stop = _anyone(interrupts.asked, at=reached(pace.log_every, done))
-            save = stop or reached(pace.save_every, done)
-            if reached(pace.log_every, done) or save:
+            evaluated = reached(pace.eval_every, done)
+            logged, saved = (
+                reached(pace.log_every, done),
+                reached(pace.save_every, done),
+            )
+            if logged or evaluated or saved or stop:
                 window = _on_host(window, done)
-            if reached(pace.log_every, done):
+            if logged:
                 means = _means(window)
                 window = []
                 record("train", {"step": done, **means, **_fractions(state.params)})
                 view |= {"loss": f"{means['loss']:.3f}"}
-            if reached(pace.eval_every, done):
-                evaluation = dict(evaluate(state.params))
+            if evaluated:
+                evaluation = dict(evaluate(state))
+                better = goal.prefers(evaluation, best)
+                best = {"step": done, **evaluation} if better else best
+                waited = 0 if better else waited + 1
                 record("eval", {"step": done, **evaluation})
-                view |= {"test": f"{evaluation['accuracy']:.2%}"}
-            if save:
+                view |= {goal.metric: f"{evaluation[goal.metric]:.4f}"}
+            if saved or stop or (evaluated and hopeless()):
                 progress = Progress(
                     bytes=_length(folder / METRICS),
                     seconds=time.perf_counter() - started,
                     window=window,
                     evaluation=evaluation,
+                    best=best,
+                    waited=waited,
+                    fetching=fetching,
                 )
                 checkpoints.save(
                     state,
                     {"progress": dataclasses.asdict(progress), "settings": settings},
-                    metric=evaluation["accuracy"]
-                    if reached(pace.eval_every, done)
-                    else None,
+                    metric=evaluation[goal.metric] if evaluated else None,
                 )
             bar.set_postfix(view, refresh=False)
             bar.update()

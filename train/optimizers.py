@@ -14,8 +14,10 @@ The presets of the programs have rates and decays for adamw, which swan and muon
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import oialr_jax as oialr
@@ -30,15 +32,68 @@ def build(
     rate: optax.ScalarOrSchedule,
     weight_decay: float,
     matrices: Sequence[oialr.Matrix],
+    *,
+    clip: float | None = 1.0,
+    ema: float | None = None,
+    accumulate: int = 1,
 ) -> optax.GradientTransformation:
-    """The optimizer called `name`, gradients clipped to norm one.
+    """The optimizer called `name`.
 
     Args:     matrices: what is orthogonalised; the same leaves, dense or low rank.
+              clip: norm of all gradients together. ema: decay of the running average of
+              the weights, for `averaged`. accumulate: gradients averaged per update.
     Raises:   ValueError: there is none of this name.
     """
     recipe = names.find("optimizer", name, OPTIMIZERS)
-    inner = recipe(rate, weight_decay, matrices)
-    return optax.chain(optax.clip_by_global_norm(1.0), inner)
+    chain = [recipe(rate, weight_decay, matrices)]
+    if clip is not None:
+        chain.insert(0, optax.clip_by_global_norm(clip))
+    if ema is not None:
+        chain.append(average_weights(ema))
+    tx = optax.chain(*chain)
+    if accumulate > 1:
+        tx = optax.MultiSteps(tx, accumulate).gradient_transformation()
+    return tx
+
+
+class AverageWeightsState(NamedTuple):
+    """The running average; called `ema`, so that it crosses rank events as Optax's."""
+
+    ema: Any
+
+
+def average_weights(decay: float) -> optax.GradientTransformation:
+    """Last in a chain: a running average of the weights that its updates lead to.
+
+    Raises:   ValueError: `decay` outside [0, 1).
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"`ema` must be in [0, 1), got {decay}")
+
+    def init(params: Any) -> AverageWeightsState:
+        return AverageWeightsState(jax.tree.map(jnp.copy, params))
+
+    def update(
+        updates: Any, state: AverageWeightsState, params: Any = None
+    ) -> tuple[Any, AverageWeightsState]:
+        new = optax.apply_updates(params, updates)
+        return updates, AverageWeightsState(
+            optax.incremental_update(new, state.ema, 1 - decay)
+        )
+
+    return optax.GradientTransformation(init, update)
+
+
+def averaged(params: Any, opt_state: Any) -> Any:
+    """The running average of `params` in an optimizer state, or else `params`."""
+    for x in jax.tree.leaves(opt_state, is_leaf=_is_average):
+        if _is_average(x):
+            return oialr.with_trainable(params, x.ema)
+    return params
+
+
+def _is_average(x: object) -> bool:
+    return isinstance(x, AverageWeightsState)
 
 
 def _adamw(

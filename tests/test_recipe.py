@@ -1,0 +1,159 @@
+"""What every program shares: model state, averages, accumulation, early stopping."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.training.train_state import TrainState
+
+import oialr_jax as oialr
+from train import images, loop, optimizers, recipe
+from train.models.resnet import ResNet
+
+STEPS = 12
+SETTINGS = dataclasses.replace(
+    images.PRESETS["digits"][1],
+    model="resnet",
+    steps=STEPS,
+    batch=32,
+    mesh="data=1",
+    cutoff=0.6,
+    log_every=3,
+    eval_every=4,
+    save_every=3,
+)
+
+
+@pytest.fixture(autouse=True)
+def _small_resnet(monkeypatch):
+    def build(classes):
+        return ResNet(widths=(8, 16), blocks=(1, 1), classes=classes)
+
+    monkeypatch.setitem(images.MODELS, "resnet", build)
+
+
+def records(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines = [json.loads(x) for x in lines]
+    return [
+        {k: v for k, v in x.items() if k not in ("seconds", "event")} for x in lines
+    ]
+
+
+def test_a_model_with_batch_statistics_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    settings = dataclasses.replace(SETTINGS, out=tmp_path, ema=0.9)
+    whole = images.run(settings, name="whole")
+    assert any(rank < min(m, n) for m, n, rank in whole["ranks"].values())
+
+    train = loop.train
+
+    def stopped(state, step, *rest, interrupts, **options):
+        def asking(state, batch):
+            interrupts.asked = int(state.step) == 6
+            return step(state, batch)
+
+        return train(state, asking, *rest, interrupts=interrupts, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train", stopped)
+        with pytest.raises(loop.StoppedError):
+            images.run(settings, name="parts")
+    settings = dataclasses.replace(settings, resume=True)
+    parts = images.run(settings, name="parts")
+    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+    for name in ("test_accuracy", "test_loss", "best", "ranks"):
+        assert parts[name] == whole[name]
+
+
+def test_batch_statistics_of_the_evaluation_are_those_that_were_trained(tmp_path):
+    settings = dataclasses.replace(SETTINGS, method="dense", out=tmp_path)
+    task = images.task(settings)
+    variables = task.init(jax.random.key(0))
+    extra = {"batch_stats": variables["batch_stats"]}
+    batch = jax.tree.map(jnp.asarray, task.stream[0])
+    _, (new, metrics) = task.loss(variables["params"], extra, batch, jax.random.key(1))
+    assert set(new) == {"batch_stats"}
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), extra, new)
+    assert all(jax.tree.leaves(moved))
+    assert 0 <= float(metrics["accuracy"]) <= 1
+    tx = oialr.freeze_bases(optax.sgd(0.1))
+    state = recipe.State.create(
+        apply_fn=None, params=variables["params"], tx=tx, extra=extra
+    )
+    assert task.evaluate(state) != task.evaluate(state.replace(extra=new))
+
+
+def problem(tx):
+    params = {
+        "a": jax.random.normal(jax.random.key(0), (6, 5)),
+        "b": jnp.arange(3.0),
+    }
+    grads = jax.tree.map(lambda x: jnp.cos(x), params)
+    return TrainState.create(apply_fn=None, params=params, tx=tx), grads
+
+
+def test_the_average_is_that_of_the_weights_after_each_update():
+    tx = oialr.freeze_bases(optimizers.build("sgd", 0.1, 0.0, (), clip=None, ema=0.75))
+    state, grads = problem(tx)
+    average = state.params
+    for _ in range(4):
+        state = state.apply_gradients(grads=grads)
+        average = jax.tree.map(lambda a, w: 0.75 * a + 0.25 * w, average, state.params)
+    found = optimizers.averaged(state.params, state.opt_state)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, average
+    )
+
+
+def test_the_average_crosses_rank_events_as_the_weights_do():
+    tx = oialr.freeze_bases(optimizers.build("sgd", 0.1, 0.0, (), clip=None, ema=0.75))
+    state, grads = problem(tx)
+    matrices = oialr.find_matrices(
+        lambda p, x: jnp.sum(x @ p["a"]), state.params, jnp.ones((2, 6))
+    )
+    for _ in range(3):
+        state = state.apply_gradients(grads=grads)
+    average = optimizers.averaged(state.params, state.opt_state)["a"]
+    params, opt_state, _ = oialr.factorize(
+        state.params, state.opt_state, matrices, tx=tx
+    )
+    for rank in (5, 2):
+        params, opt_state, _ = oialr.truncate(params, opt_state, {"a": rank}, tx=tx)
+        node = optimizers.averaged(params, opt_state)["a"]
+        assert node.s.shape == (rank, rank)
+        projected = node.u @ node.u.T @ average @ node.vt.T @ node.vt
+        np.testing.assert_allclose(node.u @ node.s @ node.vt, projected, atol=1e-5)
+        assert not np.allclose(node.s, params["a"].s, atol=1e-3)
+
+
+def test_gradients_of_several_batches_make_one_update():
+    step = {"a": jnp.ones((6, 5)), "b": jnp.ones(3)}
+    alone = oialr.freeze_bases(optimizers.build("sgd", 0.1, 0.0, ()))
+    pairs = oialr.freeze_bases(optimizers.build("sgd", 0.1, 0.0, (), accumulate=2))
+    once, _ = problem(alone)
+    twice, _ = problem(pairs)
+    once = once.apply_gradients(grads=jax.tree.map(lambda x: 2 * x, step))
+    first = twice.apply_gradients(grads=step)
+    jax.tree.map(np.testing.assert_array_equal, first.params, twice.params)
+    second = first.apply_gradients(grads=jax.tree.map(lambda x: 3 * x, step))
+    jax.tree.map(np.testing.assert_allclose, second.params, once.params)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ema": 1.0}, "`ema` must be in [0, 1), got 1.0"),
+        ({"accumulate": 0}, "`accumulate` must be at least 1, got 0"),
+        ({"patience": 0}, "`patience` must be at least 1, got 0"),
+    ],
+    ids=lambda x: "".join(x) if isinstance(x, dict) else "",
+)
+def test_settings_out_of_range_are_refused(change, message, tmp_path):
+    settings = dataclasses.replace(SETTINGS, out=tmp_path, **change)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        images.run(settings, name="x")

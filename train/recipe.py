@@ -1,0 +1,431 @@
+"""One run of any task: the settings, the state, the step, events, saves, the record.
+
+A program (`train.images`, `train.forecast`, ...) says what it trains by a `Task`, gives
+its presets to `command`, and has the rest from here.
+"""
+
+import dataclasses
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+from flax.training import train_state
+from jaxtyping import Array
+
+import oialr_jax as oialr
+from train import loop, names, optimizers, report
+from train.tracking import Tracking
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One run. Times are fractions of it, so that a short run meets every event."""
+
+    method: Literal["oialr", "dense"] = "oialr"
+    """Low rank, or the same recipe with every matrix dense."""
+    seed: int = 0
+    """Of the weights, of noise in the model and of the order of the data."""
+    steps: int = 1000
+    """Length of the run in batches."""
+    batch: int = 64
+    """Examples in a batch."""
+    accumulate: int = 1
+    """Batches whose gradients are averaged for one update of the weights."""
+    optimizer: str = "adamw"
+    """adamw, sgd, orthogonal_sgd, swan, spectral_trust_region or muon; rates and decays
+    of the presets are for adamw, swan and muon, see train/optimizers.py."""
+    learning_rate: float = 4e-3
+    """Peak of the rate: linear warm-up, then what `rate` says."""
+    rate: Literal["cosine", "constant"] = "cosine"
+    """What the learning rate does after its warm-up."""
+    warmup: float = 0.1
+    """When the peak is reached."""
+    weight_decay: float = 1.0
+    """On matrices only; sgd, orthogonal_sgd and spectral_trust_region decay all."""
+    clip: float | None = 1.0
+    """Largest norm of all gradients together."""
+    ema: float | None = None
+    """Decay of a running average of the weights, which is then what is evaluated."""
+    delay: float = 1 / 3
+    """When the dense warm-up ends; a third is the paper's rule of thumb."""
+    every: float = 0.1
+    """Time between rank events."""
+    layer_step: float = 0.5
+    """Share of the layers, last executed first, that each event treats in addition."""
+    cutoff: float = 0.3
+    """Singular values below this fraction of the largest go."""
+    multiple: int = 4
+    """Ranks are rounded up to this, so that layers share shapes."""
+    stop: float = 0.7
+    """When the ranks are final."""
+    when: Literal["delay", "stable"] = "delay"
+    """Convert all matrices after `delay`; or from then on each one when its basis has
+    turned little between two events, and cut it only then."""
+    threshold: float = 0.98
+    """The least stability of a basis that counts as little; 1 is none."""
+    lag: int = 0
+    """Steps between the choice of ranks and the event; meanwhile its step compiles."""
+    min_aspect: float = 0.1
+    """Matrices narrower than this, short over long side, stay dense."""
+    keep_first: int = 0
+    """So many matrices stay dense, of those that run first."""
+    keep_last: int = 1
+    """The same of those that run last."""
+    keep_eligible: bool = False
+    """Count them among the matrices that are wide enough, as the authors' code does."""
+    log_every: int = 25
+    """Steps between training records."""
+    eval_every: int = 100
+    """Steps between evaluations on the whole test set."""
+    save_every: int = 200
+    """Steps between checkpoints; the latest two and the best are kept."""
+    patience: int | None = None
+    """Evaluations without a better one after which the run ends early."""
+    track_every: int | None = None
+    """Steps between records of how far every basis has moved; by default none."""
+    resume: bool = False
+    """Go on from the last checkpoint, if there is one."""
+    mesh: str = "data=-1"
+    """Axes and sizes, -1 for the rest of the devices: `data` divides batches, `fsdp`
+    batches, weights and optimizer state, `model` the wide side of each block."""
+    distributed: bool = False
+    """One of several processes: found out from Cloud TPU, Slurm or Open MPI, or from
+    the next three."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0."""
+    processes: int | None = None
+    """How many there are."""
+    process_id: int | None = None
+    """Which one this is, from 0."""
+    data_dir: pathlib.Path = pathlib.Path("data")
+    """Where `python -m train.data.prepare` put the dataset."""
+    out: pathlib.Path = pathlib.Path("runs")
+    """Runs go to folders in here."""
+    compilation_cache: pathlib.Path | None = None
+    """Folder in which JAX keeps compiled programs for the next run."""
+    name: str | None = None
+    """Folder of this run; by default from preset, method, optimizer and seed."""
+
+
+PLACE_ONLY = frozenset(
+    {"data_dir", "out", "name", "compilation_cache", "resume", "mesh", "distributed"}
+    | {"coordinator", "processes", "process_id"}
+)
+"""Settings that do not change what a run computes: a resumed one may have others."""
+
+S = TypeVar("S", bound=Settings)
+
+
+class State(train_state.TrainState):
+    """Params, optimizer state, step, and what else the model keeps."""
+
+    extra: Any = ()
+    """Other collections of the model, as batch statistics: what `Task.loss` returns."""
+
+    @property
+    def averaged(self) -> Any:
+        """The params to evaluate: their running average where there is one."""
+        return optimizers.averaged(self.params, self.opt_state)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a program trains: all that differs between one program and the next.
+
+    Attributes:
+        init: key -> {"params": ..., and other collections of the model}, arrays.
+        loss: (params, extra, batch, key) -> (mean loss, (new extra, metrics)), pure;
+            the model in it knows nothing of low rank.
+        stream: item t is the batch of step t, of which this process has `layout.rows`.
+        evaluate: state -> numbers over the whole test set.
+        goal: the metric among them that counts.
+        epoch: steps in one pass through the data.
+        layout: where params and batches live.
+        described: what the summary says beside the settings and results, as the model.
+    """
+
+    init: Callable[[Array], Mapping[str, Any]]
+    loss: Callable[[Any, Any, Any, Array], tuple[Array, tuple[Any, Mapping[str, Any]]]]
+    stream: Sequence[Any] | Any
+    evaluate: Callable[[State], Mapping[str, float]]
+    goal: loop.Goal
+    epoch: float
+    layout: oialr.Layout
+    described: Mapping[str, Any]
+
+
+def run(settings: S, build: Callable[[S], Task], *, name: str) -> dict[str, Any]:
+    """Host side: train, record, plot; the summary that was written.
+
+    Raises:   ValueError: a setting out of range, an unknown name, a run too short for
+              its schedule. FileNotFoundError: the dataset is not prepared.
+              FloatingPointError: the loss is no longer finite.
+    """
+    started = time.perf_counter()
+    if settings.compilation_cache is not None:
+        keep_compiled(settings.compilation_cache)
+    pace = loop.Pace(
+        settings.steps, settings.log_every, settings.eval_every, settings.save_every
+    )
+    low_rank = settings.method == "oialr"
+    plan = schedule(settings) if low_rank else None
+    task = build(settings)
+    layout = task.layout
+
+    def batch(t: int) -> Any:
+        return layout.put_batch(task.stream[t], settings.batch)
+
+    key = jax.random.key(settings.seed)
+    noise = jax.random.fold_in(key, 1)
+    extra, weights = _split(jax.eval_shape(task.init, key))
+    given = (_whole(task.stream[0], settings.batch), jax.eval_shape(lambda: noise))
+    found_matrices = oialr.find_matrices(task.loss, weights, extra, *given)
+    matrices = oialr.select(
+        found_matrices,
+        min_aspect=settings.min_aspect,
+        keep_first=settings.keep_first,
+        keep_last=settings.keep_last,
+        keep_eligible=settings.keep_eligible,
+    )
+    stable = low_rank and settings.when == "stable"
+    tx = oialr.freeze_bases(optimizer(settings, matrices), reference=stable)
+    loss = oialr.factored(task.loss)
+
+    def create(key: Array) -> State:
+        extra, params = _split(task.init(key))
+        state = State.create(apply_fn=loss, params=params, tx=tx, extra=extra)
+        return state.replace(step=jnp.zeros((), jnp.int32))
+
+    def train_step(state: State, batch: Any) -> tuple[State, Any]:
+        grad = oialr.value_and_grad(loss, has_aux=True)
+        drawn = jax.random.fold_in(noise, state.step)
+        (value, (extra, metrics)), grads = grad(state.params, state.extra, batch, drawn)
+        state = state.apply_gradients(grads=grads, extra=extra)
+        return state, {"loss": value, **metrics}
+
+    template = jax.eval_shape(create, key)
+    tracking = None
+    if settings.track_every is not None:
+        tracking = Tracking(
+            found_matrices,
+            every=settings.track_every,
+            steps=settings.steps,
+            epoch=task.epoch,
+            seed=settings.seed,
+        )
+    folder = settings.out / name
+    found = None
+    if settings.resume:
+        with oialr.Checkpoints(folder / loop.CHECKPOINTS) as checkpoints:
+            found = checkpoints.restore(template, tx, layout)
+    if found is None:
+        loop.begin(folder)
+        progress = loop.Progress()
+    else:
+        _same(settings, found.extra["settings"], folder)
+        progress = loop.Progress(**found.extra["progress"])
+        loop.resume(folder, progress)
+    before = progress.seconds
+    with (
+        loop.Interrupts() as interrupts,
+        oialr.Checkpoints(
+            folder / loop.CHECKPOINTS, best=task.goal.best
+        ) as checkpoints,
+    ):
+        state = layout.initialize(create, key) if found is None else found.state
+        step: Any
+        reports: Sequence[oialr.Report] = []
+        timings: Sequence[oialr.Timing] = []
+        if plan is not None:
+            rule = oialr.RankRule(cutoff=settings.cutoff, multiple=settings.multiple)
+            step = oialr.adaptive(train_step, tx, matrices, plan, rule, layout=layout)
+            reports, timings = step.reports, step.timings
+        else:
+            places = (layout(state), None)
+            jitted = jax.jit(train_step, donate_argnums=0, out_shardings=places)
+            step = jitted.lower(state, batch(0)).compile()  # once, for all
+        state, progress = loop.train(
+            state,
+            step,
+            batch,
+            task.evaluate,
+            pace=pace,
+            goal=dataclasses.replace(task.goal, patience=settings.patience),
+            folder=folder,
+            checkpoints=checkpoints,
+            settings=_stored(settings),
+            interrupts=interrupts,
+            progress=progress,
+            reports=reports,
+            tracking=tracking,
+        )
+    count = oialr.counts(state.params)
+    summary = {
+        **task.described,
+        "method": settings.method,
+        "optimizer": settings.optimizer,
+        "seed": settings.seed,
+        "steps": int(state.step),
+        **{f"test_{name}": value for name, value in progress.evaluation.items()},
+        "best": dict(progress.best),
+        "dense_weights": count.dense,
+        "stored_weights": count.stored,
+        "trainable_weights": count.trainable,
+        "stored_fraction": count.stored / count.dense,
+        "trainable_fraction": count.trainable / count.dense,
+        "wall_seconds": round(time.perf_counter() - started + before, 2),
+        "event_seconds": round(sum(x.choosing + x.surgery for x in timings), 3),
+        "waiting_seconds": round(sum(x.waiting for x in timings), 3),
+        "fetching_seconds": round(progress.fetching, 3),
+        "compilations": getattr(step, "compilations", 1),
+        "ranks": oialr.ranks(state.params),
+    }
+    loop.finish(folder, summary)
+    if jax.process_index() == 0:
+        report.draw(folder)
+    return summary
+
+
+def optimizer(
+    settings: Settings, matrices: Sequence[oialr.Matrix] = ()
+) -> optax.GradientTransformation:
+    """The optimizer that was asked for, with warm-up, clipping and running average.
+
+    Raises:   ValueError: there is none of this name, or a setting out of range.
+    """
+    if settings.accumulate < 1:
+        raise ValueError(f"`accumulate` must be at least 1, got {settings.accumulate}")
+    updates = -(-settings.steps // settings.accumulate)
+    warmup = round(settings.warmup * updates)
+    if settings.rate == "constant":
+        rate = optax.warmup_constant_schedule(0.0, settings.learning_rate, warmup)
+    else:
+        rate = optax.warmup_cosine_decay_schedule(
+            0.0, settings.learning_rate, warmup, decay_steps=updates
+        )
+    return optimizers.build(
+        settings.optimizer,
+        rate,
+        settings.weight_decay,
+        matrices,
+        clip=settings.clip,
+        ema=settings.ema,
+        accumulate=settings.accumulate,
+    )
+
+
+def schedule(settings: Settings) -> oialr.Schedule:
+    """When to convert and to truncate, in steps.
+
+    Raises:   ValueError: a fraction outside (0, 1], or none of the run between the
+              conversion and the last event.
+    """
+    for name in ("delay", "every", "stop"):
+        value = getattr(settings, name)
+        if not 0 < value <= 1:
+            raise ValueError(
+                f"`{name}` must be in (0, 1], part of the run; got {value}"
+            )
+    delay, every, stop = (
+        round(settings.steps * part)
+        for part in (settings.delay, settings.every, settings.stop)
+    )
+    if stop <= delay:
+        raise ValueError(
+            f"no step is left for low rank: `delay` {settings.delay:.3g} and `stop` "
+            f"{settings.stop:.3g} are steps {delay} and {stop} of {settings.steps}"
+        )
+    return oialr.Schedule(
+        delay=delay,
+        every=max(1, every),
+        layer_step=settings.layer_step,
+        lag=settings.lag,
+        stop=stop,
+        when=settings.when,
+        threshold=settings.threshold,
+    )
+
+
+def keep_compiled(folder: pathlib.Path) -> None:
+    """Host side: JAX keeps compiled programs in `folder`, for this run and the next."""
+    jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def command(
+    program: str,
+    presets: Mapping[str, tuple[str, S]],
+    run: Callable[..., Mapping[str, Any]],
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Host side: read the command line, run, say the result in one line.
+
+    Args:     program: as it is called, "python -m train.images".
+              run: (settings, name=) -> summary.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        if arguments and not arguments[0].startswith("-"):
+            names.find("preset", arguments[0], presets)
+        settings = tyro.extras.overridable_config_cli(
+            dict(presets), args=arguments, prog=program
+        )
+        usual = f"{arguments[0]}-{settings.method}-seed{settings.seed}"
+        if settings.optimizer != "adamw":
+            usual += f"-{settings.optimizer}"
+        name = settings.name or usual
+        if settings.distributed:
+            jax.distributed.initialize(
+                settings.coordinator, settings.processes, settings.process_id
+            )
+        summary = run(settings, name=name)
+    except loop.StoppedError as stopped:
+        print(f"{stopped}. Go on with the same command and --resume")
+        return
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    if jax.process_index() == 0:
+        results = (f"{k[5:]} {x:.4g}" for k, x in summary.items() if k[:5] == "test_")
+        print(
+            f"{name}: {', '.join(results)} on the test set, "
+            f"{summary['stored_fraction']:.1%} of the dense weights stored, "
+            f"{summary['trainable_fraction']:.1%} trained, "
+            f"{summary['wall_seconds']:.0f} s, {settings.out / name}"
+        )
+
+
+def _split(variables: Mapping[str, Any]) -> tuple[Mapping[str, Any], Any]:
+    """Other collections than the params, and the params."""
+    extra = {name: x for name, x in variables.items() if name != "params"}
+    return extra, variables["params"]
+
+
+def _whole(part: Any, batch: int) -> Any:
+    """Shapes and dtypes of a whole batch, of which this process has a part."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype), part
+    )
+
+
+def _stored(settings: Settings) -> dict[str, Any]:
+    """Settings that a resumed run must share, as JSON holds them."""
+    values = dataclasses.asdict(settings)
+    return {name: x for name, x in values.items() if name not in PLACE_ONLY}
+
+
+def _same(settings: Settings, stored: Mapping[str, Any], folder: pathlib.Path) -> None:
+    given = _stored(settings)
+    different = [
+        f"{name.replace('_', '-')} was {stored.get(name)} and is {given.get(name)}"
+        for name in sorted(given.keys() | stored.keys())
+        if given.get(name) != stored.get(name)
+    ]
+    if different:
+        raise ValueError(f"{folder} is another run: {'; '.join(different)}")
