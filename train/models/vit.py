@@ -2,12 +2,15 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
+
+from train.models.initializers import symmetric_uniform
 
 Dense = functools.partial(nn.Dense, kernel_init=nn.initializers.normal(0.02))
 
@@ -21,6 +24,9 @@ class VisionTransformer(nn.Module):
     Shapes:   images: (b, h, w, c), h and w multiples of `patch` and the same in every
               call; logits: (b, classes), float32 whatever `dtype`.
     Args:     dtype: of the computation; the parameters are float32.
+              remat: blocks are computed again in the backward pass, which keeps
+              their inputs only. scan: one program for all blocks, whose parameters
+              are stacked on a first axis of length `depth` under `blocks`.
     Raises:   ValueError: when the image does not split into patches.
     Source:   Dosovitskiy et al. 2021 as timm builds it: fused query, key and value,
               exact GELU, LayerNorm epsilon 1e-6, Dense kernels from normal(0.02).
@@ -34,6 +40,8 @@ class VisionTransformer(nn.Module):
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
     dtype: Any = jnp.float32
+    remat: bool = False
+    scan: bool = False
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b classes"]:
@@ -49,8 +57,8 @@ class VisionTransformer(nn.Module):
             (self.patch, self.patch),
             strides=(self.patch, self.patch),
             padding="VALID",
-            kernel_init=_symmetric_uniform(channels * self.patch**2),
-            bias_init=_symmetric_uniform(channels * self.patch**2),
+            kernel_init=symmetric_uniform(channels * self.patch**2),
+            bias_init=symmetric_uniform(channels * self.patch**2),
             dtype=self.dtype,
             name="patch",
         )(images)
@@ -64,10 +72,14 @@ class VisionTransformer(nn.Module):
             "position", nn.initializers.normal(0.02), (1, x.shape[1], self.width)
         )
         x = x + position.astype(self.dtype)
-        for i in range(self.depth):
-            x = Block(
-                self.heads, self.mlp_ratio, self.qkv_bias, self.dtype, name=f"block{i}"
-            )(x)
+        block = functools.partial(
+            nn.remat(Block) if self.remat else Block,
+            self.heads,
+            self.mlp_ratio,
+            self.qkv_bias,
+            self.dtype,
+        )
+        x = repeat(block, x, depth=self.depth, scan=self.scan)
         x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
         return Dense(self.classes, dtype=jnp.float32, name="head")(x[:, 0])
 
@@ -109,6 +121,23 @@ class Block(nn.Module):
         return Dense(width, dtype=self.dtype, name="attention_out")(y)
 
 
+def repeat(
+    block: Callable[..., nn.Module], x: Float[Array, "b t d"], *, depth: int, scan: bool
+) -> Float[Array, "b t d"]:
+    """What `depth` blocks make of x, in a compact method; see `VisionTransformer`."""
+    if not scan:
+        for i in range(depth):
+            x = block(name=f"block{i}")(x)
+        return x
+    x, _ = nn.scan(
+        lambda one, x, _: (one(x), None),
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        length=depth,
+    )(block(name="blocks"), x, None)
+    return x
+
+
 @jax.custom_jvp
 def gelu(x: Array) -> Array:
     """x Φ(x) with the normal distribution function Φ, exact as timm's default.
@@ -129,13 +158,3 @@ def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Arr
 
 def _distribution(x: Array) -> Array:
     return 0.5 * (1 + jax.lax.erf(x * 2**-0.5))
-
-
-def _symmetric_uniform(fan_in: int) -> nn.initializers.Initializer:
-    """Uniform on ±fan_in^(-1/2), which torch gives a convolution's kernel and bias."""
-    bound = fan_in**-0.5
-
-    def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
