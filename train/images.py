@@ -45,7 +45,7 @@ class Settings(recipe.Settings):
     """One run of an image classifier."""
 
     dataset: str
-    """digits, fashion_mnist or mnist."""
+    """digits, fashion_mnist, mnist, cifar10 or cifar100."""
     model: str
     """vit-digits, mini-vit-digits or lenet5."""
     smoothing: float = 0.1
@@ -92,16 +92,18 @@ def _digits(data_dir: pathlib.Path) -> Images:
     return digits.load()
 
 
-def _idx(name: str, data_dir: pathlib.Path) -> Images:
-    from train.data import fashion_mnist  # needs tensorflow-datasets, digits do not
+def _prepared(name: str, data_dir: pathlib.Path) -> Images:
+    from train.data import prepared  # needs tensorflow-datasets, digits do not
 
-    return fashion_mnist.load(data_dir, name)
+    return prepared.images(data_dir, name)
 
 
 DATASETS: Mapping[str, Callable[[pathlib.Path], Images]] = {
     "digits": _digits,
-    "fashion_mnist": functools.partial(_idx, "fashion_mnist"),
-    "mnist": functools.partial(_idx, "mnist"),
+    **{
+        name: functools.partial(_prepared, name)
+        for name in ("fashion_mnist", "mnist", "cifar10", "cifar100")
+    },
 }
 
 EVALUATION_BATCH = 500

@@ -1,11 +1,14 @@
 """Labelled images in memory, and batches as a pure function of seed and step."""
 
 import dataclasses
-from typing import TypedDict
+from collections.abc import Callable
+from typing import TypedDict, TypeVar
 
 import grain
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
+
+T = TypeVar("T")
 
 
 class Batch(TypedDict):
@@ -57,8 +60,6 @@ def batches(
 
     Raises:   ValueError: `batch` below 1, or no images.
     """
-    if batch < 1:
-        raise ValueError(f"`batch` must be at least 1, got {batch}")
     if len(image) == 0 or len(image) != len(label):
         raise ValueError(f"got {len(image)} images for {len(label)} labels")
 
@@ -66,5 +67,31 @@ def batches(
         index = index[part]
         return {"image": image[index], "label": label[index]}
 
-    order = grain.MapDataset.range(len(image)).seed(seed).shuffle().repeat()
-    return order.batch(batch).map(rows)
+    return ordered(len(image), batch=batch, seed=seed).map(rows)
+
+
+def read_ahead(
+    stream: grain.MapDataset[T], *, batches: int = 4, threads: int = 2
+) -> Callable[[int], T]:
+    """Item t of a stream, while the next ones are read behind.
+
+    Any t may be asked for: where it is not the one after the last, reading begins anew.
+    """
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=batches)
+    iterator = iter(stream.to_iter_dataset(options))
+
+    def item(t: int) -> T:
+        if iterator.get_state() != {"next_index": t}:
+            iterator.set_state({"next_index": t})
+        return next(iterator)
+
+    return item
+
+
+def ordered(
+    count: int, *, batch: int, seed: int
+) -> grain.MapDataset[Int[np.ndarray, " b"]]:
+    """Batches of row numbers without end: every epoch a new permutation of them all."""
+    if batch < 1:
+        raise ValueError(f"`batch` must be at least 1, got {batch}")
+    return grain.MapDataset.range(count).seed(seed).shuffle().repeat().batch(batch)
