@@ -268,9 +268,16 @@ def _solved(
     """
     side = cores[0].shape[-2:]
     batch = jnp.concatenate([c.reshape(-1, *side) for c in cores])
-    x = polar(batch)
     # `token` is 0: it orders the calls and changes nothing
-    r = _upright(jnp.linalg.qr(batch + token.astype(batch.dtype), mode="r"))
+    ordered = batch + token.astype(batch.dtype)
+    if side[0] > side[1]:  # P of Q R is Q times that of R, which is smaller
+        q, r = jnp.linalg.qr(ordered)
+        with jax.default_matmul_precision("highest"):
+            x = q @ polar(r)
+    else:
+        r = jnp.linalg.qr(ordered, mode="r")
+        x = polar(batch)
+    r = _upright(r)
     ends = _ends([c.shape[:-2] for c in cores])
     parts = [
         (a.reshape(c.shape), b.reshape(*c.shape[:-2], *b.shape[-2:]))
