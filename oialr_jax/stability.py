@@ -95,8 +95,10 @@ def tracker(matrices: Sequence[Matrix]) -> Tracker:
     def update(
         state: Portraits, params: PyTree, key: Any = None
     ) -> tuple[Portraits, dict[str, Stability]]:
-        new = _portraits(params, matrices)
-        return new, _compared(state, new, key)
+        new = _portraits(params, matrices, _end(state))
+        values = _compared(state, new, key)
+        nulls = jax.tree.leaves([x.null for x in values.values()])
+        return (_waiting(new, nulls) if nulls else new), values
 
     return Tracker(lambda params: _portraits(params, matrices), update)
 
@@ -124,7 +126,9 @@ def stability(
               one, and any change gets small with the learning rate: hence the null.
     """
     matrices = tuple(matrices)
-    return _compared(_portraits(before, matrices), _portraits(after, matrices), key)
+    first = _portraits(before, matrices)
+    second = _portraits(after, matrices, _end(first))
+    return _compared(first, second, key)
 
 
 class Spectrum(NamedTuple):
@@ -220,8 +224,13 @@ def _leaves(params: PyTree, matrices: Sequence[Matrix]) -> list[Any]:
     return jax.tree.map(lambda x: x.addressable_data(0), whole(leaves))
 
 
-def _portraits(params: PyTree, matrices: Sequence[Matrix]) -> Portraits:
-    """Of all matrices, computed by one program for each shape of their cores."""
+def _portraits(
+    params: PyTree, matrices: Sequence[Matrix], token: Any = 0.0
+) -> Portraits:
+    """Of all matrices, computed by one program for each shape of their cores.
+
+    Args:     token: 0, which is known once no other LAPACK call runs.
+    """
     views = [
         _view(leaf, matrix.axes)
         for leaf, matrix in zip(_leaves(params, matrices), matrices, strict=True)
@@ -230,13 +239,35 @@ def _portraits(params: PyTree, matrices: Sequence[Matrix]) -> Portraits:
     for i, (_, c) in enumerate(views):
         groups[c.shape[-2:], c.dtype].append(i)
     found: dict[int, Portrait] = {}
-    token = jnp.zeros(())
+    token = jnp.asarray(token)
     for group in groups.values():
         solved, token = _solved([views[i][1] for i in group], token)
         for i, (x, r) in zip(group, solved, strict=True):
             b, c = views[i]
             found[i] = Portrait(b, c, x, r)
     return {matrix.path: found[i] for i, matrix in enumerate(matrices)}
+
+
+@jax.jit
+def _known(arrays: list[Array]) -> Array:
+    """A token: 0, once all of these, none of them empty, are computed.
+
+    LAPACK calls wait for the token of those before: see `_solved`.
+    """
+    corners = jnp.stack([jnp.ravel(x)[0].astype(jnp.float32) for x in arrays])
+    return 0 * jnp.sum(jnp.nan_to_num(corners))
+
+
+def _end(portraits: Portraits) -> Array:
+    """A token: 0, once all that is in them is computed."""
+    return _known([x for one in portraits.values() for x in (one.x, one.r)])
+
+
+def _waiting(portraits: Portraits, nulls: list[Array]) -> Portraits:
+    """The same portraits, whose next comparison waits for the nulls of this one."""
+    path, one = next(iter(portraits.items()))
+    token = _known(nulls).astype(one.r.dtype)
+    return portraits | {path: one._replace(r=one.r + token)}
 
 
 @functools.partial(jax.jit, static_argnames="axes")
@@ -283,7 +314,7 @@ def _solved(
         (a.reshape(c.shape), b.reshape(*c.shape[:-2], *b.shape[-2:]))
         for c, a, b in zip(cores, jnp.split(x, ends), jnp.split(r, ends), strict=True)
     ]
-    return parts, 0 * jnp.nan_to_num(r[0, 0, 0]).astype(jnp.float32)
+    return parts, _known([x, r])
 
 
 def _upright(r: Array) -> Array:
@@ -343,7 +374,7 @@ def _compared(before: Portraits, after: Portraits, key: Any) -> dict[str, Stabil
         pair = before[path], after[path]
         groups[tuple(_side(x) for p in pair for x in p)].append(path)
     values: dict[str, Stability] = {}
-    token = jnp.zeros(())
+    token = _end(after)
     for i, paths in enumerate(groups.values()):
         found, token = _alike_group(
             [before[path] for path in paths],

@@ -1,5 +1,8 @@
 """Stability: numbers of dense numpy definitions, laws of each, trackers along runs."""
 
+import itertools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -392,6 +395,46 @@ def test_a_tracker_within_a_compiled_loop_is_that_on_the_host():
                 np.testing.assert_allclose(
                     getattr(inside[path], name)[i], getattr(found, name), atol=CLOSE
                 )
+
+
+def calls(text):
+    """The LAPACK calls in the text of a compiled program, each with all it waits for.
+
+    They are in the entry computation, where a line says what one value is made of.
+    """
+    waits, found = {}, []
+    for line in text[text.index("\nENTRY ") :].splitlines():
+        name, equals, made = line.strip().removeprefix("ROOT ").partition(" = ")
+        if equals:
+            uses = set(re.findall(r"%[\w.-]+", made))
+            waits[name] = uses.union(*(waits.get(x, ()) for x in uses))
+            if "lapack" in made:
+                found.append(name)
+    return {name: waits[name] for name in found}
+
+
+@pytest.mark.parametrize("what", ["stability", "update"])
+def test_no_two_lapack_calls_can_run_at_once(what):
+    """On a CPU they may deadlock: each waits for all that come before it."""
+    shapes = {"tall": (24, 10), "square": (12, 12), "narrow": (12, 3)}
+    params = {path: normal(0, *shape) for path, shape in shapes.items()}
+    matrices = [
+        oialr.Matrix(path, oialr.Axes(shape, (), (0,), (1,)), rows=1, kind="dot")
+        for path, shape in shapes.items()
+    ]
+    track = oialr.tracker(matrices)
+
+    def twice(before, after, key):
+        if what == "stability":
+            return oialr.stability(before, after, matrices, key=key)
+        state, first = track.update(track.init(before), after, key)
+        return first, track.update(state, before, key)
+
+    compiled = jax.jit(twice).lower(params, params, jax.random.key(0)).compile()
+    found = sorted(calls(compiled.as_text()).items(), key=lambda x: len(x[1]))
+    assert len(found) >= 3 * len(shapes)
+    for (before, _), (after, waits) in itertools.pairwise(found):
+        assert before in waits, f"{after} does not wait for {before}"
 
 
 def test_params_on_a_mesh_give_the_same_numbers():
