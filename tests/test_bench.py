@@ -38,6 +38,7 @@ TINY = bench.Settings(batch=4, fractions=(0.5,), repeats=1)
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     cases = {"mini-vit": TINY_VIT, "resnet18": TINY_RESNET, "mlp": TINY_MLP}
+    cases["basic-cnn"] = dataclasses.replace(bench.CASES["basic-cnn"], image=(8, 8, 3))
     monkeypatch.setattr(bench, "CASES", cases)
     monkeypatch.setattr(bench, "SAMPLE", 1e-4)
     small = (bench.Layer(8, 12, 16), bench.Layer(32, 36, 8, side=4))
@@ -153,6 +154,20 @@ def test_run_splits_the_wall_time(monkeypatch):
         parts = row["steps_s"] + row["compiling_s"] + row["svd_s"] + row["waiting_s"]
         assert parts == pytest.approx(row["wall_s"])
         assert row["steps_s"] > 0
+
+
+def test_orthogonal_compares_methods_with_the_svd_and_steps_with_sgd(monkeypatch):
+    monkeypatch.setattr(bench, "SIDES", (8, 16))
+    chosen = {x: bench.POLAR[x] for x in ("svd", "polar_express, 8 steps")}
+    monkeypatch.setattr(bench, "POLAR", chosen)
+    rows = bench.orthogonal(TINY)
+    whats = ["8x8"] * 2 + ["16x16"] * 2 + ["BasicCNN, batch 4"] * 3
+    assert [row["what"] for row in rows] == whats
+    assert [row["method"] for row in rows[4:]] == ["sgd", *chosen]
+    base = {row["what"]: row["ms"] for row in reversed(rows)}
+    for row in rows:
+        assert row["ms_min"] <= row["ms"] <= row["ms_max"]
+        assert row["ratio"] == pytest.approx(row["ms"] / base[row["what"]])
 
 
 def test_nested_compilations_count_once():

@@ -15,6 +15,7 @@ import oialr_jax as oialr
 from tests.helpers import assert_close
 from train.models import autoformer
 from train.models.autoformer import Autoformer
+from train.models.basic_cnn import BasicCNN
 from train.models.lenet5 import LeNet5
 from train.models.mlp import MLP
 from train.models.resnet import ResNet
@@ -73,6 +74,7 @@ def size(tree):
         (RESNET_RS101, (160, 160, 3), 63_618_696),
         (VGG16_CIFAR, (32, 32, 3), 14_728_266),
         (VGG16_LARGE, (224, 224, 3), 138_357_544),
+        (BasicCNN(), (32, 32, 3), 24_618),
     ],
     ids=[
         "vit-b16",
@@ -86,6 +88,7 @@ def size(tree):
         "resnet-rs101",
         "vgg16-bn-cifar",
         "vgg16",
+        "basic-cnn",
     ],
 )
 def test_weight_counts_are_those_of_the_papers(model, image, weights):
@@ -154,6 +157,7 @@ MODELS = {
         {"groups": ((4,), (8,)), "classes": 10, "hidden": (16,), "batch_norm": True},
         (8, 8, 3),
     ),
+    "basic-cnn": (BasicCNN, {}, (8, 8, 1)),
 }
 
 

@@ -4,11 +4,14 @@ steps    time of a training step: dense, low rank in every order, GaLore and LoR
 events   what conversion and truncations cost, and for how long training stalls
 layers   one matrix at a time against the cost model; --calibrate measures its rates
 run      the same training run dense and in low rank, wall time in its parts
+orthogonal  polar factors by every method, and what they add to a step of a small
+         convolutional network; with OPENBLAS_NUM_THREADS=1, or SVDs are slower
 
 No data is needed. Everything runs in one process; whatever is compared is timed in
 turn, once per round, after one untimed step, and the medians are reported.
 
-Wall time: two CPU cores, float32: steps 15 min, events 3 min, layers 3 min, run 10 min
+Wall time: two CPU cores, float32: steps 15 min, events 3 min, layers 3 min, run 10 min,
+           orthogonal 1 min
 Results:   train/results/
 """
 
@@ -39,6 +42,7 @@ from jaxtyping import Array
 import oialr_jax as oialr
 from oialr_jax import cost, surgery
 from train import images, names, peers, process
+from train.models.basic_cnn import BasicCNN
 from train.models.mlp import MLP
 from train.models.resnet import ResNet
 from train.models.vit import VisionTransformer
@@ -50,7 +54,7 @@ Row = dict[str, Any]
 class Settings:
     """What is measured."""
 
-    suite: Literal["steps", "events", "layers", "run"] = "steps"
+    suite: Literal["steps", "events", "layers", "run", "orthogonal"] = "steps"
     """Which table."""
     models: tuple[str, ...] = ("mini-vit", "resnet18", "mlp")
     """Of the suite steps; events takes the first."""
@@ -112,6 +116,11 @@ CASES: Mapping[str, Case] = {
         lambda dtype: ResNet(
             widths=(64, 128, 256, 512), blocks=(2, 2, 2, 2), classes=10, dtype=dtype
         ),
+        (32, 32, 3),
+        train={"train": True, "mutable": ["batch_stats"]},
+    ),
+    "basic-cnn": Case(
+        lambda dtype: BasicCNN(dtype=dtype),
         (32, 32, 3),
         train={"train": True, "mutable": ["batch_stats"]},
     ),
@@ -795,6 +804,70 @@ def run(settings: Settings) -> list[Row]:
     return rows
 
 
+# Suite: orthogonal
+
+SIDES = (32, 64, 128, 256, 512)
+POLAR: Mapping[str, Mapping[str, Any]] = {
+    "svd": {"method": "svd"},
+    "qdwh": {"method": "qdwh"},
+    "polar_express, 8 steps": {"method": "polar_express"},
+    "polar_express, 5 steps": {"method": "polar_express", "steps": 5},
+    "newton_schulz, 5 steps": {"method": "newton_schulz"},
+}
+
+
+def orthogonal(settings: Settings) -> list[Row]:
+    """Host side: a row for each method and square matrix, then for each step.
+
+    `ratio` is the time over that of the SVD, or of the step of plain SGD, median over
+    median; steps are those of BasicCNN with momentum and coupled decay.
+    """
+    rows = []
+    for side in SIDES:
+        g = {"w": jax.random.normal(jax.random.key(side), (side, side))}
+        runs = {x: _polar_of(g, options) for x, options in POLAR.items()}
+        rows += _compared(f"{side}x{side}", runs, settings.repeats)
+    problem = Problem("basic-cnn", settings.batch, settings.dtype)
+    sgd = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(1e-2, momentum=0.9))
+    optimizers = {"sgd": sgd} | {
+        x: oialr.orthogonal_sgd(1e-2, weight_decay=5e-4, **options)
+        for x, options in POLAR.items()
+    }
+    steps = {}
+    for name, tx in optimizers.items():
+        holder = {"state": problem.state(problem.params, tx)}
+        step = problem.train_step(problem.forward)
+        steps[name] = Program(step, holder, problem.image, problem.label).run
+    return rows + _compared(
+        f"BasicCNN, batch {settings.batch}", steps, settings.repeats
+    )
+
+
+def _polar_of(g: Any, options: Mapping[str, Any]) -> Callable[[], Any]:
+    tx = oialr.orthogonalize(**options)
+    update = jax.jit(tx.update).lower(g, tx.init(g)).compile()
+    return lambda: jax.block_until_ready(update(g, tx.init(g)))
+
+
+def _compared(
+    what: str, runs: Mapping[str, Callable[[], Any]], repeats: int
+) -> list[Row]:
+    times = interleaved(list(runs.values()), repeats)
+    base, *_ = times[0]
+    return [
+        {
+            "what": what,
+            "method": name,
+            "ms": 1e3 * middle,
+            "ms_min": 1e3 * least,
+            "ms_max": 1e3 * most,
+            "ratio": middle / base,
+            "backend": jax.default_backend(),
+        }
+        for name, (middle, least, most) in zip(runs, times, strict=True)
+    ]
+
+
 # The command
 
 
@@ -803,6 +876,7 @@ SUITES: Mapping[str, Callable[[Settings], list[Row]]] = {
     "events": events,
     "layers": layers,
     "run": run,
+    "orthogonal": orthogonal,
 }
 
 
