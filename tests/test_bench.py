@@ -161,9 +161,10 @@ def test_orthogonal_compares_methods_with_the_svd_and_steps_with_sgd(monkeypatch
     chosen = {x: bench.POLAR[x] for x in ("svd", "polar_express, 8 steps")}
     monkeypatch.setattr(bench, "POLAR", chosen)
     rows = bench.orthogonal(TINY)
-    whats = ["8x8"] * 2 + ["16x16"] * 2 + ["BasicCNN, batch 4"] * 3
+    whats = ["8x8"] * 2 + ["16x16"] * 2 + ["BasicCNN's gradient"] * 2
+    whats += ["BasicCNN, batch 4"] * 3
     assert [row["what"] for row in rows] == whats
-    assert [row["method"] for row in rows[4:]] == ["sgd", *chosen]
+    assert [row["method"] for row in rows[6:]] == ["sgd", *chosen]
     base = {row["what"]: row["ms"] for row in reversed(rows)}
     for row in rows:
         assert row["ms_min"] <= row["ms"] <= row["ms_max"]

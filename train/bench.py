@@ -817,17 +817,21 @@ POLAR: Mapping[str, Mapping[str, Any]] = {
 
 
 def orthogonal(settings: Settings) -> list[Row]:
-    """Host side: a row for each method and square matrix, then for each step.
+    """Host side: a row for each method on each gradient, then for each step.
 
-    `ratio` is the time over that of the SVD, or of the step of plain SGD, median over
-    median; steps are those of BasicCNN with momentum and coupled decay.
+    Gradients are square matrices and that of BasicCNN; steps are those of BasicCNN with
+    momentum and coupled decay. `ratio` is the time over that of the SVD, or of the step
+    of plain SGD, median over median.
     """
     rows = []
-    for side in SIDES:
-        g = {"w": jax.random.normal(jax.random.key(side), (side, side))}
-        runs = {x: _polar_of(g, options) for x, options in POLAR.items()}
-        rows += _compared(f"{side}x{side}", runs, settings.repeats)
     problem = Problem("basic-cnn", settings.batch, settings.dtype)
+    gradients = {
+        f"{side}x{side}": jax.random.normal(jax.random.key(side), (side, side))
+        for side in SIDES
+    } | {"BasicCNN's gradient": problem.params}
+    for name, g in gradients.items():
+        runs = {x: _polar_of({"w": g}, options) for x, options in POLAR.items()}
+        rows += _compared(name, runs, settings.repeats)
     sgd = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(1e-2, momentum=0.9))
     optimizers = {"sgd": sgd} | {
         x: oialr.orthogonal_sgd(1e-2, weight_decay=5e-4, **options)
