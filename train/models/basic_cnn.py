@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 
 class BasicCNN(nn.Module):
-    """Class logits of small images: three 3x3 convolutions of stride 2, one dense layer.
+    """Class logits of small images: three strided 3x3 convolutions, one dense layer.
 
     Each convolution has 32 channels, no bias, batch normalisation and ReLU. Batch
     statistics live in the collection `batch_stats`, mutable where `train` is True.
