@@ -117,6 +117,21 @@ def test_batches_of_nothing_are_an_error(count, batch, message):
         arrays.batches(image, label, batch=batch, seed=0)
 
 
+def test_validation_images_are_taken_from_every_class_and_from_training_alone():
+    data = digits.load()
+    parts = data.validate(300)
+    assert parts.counts == {"train": 1137, "test": 360, "validation": 300}
+    split = [parts.train_image, parts.validation_image]
+    pixels = sorted(x.tobytes() for x in np.concatenate(split))
+    assert pixels == sorted(x.tobytes() for x in data.train_image)
+    assert set(np.bincount(parts.validation_label)) <= {29, 30, 31}
+    rows = parts.rows("validation", np.array([5, 2]))
+    np.testing.assert_array_equal(rows["image"], parts.validation_image[[5, 2]])
+    np.testing.assert_array_equal(rows["label"], parts.validation_label[[5, 2]])
+    again = data.validate(300)
+    np.testing.assert_array_equal(again.train_image, parts.train_image)
+
+
 def write_idx(path, values):
     head = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes()
     path.write_bytes(gzip.compress(head + values.tobytes(), mtime=0))
@@ -677,7 +692,8 @@ def photos(tmp_path_factory):
             )
 
         def _split_generators(self, _):
-            return {"train": self._generate_examples()}
+            names = ("train", "validation")
+            return {name: self._generate_examples() for name in names}
 
         def _generate_examples(self):
             for i, image in enumerate(made):
@@ -690,14 +706,16 @@ def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("imagenet")
     Photos(data_dir=folder, file_format="array_record").download_and_prepare()
     assert imagenet.prepare(folder, None) == folder / "imagenet2012" / "5.1.0"
-    return imagenet.source(folder, "train"), made
+    return folder, made
 
 
 def test_photos_are_decoded_and_keep_their_labels(photos):
-    records, made = photos
-    (found,) = imagenet.whole(
-        records, functools.partial(imagenet.centre, size=16, part=0.8), batch=PHOTOS
-    )
+    folder, made = photos
+    data = imagenet.ImageNet(folder, size=16, part=0.8)
+    assert data.shape == (16, 16, 3)
+    assert data.counts == {"train": PHOTOS, "test": PHOTOS}
+    assert len(data.classes) == PHOTOS
+    found = data.rows("test", np.arange(PHOTOS))
     assert sorted(found["label"].tolist()) == list(range(PHOTOS))
     for pixels, i in zip(found["image"], found["label"], strict=True):
         image = made[i].convert("RGB")
@@ -711,10 +729,12 @@ def test_photos_are_decoded_and_keep_their_labels(photos):
 
 
 def test_random_crops_depend_on_seed_step_and_place_alone(photos):
-    records, _ = photos
+    folder, _ = photos
+    records = imagenet.source(folder, "train")
     crop = functools.partial(imagenet.crop, size=8)
     stream = imagenet.batches(records, crop, batch=4, seed=1)
-    item = arrays.read_ahead(stream)
+    data = imagenet.ImageNet(folder, size=8)
+    item = data.batches(batch=4, seed=1, part=slice(None))
     halves = [
         imagenet.batches(records, crop, batch=4, seed=1, part=slice(a, a + 2))
         for a in (0, 2)
@@ -759,10 +779,11 @@ def test_random_crops_are_rectangles_of_the_asked_areas_and_aspects(monkeypatch)
 
 
 def test_a_damaged_photo_is_named_by_its_index(photos):
-    records = [dict(x) for x in photos[0]]
+    records = [dict(x) for x in imagenet.source(photos[0], "train")]
     records[3]["image"] = records[3]["image"][:30]
+    stream = imagenet.batches(records, imagenet.crop, batch=PHOTOS, seed=0)
     with pytest.raises(ValueError, match="record 3 of imagenet2012 is damaged"):
-        list(imagenet.whole(records, imagenet.centre, batch=2))
+        stream[0]
 
 
 def test_imagenet_that_is_not_there_says_how_to_prepare_it(tmp_path, monkeypatch):

@@ -31,10 +31,8 @@ SETTINGS = dataclasses.replace(
 
 @pytest.fixture(autouse=True)
 def _small_resnet(monkeypatch):
-    def build(classes):
-        return ResNet(widths=(8, 16), blocks=(1, 1), classes=classes)
-
-    monkeypatch.setitem(images.MODELS, "resnet", build)
+    model = ResNet(widths=(8, 16), blocks=(1, 1), classes=10)
+    monkeypatch.setitem(images.MODELS, "resnet", (model, {}))
 
 
 def records(folder):
@@ -75,7 +73,7 @@ def test_batch_statistics_of_the_evaluation_are_those_that_were_trained(tmp_path
     task = images.task(settings)
     variables = task.init(jax.random.key(0))
     extra = {"batch_stats": variables["batch_stats"]}
-    batch = jax.tree.map(jnp.asarray, task.stream[0])
+    batch = jax.tree.map(jnp.asarray, task.batch(0))
     _, (new, metrics) = task.loss(variables["params"], extra, batch, jax.random.key(1))
     assert set(new) == {"batch_stats"}
     moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), extra, new)

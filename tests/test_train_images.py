@@ -16,6 +16,7 @@ from flax.training.train_state import TrainState
 
 import oialr_jax as oialr
 from train import images, loop, recipe, report
+from train.data import digits
 from train.models.vit import VisionTransformer
 
 STEPS, DEPTH = 12, 1
@@ -63,8 +64,9 @@ def _shallow():
         patch.setitem(
             images.MODELS,
             "vit-digits",
-            lambda classes: VisionTransformer(
-                patch=2, depth=DEPTH, heads=4, width=64, classes=classes
+            (
+                VisionTransformer(patch=2, depth=DEPTH, heads=4, width=64, classes=10),
+                {},
             ),
         )
         yield
@@ -541,7 +543,7 @@ def test_decay_spares_biases_and_scales():
 
 @pytest.mark.parametrize("mesh", ["data=1", "data=8"])
 def test_evaluation_counts_every_test_image_once(mesh):
-    data = images.DATASETS["digits"](None)
+    data = digits.load()
     repeated = dataclasses.replace(
         data,
         test_image=np.concatenate([data.test_image] * 2),

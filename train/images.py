@@ -21,9 +21,9 @@ for bit. Several devices share each batch (--mesh); for several hosts see train/
 
 import dataclasses
 import functools
-import pathlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +35,11 @@ from jaxtyping import Array, Float, Int
 
 import oialr_jax as oialr
 from train import loop, names, process, recipe
-from train.data.arrays import Images, batches, standardize
+from train.data.arrays import Dataset, Images, drawn, standardize
 from train.models.lenet5 import LeNet5
+from train.models.resnet import ResNet
+from train.models.resnet_rs import ResNetRS
+from train.models.vgg import VGG, VGG16
 from train.models.vit import VisionTransformer
 
 
@@ -45,11 +48,18 @@ class Settings(recipe.Settings):
     """One run of an image classifier."""
 
     dataset: str
-    """digits, fashion_mnist, mnist, cifar10 or cifar100."""
+    """digits, mnist, fashion_mnist, cifar10, cifar100, or imagenet2012."""
     model: str
-    """vit-digits, mini-vit-digits or lenet5."""
+    """lenet5, vit-digits, mini-vit-digits, mini-vit, vit-b16, resnet20, resnet18,
+    resnet50, resnet-rs101, vgg16-bn or vgg16."""
+    size: int = 224
+    """Height and width to which images of ImageNet are cut."""
+    validation: int = 0
+    """Training images, of every class alike, that are held back to choose by."""
     smoothing: float = 0.1
     """Part of each training label that is spread over all classes."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; weights are float32."""
 
 
 PRESETS: Mapping[str, tuple[str, Settings]] = {
@@ -74,37 +84,71 @@ PRESETS: Mapping[str, tuple[str, Settings]] = {
     ),
 }
 
-MODELS: Mapping[str, Callable[[int], nn.Module]] = {
-    "vit-digits": lambda classes: VisionTransformer(
-        patch=2, depth=4, heads=4, width=64, classes=classes
+MODELS: Mapping[str, tuple[nn.Module, Mapping[str, Any]]] = {
+    "lenet5": (LeNet5(), {}),
+    "vit-digits": (
+        VisionTransformer(patch=2, depth=4, heads=4, width=64, classes=10),
+        {"depth": 1, "width": 16},
     ),
-    "mini-vit-digits": lambda classes: VisionTransformer(
-        patch=2, depth=6, heads=6, width=768, classes=classes, qkv_bias=False
+    "mini-vit-digits": (
+        VisionTransformer(
+            patch=2, depth=6, heads=6, width=768, classes=10, qkv_bias=False
+        ),
+        {"depth": 1, "width": 24},
     ),
-    "lenet5": lambda classes: LeNet5(classes=classes),
+    "mini-vit": (
+        VisionTransformer(
+            patch=8, depth=6, heads=6, width=768, classes=10, qkv_bias=False
+        ),
+        {"depth": 1, "width": 24},
+    ),
+    "vit-b16": (
+        VisionTransformer(patch=16, depth=12, heads=12, width=768, classes=1000),
+        {"depth": 1, "width": 24},
+    ),
+    "resnet20": (
+        ResNet((16, 32, 64), (3, 3, 3), classes=10),
+        {"widths": (8, 16), "blocks": (1, 1)},
+    ),
+    "resnet18": (
+        ResNet((64, 128, 256, 512), (2, 2, 2, 2), classes=10),
+        {"widths": (8, 16), "blocks": (1, 1)},
+    ),
+    "resnet50": (
+        ResNet(
+            (64, 128, 256, 512),
+            (3, 4, 6, 3),
+            classes=1000,
+            bottleneck=True,
+            large_stem=True,
+        ),
+        {"widths": (4, 8), "blocks": (1, 1)},
+    ),
+    "resnet-rs101": (
+        ResNetRS((3, 4, 23, 3), classes=1000, dropout=0.25),
+        {"blocks": (1,)},
+    ),
+    "vgg16-bn": (
+        VGG(VGG16, classes=10, batch_norm=True),
+        {"groups": ((8,), (16, 16))},
+    ),
+    "vgg16": (
+        VGG(VGG16, classes=1000, hidden=(4096, 4096)),
+        {"groups": ((8,), (16,)), "hidden": (16, 16)},
+    ),
 }
+"""Each with what makes its small form."""
 
 
-def _digits(data_dir: pathlib.Path) -> Images:
-    from train.data import digits  # scikit-learn takes a second to import
-
-    del data_dir  # embedded
-    return digits.load()
-
-
-def _prepared(name: str, data_dir: pathlib.Path) -> Images:
-    from train.data import prepared  # needs tensorflow-datasets, digits do not
-
-    return prepared.images(data_dir, name)
-
-
-DATASETS: Mapping[str, Callable[[pathlib.Path], Images]] = {
-    "digits": _digits,
-    **{
-        name: functools.partial(_prepared, name)
-        for name in ("fashion_mnist", "mnist", "cifar10", "cifar100")
-    },
+DATASETS: Mapping[str, tuple[tuple[int, int, int], int]] = {
+    "digits": ((8, 8, 1), 10),
+    "mnist": ((28, 28, 1), 10),
+    "fashion_mnist": ((28, 28, 1), 10),
+    "cifar10": ((32, 32, 3), 10),
+    "cifar100": ((32, 32, 3), 100),
+    "imagenet2012": ((64, 64, 3), 1000),
 }
+"""Height, width and channels in the small form, and classes."""
 
 EVALUATION_BATCH = 500
 """One piece of the digits, a divisor of the others: one shape is compiled per ranks."""
@@ -118,32 +162,69 @@ def run(settings: Settings, *, name: str) -> dict[str, Any]:
     return recipe.run(settings, task, name=name)
 
 
+def dataset(settings: Settings) -> Dataset:
+    """Host side: the images that the settings name.
+
+    Raises:   ValueError: an unknown dataset, or validation images where there can be
+              none. FileNotFoundError: the dataset is not prepared.
+    """
+    shape, classes = names.find("dataset", settings.dataset, DATASETS)
+    data: Images
+    if settings.smoke:
+        data = drawn(shape, classes)
+    elif settings.dataset == "imagenet2012":
+        from train.data import imagenet  # needs tensorflow-datasets
+
+        if settings.validation:
+            raise ValueError("`validation` images cannot be taken from imagenet2012")
+        return imagenet.ImageNet(settings.data_dir, settings.size)
+    elif settings.dataset == "digits":
+        from train.data import digits  # scikit-learn takes a second to import
+
+        data = digits.load()
+    else:
+        from train.data import prepared  # needs tensorflow-datasets, digits do not
+
+        data = prepared.images(settings.data_dir, settings.dataset)
+    if settings.validation:
+        data = data.validate(10 if settings.smoke else settings.validation)
+    return data
+
+
+def network(settings: Settings, classes: int) -> nn.Module:
+    """The model that the settings name.
+
+    Raises:   ValueError: there is none of this name.
+    """
+    model, small = names.find("model", settings.model, MODELS)
+    fields = dict(small) if settings.smoke else {}
+    return model.clone(classes=classes, dtype=jnp.dtype(settings.dtype), **fields)
+
+
 def task(settings: Settings) -> recipe.Task:
     """Host side: the classifier that the settings name.
 
-    Raises:   ValueError: an unknown dataset or model. FileNotFoundError: the dataset is
-              not prepared.
+    Raises:   as `dataset` and `network`.
     """
-    build = names.find("model", settings.model, MODELS)
-    data = names.find("dataset", settings.dataset, DATASETS)(settings.data_dir)
+    data = dataset(settings)
+    model = network(settings, len(data.classes))
     mesh = oialr.make_mesh(settings.mesh)
     layout = oialr.Layout(mesh, rules(mesh, settings.model))
-    model = build(len(data.classes))
+    trains = "train" in inspect.signature(type(model).__call__).parameters
 
     def init(key: Array) -> Mapping[str, Any]:
-        image = jnp.asarray(data.train_image[:1])
-        return model.init(key, standardize(image, data.mean, data.deviation))
+        return model.init(key, jnp.zeros((1, *data.shape)))
 
     def loss(params: Any, extra: Any, batch: Mapping[str, Array], key: Array) -> Any:
-        del key  # no model here draws anything
         image = standardize(batch["image"], data.mean, data.deviation)
-        variables = {"params": params, **extra}
-        if "batch_stats" in extra:
-            logits, extra = model.apply(
-                variables, image, train=True, mutable=["batch_stats"]
-            )
-        else:
-            logits = model.apply(variables, image)
+        options: dict[str, Any] = {"train": True} if trains else {}
+        logits, extra = model.apply(
+            {"params": params, **extra},
+            image,
+            mutable=list(extra),
+            rngs={"dropout": key},
+            **options,
+        )
         label = batch["label"]
         entropy = cross_entropy(logits, label, settings.smoothing)
         right = jnp.mean(jnp.argmax(logits, -1) == label)
@@ -157,21 +238,22 @@ def task(settings: Settings) -> recipe.Task:
 
     def evaluated(state: recipe.State) -> dict[str, float]:
         of_image = functools.partial(forward, state.averaged, state.extra)
-        return evaluate(of_image, layout, data, settings.smoothing)
+        found = evaluate(of_image, layout, data, settings.smoothing)
+        if settings.validation:
+            other = evaluate(of_image, layout, data, settings.smoothing, "validation")
+            found |= {f"validation_{name}": x for name, x in other.items()}
+        return found
 
+    counted = "validation_accuracy" if settings.validation else "accuracy"
     return recipe.Task(
         init=init,
         loss=loss,
-        stream=batches(
-            data.train_image,
-            data.train_label,
-            batch=settings.batch,
-            seed=settings.seed,
-            part=layout.rows(settings.batch),
+        batch=data.batches(
+            batch=settings.batch, seed=settings.seed, part=layout.rows(settings.batch)
         ),
         evaluate=evaluated,
-        goal=loop.Goal("accuracy", "max"),
-        epoch=len(data.train_label) / settings.batch,
+        goal=loop.Goal(counted, "max"),
+        epoch=data.counts["train"] / settings.batch,
         layout=layout,
         described={"dataset": settings.dataset, "model": settings.model},
     )
@@ -188,20 +270,23 @@ def cross_entropy(
 def evaluate(
     forward: Callable[[Any], Array],
     layout: oialr.Layout,
-    data: Images,
+    data: Dataset,
     smoothing: float,
+    split: str = "test",
 ) -> dict[str, float]:
-    """Accuracy and mean loss, that of the training, over the whole test set."""
+    """Accuracy and mean loss, that of the training, over the whole of a split."""
     correct, total = 0.0, 0.0
-    count = len(data.test_label)
+    count = data.counts[split]
     size = -(-min(count, EVALUATION_BATCH) // layout.shards) * layout.shards
     part = layout.rows(size)
     for start in range(0, count, size):
         rows = np.arange(start, start + size)[part]
         inside = rows < count
         rows = np.where(inside, rows, 0)  # the last piece is filled up
-        local = (data.test_image[rows], data.test_label[rows], inside)
-        image, label, counted = layout.put_batch(local, size)
+        local = data.rows(split, rows)
+        image, label, counted = layout.put_batch(
+            (local["image"], local["label"], inside), size
+        )
         logits = forward(image)
         right, entropy = _sums(logits, label, counted, smoothing)
         correct += float(right)

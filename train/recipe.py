@@ -89,6 +89,8 @@ class Settings:
     """Evaluations without a better one after which the run ends early."""
     track_every: int | None = None
     """Steps between records of how far every basis has moved; by default none."""
+    smoke: bool = False
+    """A few steps of a small form on random data: only shows that the program works."""
     resume: bool = False
     """Go on from the last checkpoint, if there is one."""
     mesh: str = "data=-1"
@@ -119,6 +121,22 @@ PLACE_ONLY = frozenset(
 )
 """Settings that do not change what a run computes: a resumed one may have others."""
 
+SMOKE: Mapping[str, Any] = {
+    "steps": 12,
+    "batch": 8,
+    "delay": 1 / 3,
+    "every": 0.25,
+    "stop": 0.75,
+    "layer_step": 1.0,
+    "cutoff": 0.6,
+    "multiple": 1,
+    "keep_last": 0,
+    "log_every": 4,
+    "eval_every": 6,
+    "save_every": 4,
+}
+"""The small form of every preset meets a conversion, a truncation and a checkpoint."""
+
 S = TypeVar("S", bound=Settings)
 
 
@@ -142,7 +160,7 @@ class Task:
         init: key -> {"params": ..., and other collections of the model}, arrays.
         loss: (params, extra, batch, key) -> (mean loss, (new extra, metrics)), pure;
             the model in it knows nothing of low rank.
-        stream: item t is the batch of step t, of which this process has `layout.rows`.
+        batch: the batch of step t, of which this process has `layout.rows`.
         evaluate: state -> numbers over the whole test set.
         goal: the metric among them that counts.
         epoch: steps in one pass through the data.
@@ -152,7 +170,7 @@ class Task:
 
     init: Callable[[Array], Mapping[str, Any]]
     loss: Callable[[Any, Any, Any, Array], tuple[Array, tuple[Any, Mapping[str, Any]]]]
-    stream: Sequence[Any] | Any
+    batch: Callable[[int], Any]
     evaluate: Callable[[State], Mapping[str, float]]
     goal: loop.Goal
     epoch: float
@@ -168,6 +186,8 @@ def run(settings: S, build: Callable[[S], Task], *, name: str) -> dict[str, Any]
               FloatingPointError: the loss is no longer finite.
     """
     started = time.perf_counter()
+    if settings.smoke:
+        settings = dataclasses.replace(settings, **SMOKE)
     if settings.compilation_cache is not None:
         keep_compiled(settings.compilation_cache)
     pace = loop.Pace(
@@ -179,12 +199,12 @@ def run(settings: S, build: Callable[[S], Task], *, name: str) -> dict[str, Any]
     layout = task.layout
 
     def batch(t: int) -> Any:
-        return layout.put_batch(task.stream[t], settings.batch)
+        return layout.put_batch(task.batch(t), settings.batch)
 
     key = jax.random.key(settings.seed)
     noise = jax.random.fold_in(key, 1)
     extra, weights = _split(jax.eval_shape(task.init, key))
-    given = (_whole(task.stream[0], settings.batch), jax.eval_shape(lambda: noise))
+    given = (_whole(task.batch(0), settings.batch), jax.eval_shape(lambda: noise))
     found_matrices = oialr.find_matrices(task.loss, weights, extra, *given)
     matrices = oialr.select(
         found_matrices,

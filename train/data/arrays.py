@@ -1,8 +1,8 @@
 """Labelled images in memory, and batches as a pure function of seed and step."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import TypedDict, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypedDict, TypeVar
 
 import grain
 import numpy as np
@@ -18,15 +18,97 @@ class Batch(TypedDict):
     label: Int[np.ndarray, " b"]
 
 
+class Dataset(Protocol):
+    """Labelled images, in memory or not; pixels from 0 to 255."""
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Names of the classes, by number."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image."""
+
+    @property
+    def mean(self) -> Any:
+        """Mean of the training pixels, one number or one for each channel."""
+
+    @property
+    def deviation(self) -> Any:
+        """Standard deviation of the training pixels, in the shape of `mean`."""
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Images by split: train, test, and validation where there is one."""
+
+    def batches(self, *, batch: int, seed: int, part: slice) -> Callable[[int], Batch]:
+        """Of the training images: see the function of this name."""
+
+    def rows(self, split: str, rows: Int[np.ndarray, " b"]) -> Batch:
+        """Images of another split by number."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """A dataset of small images, whole, as the publisher split it."""
+    """A dataset of small images, whole; without `validate`, as the publisher split it.
+
+    It is a `Dataset`.
+    """
 
     train_image: UInt8[np.ndarray, "n h w c"]
     train_label: Int[np.ndarray, " n"]
     test_image: UInt8[np.ndarray, "k h w c"]
     test_label: Int[np.ndarray, " k"]
     classes: tuple[str, ...]
+    validation_image: UInt8[np.ndarray, "j h w c"] | None = None
+    validation_label: Int[np.ndarray, " j"] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image."""
+        _, h, w, c = self.train_image.shape
+        return h, w, c
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Images by split."""
+        found = {"train": len(self.train_label), "test": len(self.test_label)}
+        if self.validation_label is not None:
+            found["validation"] = len(self.validation_label)
+        return found
+
+    def batches(self, *, batch: int, seed: int, part: slice) -> Callable[[int], Batch]:
+        """Of the training images: see the function of this name."""
+        stream = batches(
+            self.train_image, self.train_label, batch=batch, seed=seed, part=part
+        )
+        return stream.__getitem__
+
+    def rows(self, split: str, rows: Int[np.ndarray, " b"]) -> Batch:
+        """Images of a split by number."""
+        image, label = getattr(self, f"{split}_image"), getattr(self, f"{split}_label")
+        return {"image": image[rows], "label": label[rows]}
+
+    def validate(self, count: int) -> "Images":
+        """The same with `count` training images, of every class alike, for validation.
+
+        Raises:   ValueError: so many that none is left, or a class has none.
+        """
+        from sklearn.model_selection import train_test_split  # a second to import
+
+        kept, taken = train_test_split(
+            np.arange(len(self.train_label)),
+            test_size=count,
+            stratify=self.train_label,
+            random_state=0,
+        )
+        return dataclasses.replace(
+            self,
+            train_image=self.train_image[kept],
+            train_label=self.train_label[kept],
+            validation_image=self.train_image[taken],
+            validation_label=self.train_label[taken],
+        )
 
     @property
     def mean(self) -> float:
@@ -39,7 +121,16 @@ class Images:
         return float(np.std(self.train_image, dtype=np.float64))
 
 
-def standardize(image: Array, mean: float, deviation: float) -> Float[Array, "b h w c"]:
+def drawn(shape: tuple[int, int, int], classes: int, *, count: int = 96) -> Images:
+    """Random pixels and classes, to show that a program works and nothing else."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(256, size=(2 * count, *shape), dtype=np.uint8)
+    label = np.arange(2 * count, dtype=np.int32) % classes
+    names = tuple(map(str, range(classes)))
+    return Images(image[:count], label[:count], image[count:], label[count:], names)
+
+
+def standardize(image: Array, mean: Any, deviation: Any) -> Float[Array, "b h w c"]:
     """Raw pixels as numbers of mean 0 and deviation 1 over the training images."""
     return (image.astype(np.float32) - mean) / deviation
 

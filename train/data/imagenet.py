@@ -11,21 +11,23 @@ that needs.
 4. Training reads data/imagenet2012 from any environment, without TensorFlow.
 """
 
+import dataclasses
+import functools
 import importlib.util
 import io
 import logging
 import math
 import pathlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from PIL import Image
 
-from train.data.arrays import Batch, ordered
+from train.data.arrays import Batch, ordered, read_ahead
 
 NAME = "imagenet2012"
 ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
@@ -80,6 +82,62 @@ def source(data_dir: pathlib.Path, split: str) -> Any:
     return tfds.builder_from_directory(folder).as_data_source(split, decoders=encoded)
 
 
+@dataclasses.dataclass(frozen=True)
+class ImageNet:
+    """The prepared dataset, whose images are decoded when they are asked for.
+
+    It is a `Dataset`; the publisher's validation images are the test set. Mean and
+    deviation are those that everybody uses, of the colours red, green and blue.
+
+    Raises:   FileNotFoundError: `data_dir` holds no prepared copy; says what to run.
+    """
+
+    data_dir: pathlib.Path
+    size: int = 224
+    part: float = 0.9
+    """Of a test image, cut from its middle."""
+    mean: ClassVar[Any] = 255 * np.array([0.485, 0.456, 0.406], np.float32)
+    deviation: ClassVar[Any] = 255 * np.array([0.229, 0.224, 0.225], np.float32)
+
+    def __post_init__(self) -> None:
+        """Fail now and not when the first batch is read."""
+        _ = self.counts
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """The 1000 synsets."""
+        folder = _prepared(self.data_dir)
+        return tfds.builder_from_directory(folder).info.features["label"].names
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image."""
+        return self.size, self.size, 3
+
+    @functools.cached_property
+    def _records(self) -> Mapping[str, Any]:
+        splits = {"train": "train", "test": "validation"}
+        return {name: source(self.data_dir, split) for name, split in splits.items()}
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Images by split."""
+        return {name: len(records) for name, records in self._records.items()}
+
+    def batches(self, *, batch: int, seed: int, part: slice) -> Callable[[int], Batch]:
+        """Random crops of the training images, read ahead."""
+        cut = functools.partial(crop, size=self.size)
+        stream = batches(self._records["train"], cut, batch=batch, seed=seed, part=part)
+        return read_ahead(stream)
+
+    def rows(self, split: str, rows: Int[np.ndarray, " b"]) -> Batch:
+        """Images of a split by number, their middles."""
+        none = np.random.default_rng(0)
+        cut = functools.partial(centre, size=self.size, part=self.part)
+        records = self._records[split]
+        return _stacked([_pixels(records, int(i), cut, none) for i in rows])
+
+
 def _prepared(data_dir: pathlib.Path) -> pathlib.Path | None:
     found = sorted(pathlib.Path(data_dir, NAME).glob("*/dataset_info.json"))
     return found[-1].parent if found else None
@@ -112,16 +170,6 @@ def batches(
         return _stacked(pairs)
 
     return ordered(len(records), batch=batch, seed=seed).random_map(rows)
-
-
-def whole(
-    records: Any, transform: Transform, *, batch: int, part: slice = slice(None)
-) -> Iterator[Batch]:
-    """All records once, in order; the last batch is what is left."""
-    none = np.random.default_rng(0)
-    for start in range(0, len(records), batch):
-        index = range(start, min(start + batch, len(records)))[part]
-        yield _stacked([_pixels(records, i, transform, none) for i in index])
 
 
 def _pixels(
