@@ -74,7 +74,7 @@ def test_rectangles_are_resized_as_pillow_does(kind, box):
         theirs = np.asarray(part.resize((10, 12), Image.Resampling[kind]))
         difference = np.abs(ours.astype(int) - theirs)
         assert np.max(difference) <= 1
-        assert np.mean(difference) < 0.05  # its weights have fewer digits
+        assert np.mean(difference) < 0.1  # halves are rounded either way
 
 
 def timm_rectangle(rng, size, area, aspect, *, erasing):
@@ -106,7 +106,7 @@ def test_rectangles_are_distributed_as_those_of_timm(erasing):
     for ours, theirs in zip(found, expected, strict=True):
         ours = np.asarray(ours)[np.asarray(fits)]
         assert ours.min() == theirs.min()
-        assert abs(int(ours.max()) - int(theirs.max())) <= 1
+        assert ours.max() == theirs.max()
         grid = np.arange(25)
         below = [np.searchsorted(np.sort(x), grid) / len(x) for x in (ours, theirs)]
         assert np.max(np.abs(below[0] - below[1])) < 0.04
