@@ -155,3 +155,18 @@ def test_settings_out_of_range_are_refused(change, message, tmp_path):
     settings = dataclasses.replace(SETTINGS, out=tmp_path, **change)
     with pytest.raises(ValueError, match=re.escape(message)):
         images.run(settings, name="x")
+
+
+def test_out_of_memory_names_the_batch_and_the_largest_arrays(tmp_path):
+    large = jnp.zeros((9, 1024, 1024))
+
+    def run(settings, *, name):
+        jnp.zeros((1 << 22, 1 << 22)).block_until_ready()
+
+    presets = {"x": ("one", dataclasses.replace(SETTINGS, out=tmp_path))}
+    with pytest.raises(SystemExit) as caught:
+        recipe.command("python -m x", presets, run, ["x"])
+    text = str(caught.value)
+    assert text.startswith("error: out of memory with --batch 32: ")
+    assert "float32[9, 1024, 1024] of 36 MiB" in text
+    assert large.size

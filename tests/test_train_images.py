@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -17,6 +18,7 @@ from flax.training.train_state import TrainState
 import oialr_jax as oialr
 from train import images, loop, recipe, report
 from train.data import digits
+from train.data.arrays import standardize
 from train.models.vit import VisionTransformer
 
 STEPS, DEPTH = 12, 1
@@ -562,3 +564,40 @@ def test_evaluation_counts_every_test_image_once(mesh):
     found = images.evaluate(oracle, layout, repeated, 0.0)
     assert found["accuracy"] == pytest.approx(0.75)
     assert found["loss"] == pytest.approx(12.5, rel=1e-4)
+
+
+CHANGES = {
+    "crop_area": {"crop_area": 0.3},
+    "pad": {"pad": 2},
+    "flip": {"flip": True},
+    "erase": {"erase": 1.0},
+    "mix": {"mix": True},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_images_are_changed_as_the_settings_say_and_by_the_key_alone(change):
+    data = digits.load()
+    settings = images.PRESETS["digits"][1]
+    batch = data.rows("test", np.arange(16))
+    image, label = jnp.asarray(batch["image"]), jnp.asarray(batch["label"])
+
+    def changed(settings, seed):
+        return images.augmented(settings, data, jax.random.key(seed), image, label)
+
+    plain, target = changed(settings, 0)
+    expected = standardize(image, data.mean, data.deviation)
+    np.testing.assert_array_equal(plain, expected)
+    np.testing.assert_allclose(jnp.sum(target, -1), 1, rtol=1e-6)
+    np.testing.assert_array_equal(jnp.argmax(target, -1), label)
+    np.testing.assert_allclose(jnp.min(target), settings.smoothing / 10, rtol=1e-5)
+    settings = dataclasses.replace(settings, **change)
+    first, again, other = (
+        changed(settings, 1),
+        changed(settings, 1),
+        changed(settings, 2),
+    )
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert np.any(first[0] != other[0])
+    assert np.any(first[0] != plain)
+    assert np.any(first[1] != target) == ("mix" in change)

@@ -31,10 +31,11 @@ import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 import oialr_jax as oialr
 from train import loop, names, process, recipe
+from train.data import augment
 from train.data.arrays import Dataset, Images, drawn, standardize
 from train.models.lenet5 import LeNet5
 from train.models.resnet import ResNet
@@ -58,9 +59,48 @@ class Settings(recipe.Settings):
     """Training images, of every class alike, that are held back to choose by."""
     smoothing: float = 0.1
     """Part of each training label that is spread over all classes."""
+    crop_area: float | None = None
+    """Least part of an image that a random crop has, which is then made as large."""
+    pad: int = 0
+    """Pixels by which images are moved at random."""
+    flip: bool = False
+    """Half of the images, left to right."""
+    erase: float = 0.0
+    """Share of the images of which a rectangle becomes noise."""
+    mix: bool = False
+    """Batches are mixed by mixup (0.1) or cutmix (1.0)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; weights are float32."""
 
+
+_RESNET: dict[str, Any] = {
+    "optimizer": "sgd",
+    "learning_rate": 0.1,
+    "warmup": 0.02,
+    "weight_decay": 5e-4,
+    "clip": None,
+    "smoothing": 0.0,
+    "pad": 4,
+    "flip": True,
+    "cutoff": 0.15,
+    "multiple": 8,
+    "log_every": 391,
+    "eval_every": 3910,
+    "save_every": 3910,
+}
+_IMAGENET: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "warmup": 1 / 30,
+    "mix": True,
+    "erase": 0.25,
+    "cutoff": 0.15,
+    "every": 0.05,
+    "multiple": 16,
+    "keep_eligible": True,
+    "log_every": 100,
+    "eval_every": 6255,
+    "save_every": 1251,
+}
 
 PRESETS: Mapping[str, tuple[str, Settings]] = {
     "digits": (
@@ -80,6 +120,123 @@ PRESETS: Mapping[str, tuple[str, Settings]] = {
             min_aspect=0.05,  # takes the second convolution, 500x50
             log_every=50,
             eval_every=200,
+        ),
+    ),
+    "mnist-lenet5": (
+        "LeNet5 on MNIST, 50,000 images to train on and 10,000 to choose by",
+        Settings(
+            dataset="mnist",
+            model="lenet5",
+            validation=10_000,
+            steps=3900,
+            batch=128,  # 10 passes
+            learning_rate=2e-3,
+            weight_decay=0.3,
+            smoothing=0.0,
+            layer_step=1.0,
+            min_aspect=0.05,
+            log_every=100,
+            eval_every=390,
+            save_every=1950,
+        ),
+    ),
+    "cifar10-vit-mini": (
+        "the paper's mini vision transformer on CIFAR-10, 300 passes",
+        Settings(
+            dataset="cifar10",
+            model="mini-vit",
+            dtype="bfloat16",
+            steps=14_700,
+            batch=1024,
+            learning_rate=3e-4,
+            warmup=1 / 30,
+            lowest_rate=1e-5,
+            k_decay=0.34,
+            weight_decay=0.01,
+            clip=5.0,
+            crop_area=0.8,
+            flip=True,
+            erase=0.25,
+            delay=2500 / 14_700,
+            every=500 / 14_700,
+            cutoff=0.15,
+            multiple=8,
+            keep_eligible=True,
+            log_every=49,
+            eval_every=490,
+            save_every=1470,
+        ),
+    ),
+    "cifar10-resnet20": (
+        "ResNet-20 on CIFAR-10, 164 passes",
+        Settings(
+            dataset="cifar10",
+            model="resnet20",
+            steps=64_000,
+            batch=128,
+            **_RESNET,
+        ),
+    ),
+    "cifar10-resnet18": (
+        "ResNet-18 in its CIFAR form on CIFAR-10, 200 passes",
+        Settings(
+            dataset="cifar10",
+            model="resnet18",
+            steps=78_200,
+            batch=128,
+            dtype="bfloat16",
+            **_RESNET,
+        ),
+    ),
+    "cifar10-vgg16": (
+        "VGG16 with batch normalisation and one dense layer on CIFAR-10, 200 passes",
+        Settings(
+            dataset="cifar10",
+            model="vgg16-bn",
+            steps=78_200,
+            batch=128,
+            dtype="bfloat16",
+            **_RESNET | {"learning_rate": 0.05},
+        ),
+    ),
+    "imagenet-vit-b16": (
+        "ViT-B/16 on ImageNet, 300 passes",
+        Settings(
+            dataset="imagenet2012",
+            model="vit-b16",
+            steps=375_300,
+            batch=1024,
+            learning_rate=1e-3,
+            weight_decay=0.05,
+            ema=0.9999,
+            **_IMAGENET,
+        ),
+    ),
+    "imagenet-resnet-rs101": (
+        "ResNet-RS 101 on ImageNet at 160 pixels, 300 passes",
+        Settings(
+            dataset="imagenet2012",
+            model="resnet-rs101",
+            size=160,
+            steps=375_300,
+            batch=1024,
+            learning_rate=1e-3,
+            weight_decay=1e-3,
+            **_IMAGENET,
+        ),
+    ),
+    "imagenet-resnet50": (
+        "ResNet-50 on ImageNet, 90 passes",
+        Settings(
+            dataset="imagenet2012",
+            model="resnet50",
+            steps=112_590,
+            batch=1024,
+            optimizer="sgd",
+            learning_rate=0.4,
+            weight_decay=1e-4,
+            clip=None,
+            **_IMAGENET | {"mix": False, "erase": 0.0},
         ),
     ),
 }
@@ -216,18 +373,20 @@ def task(settings: Settings) -> recipe.Task:
         return model.init(key, jnp.zeros((1, *data.shape)))
 
     def loss(params: Any, extra: Any, batch: Mapping[str, Array], key: Array) -> Any:
-        image = standardize(batch["image"], data.mean, data.deviation)
+        drop, change = jax.random.split(key)
+        image, target = augmented(
+            settings, data, change, batch["image"], batch["label"]
+        )
         options: dict[str, Any] = {"train": True} if trains else {}
         logits, extra = model.apply(
             {"params": params, **extra},
             image,
             mutable=list(extra),
-            rngs={"dropout": key},
+            rngs={"dropout": drop},
             **options,
         )
-        label = batch["label"]
-        entropy = cross_entropy(logits, label, settings.smoothing)
-        right = jnp.mean(jnp.argmax(logits, -1) == label)
+        entropy = optax.softmax_cross_entropy(logits, target)
+        right = jnp.mean(jnp.argmax(logits, -1) == batch["label"])
         return jnp.mean(entropy), (extra, {"accuracy": right})
 
     def logits(params: Any, extra: Any, image: Array) -> Array:
@@ -259,12 +418,29 @@ def task(settings: Settings) -> recipe.Task:
     )
 
 
-def cross_entropy(
-    logits: Float[Array, "b c"], label: Int[Array, " b"], smoothing: float
-) -> Float[Array, " b"]:
-    """Of each image, with a part `smoothing` of its label spread over all classes."""
-    target = optax.smooth_labels(jax.nn.one_hot(label, logits.shape[-1]), smoothing)
-    return optax.softmax_cross_entropy(logits, target)
+def augmented(
+    settings: Settings,
+    data: Dataset,
+    key: Array,
+    image: UInt8[Array, "b h w c"],
+    label: Int[Array, " b"],
+) -> tuple[Float[Array, "b h w c"], Float[Array, "b k"]]:
+    """Standardised images and targets of a training batch, changed as was asked."""
+    keys = jax.random.split(key, 5)
+    if settings.crop_area is not None:
+        area = (settings.crop_area, 1.0)
+        image = augment.resized_crop(keys[0], image, area=area)
+    if settings.pad:
+        image = augment.crop(keys[1], image, pad=settings.pad)
+    if settings.flip:
+        image = augment.flip(keys[2], image)
+    pixels = standardize(image, data.mean, data.deviation)
+    if settings.erase:
+        pixels = augment.erase(keys[3], pixels, probability=settings.erase)
+    target = augment.targets(label, len(data.classes), settings.smoothing)
+    if settings.mix:
+        pixels, target = augment.mix(keys[4], pixels, target)
+    return pixels, target
 
 
 def evaluate(
@@ -300,7 +476,8 @@ def _sums(
 ) -> tuple[Array, Array]:
     """Of a batch: how many are right, and the sum of their losses."""
     right = (jnp.argmax(logits, -1) == label) & counted
-    entropy = cross_entropy(logits, label, smoothing)
+    target = augment.targets(label, logits.shape[-1], smoothing)
+    entropy = optax.softmax_cross_entropy(logits, target)
     return jnp.sum(right), jnp.sum(jnp.where(counted, entropy, 0))
 
 

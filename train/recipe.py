@@ -19,7 +19,7 @@ from flax.training import train_state
 from jaxtyping import Array
 
 import oialr_jax as oialr
-from train import loop, names, optimizers, report
+from train import loop, names, optimizers, rates, report
 from train.tracking import Tracking
 
 
@@ -42,10 +42,16 @@ class Settings:
     of the presets are for adamw, swan and muon, see train/optimizers.py."""
     learning_rate: float = 4e-3
     """Peak of the rate: linear warm-up, then what `rate` says."""
-    rate: Literal["cosine", "constant"] = "cosine"
-    """What the learning rate does after its warm-up."""
+    rate: Literal["cosine", "constant", "halving"] = "cosine"
+    """What the learning rate does then; halving is by epoch and has no warm-up."""
     warmup: float = 0.1
     """When the peak is reached."""
+    lowest_rate: float = 0.0
+    """Where the cosine ends; above the peak it rises, as in the authors' runs."""
+    k_decay: float = 1.0
+    """Below one the cosine falls early."""
+    rewarm: int = 0
+    """Updates over which the rate is warmed up again after each rank event."""
     weight_decay: float = 1.0
     """On matrices only; sgd, orthogonal_sgd and spectral_trust_region decay all."""
     clip: float | None = 1.0
@@ -60,6 +66,10 @@ class Settings:
     """Share of the layers, last executed first, that each event treats in addition."""
     cutoff: float = 0.3
     """Singular values below this fraction of the largest go."""
+    floor: float = 0.01
+    """No rank falls below this part of the short side."""
+    max_drop: float = 0.5
+    """Part of a rank that one event may drop."""
     multiple: int = 4
     """Ranks are rounded up to this, so that layers share shapes."""
     stop: float = 0.7
@@ -214,7 +224,8 @@ def run(settings: S, build: Callable[[S], Task], *, name: str) -> dict[str, Any]
         keep_eligible=settings.keep_eligible,
     )
     stable = low_rank and settings.when == "stable"
-    tx = oialr.freeze_bases(optimizer(settings, matrices), reference=stable)
+    inner = optimizer(settings, matrices, epoch=task.epoch)
+    tx = oialr.freeze_bases(inner, reference=stable)
     loss = oialr.factored(task.loss)
 
     def create(key: Array) -> State:
@@ -263,7 +274,12 @@ def run(settings: S, build: Callable[[S], Task], *, name: str) -> dict[str, Any]
         reports: Sequence[oialr.Report] = []
         timings: Sequence[oialr.Timing] = []
         if plan is not None:
-            rule = oialr.RankRule(cutoff=settings.cutoff, multiple=settings.multiple)
+            rule = oialr.RankRule(
+                cutoff=settings.cutoff,
+                floor=settings.floor,
+                max_drop=settings.max_drop,
+                multiple=settings.multiple,
+            )
             step = oialr.adaptive(train_step, tx, matrices, plan, rule, layout=layout)
             reports, timings = step.reports, step.timings
         else:
@@ -313,31 +329,48 @@ def run(settings: S, build: Callable[[S], Task], *, name: str) -> dict[str, Any]
 
 
 def optimizer(
-    settings: Settings, matrices: Sequence[oialr.Matrix] = ()
+    settings: Settings, matrices: Sequence[oialr.Matrix] = (), *, epoch: float = 1.0
 ) -> optax.GradientTransformation:
-    """The optimizer that was asked for, with warm-up, clipping and running average.
+    """The optimizer that was asked for, with its rate, clipping and running average.
 
+    Args:     epoch: steps in one pass through the data.
     Raises:   ValueError: there is none of this name, or a setting out of range.
     """
     if settings.accumulate < 1:
         raise ValueError(f"`accumulate` must be at least 1, got {settings.accumulate}")
-    updates = -(-settings.steps // settings.accumulate)
-    warmup = round(settings.warmup * updates)
-    if settings.rate == "constant":
-        rate = optax.warmup_constant_schedule(0.0, settings.learning_rate, warmup)
-    else:
-        rate = optax.warmup_cosine_decay_schedule(
-            0.0, settings.learning_rate, warmup, decay_steps=updates
-        )
     return optimizers.build(
         settings.optimizer,
-        rate,
+        learning_rate(settings, epoch),
         settings.weight_decay,
         matrices,
         clip=settings.clip,
         ema=settings.ema,
         accumulate=settings.accumulate,
     )
+
+
+def learning_rate(settings: Settings, epoch: float = 1.0) -> optax.Schedule:
+    """The rate of each update, of which there is one every `accumulate` steps."""
+    updates = -(-settings.steps // settings.accumulate)
+    warmup = round(settings.warmup * updates)
+    base = settings.learning_rate
+    if settings.rate == "constant":
+        rate = optax.warmup_constant_schedule(0.0, base, warmup)
+    elif settings.rate == "halving":
+        rate = rates.halving(base, every=max(1, round(epoch / settings.accumulate)))
+    else:
+        rate = rates.cosine(
+            base,
+            length=max(1, updates - warmup),
+            lowest=settings.lowest_rate,
+            warmup=warmup,
+            k=settings.k_decay,
+        )
+    if settings.rewarm and settings.method == "oialr":
+        steps = schedule(settings).events(settings.steps)
+        events = [t // settings.accumulate for t in steps]
+        rate = rates.rewarmed(rate, events, length=settings.rewarm)
+    return rate
 
 
 def schedule(settings: Settings) -> oialr.Schedule:
@@ -411,6 +444,10 @@ def command(
         return
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.exit(f"error: {out_of_memory(settings, error)}")
     if jax.process_index() == 0:
         results = (f"{k[5:]} {x:.4g}" for k, x in summary.items() if k[:5] == "test_")
         print(
@@ -419,6 +456,20 @@ def command(
             f"{summary['trainable_fraction']:.1%} trained, "
             f"{summary['wall_seconds']:.0f} s, {settings.out / name}"
         )
+
+
+def out_of_memory(settings: Settings, error: Exception) -> str:
+    """What was too much: the batch, and the largest arrays that there are."""
+    largest = sorted(jax.live_arrays(), key=lambda x: x.nbytes, reverse=True)[:3]
+    arrays = ", ".join(
+        f"{x.dtype}{list(x.shape)} of {x.nbytes / 2**20:.0f} MiB" for x in largest
+    )
+    reason = str(error).splitlines()[0]
+    return (
+        f"out of memory with --batch {settings.batch}: a smaller one, with "
+        "--accumulate for the same updates, or --mesh fsdp=-1 need less. The largest "
+        f"arrays: {arrays}. {reason}"
+    )
 
 
 def _split(variables: Mapping[str, Any]) -> tuple[Mapping[str, Any], Any]:

@@ -1,11 +1,14 @@
 """Plots of a run, from its record alone: python -m train.report RUN_DIR.
 
-Draws into RUN_DIR/plots: accuracy.png and loss.png over the steps, ranks.png per layer
+Draws into RUN_DIR/plots: loss.png and every metric over the steps, ranks.png per layer
 over the steps, spectra.png of singular values at every event, and fractions.png of
-stored and trained weights. Runs without rank events get the first two and the last.
+stored and trained weights. Runs without rank events get the first and the last.
 Runs whose bases were tracked also get stability.png, a map of how alike the basis of
 each layer is at the ends of each interval, over the means of all layers; and
 basis_spectra.png and basis_ranks.png with the singular values of all matrices.
+
+Of several runs it also prints a table, mean ± deviation over seeds, and draws
+comparison.png beside the first of them: the metric against stored and trained weights.
 """
 
 import json
@@ -20,10 +23,12 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from train import loop
+from train import loop, table
 
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito's palette
 LAYERS = mpl.colormaps["viridis"]  # ordered, and even in lightness
+
+NOT_MEASURED = frozenset({"kind", "step", "seconds"})
 
 Record = Mapping[str, Any]
 
@@ -37,11 +42,13 @@ def draw(folder: pathlib.Path) -> list[pathlib.Path]:
         return []
     records = read(folder)
     events = [record for record in records if record["kind"] == "event"]
+    evaluated = [record for record in records if record["kind"] == "eval"]
+    measured = {k: None for r in evaluated[:1] for k in r if k not in NOT_MEASURED}
     figures = {
-        "accuracy.png": _over_steps(records, "accuracy", "accuracy"),
-        "loss.png": _over_steps(records, "loss", "loss"),
-        "fractions.png": _fractions(records),
+        f"{name}.png": _over_steps(records, name, name.replace("_", " "))
+        for name in [*measured, "loss"]
     }
+    figures["fractions.png"] = _fractions(records)
     if events:
         figures["ranks.png"] = _ranks(records, events)
         figures["spectra.png"] = _spectra(events)
@@ -67,16 +74,22 @@ def read(folder: pathlib.Path) -> list[Record]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Host side: redraw the plots of the run folders named on the command line."""
+    """Host side: redraw the plots of these runs, and compare them."""
     folders = sys.argv[1:] if arguments is None else list(arguments)
     if not folders or folders[0].startswith("-"):
         sys.exit("usage: python -m train.report RUN_DIR [RUN_DIR ...]")
-    for folder in folders:
-        try:
-            for path in draw(pathlib.Path(folder)):
+    paths = [pathlib.Path(folder) for folder in folders]
+    try:
+        for folder in paths:
+            for path in draw(folder):
                 print(path)
-        except FileNotFoundError as error:
-            sys.exit(f"error: {error}")
+        if len(paths) > 1:
+            groups = table.read(paths)
+            path = paths[0].absolute().parent / "comparison.png"
+            FigureCanvasAgg(table.draw(groups)).print_figure(path, dpi=120)
+            print(f"{path}\n\n{table.markdown(groups)}")
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}")
 
 
 def _over_steps(records: Sequence[Record], name: str, label: str) -> Figure:

@@ -1,0 +1,79 @@
+"""The small form of every preset: a conversion, a truncation, a save, a resumed run."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from train import images, loop
+
+PROGRAMS = {"images": images}
+PRESETS = [(p, name) for p, module in PROGRAMS.items() for name in module.PRESETS]
+IDS = [f"{program}-{preset}" for program, preset in PRESETS]
+
+
+@pytest.fixture(autouse=True)
+def _compiled_quickly():
+    """What takes long here is XLA's optimizations, of programs that run 12 times."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def records(folder):
+    lines = (folder / loop.METRICS).read_text().splitlines()
+    lines = [json.loads(x) for x in lines]
+    return [{k: v for k, v in x.items() if k != "seconds"} for x in lines]
+
+
+def stop_after(monkeypatch, step):
+    """Runs are asked to stop once `step` steps are done."""
+    train = loop.train
+
+    def stopped(state, run, *rest, interrupts, **options):
+        def asking(state, batch):
+            interrupts.asked = int(state.step) == step - 1
+            return run(state, batch)
+
+        return train(state, asking, *rest, interrupts=interrupts, **options)
+
+    monkeypatch.setattr(loop, "train", stopped)
+
+
+@pytest.mark.parametrize(("program", "preset"), PRESETS, ids=IDS)
+def test_the_small_form_meets_every_event_stops_and_resumes(
+    program, preset, tmp_path, monkeypatch
+):
+    module = PROGRAMS[program]
+    settings = dataclasses.replace(
+        module.PRESETS[preset][1], smoke=True, mesh="data=1", out=tmp_path
+    )
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        with pytest.raises(loop.StoppedError, match="before step 6 of 12; it is saved"):
+            module.run(settings, name="run")
+    resumed = dataclasses.replace(settings, resume=True)
+    summary = module.run(resumed, name="run")
+    lines = records(tmp_path / "run")
+    events = [x["event"]["kind"] for x in lines if x["kind"] == "event"]
+    assert events[0] == "conversion"
+    assert "truncation" in events[1:]
+    assert any(r < min(m, n) for m, n, r in summary["ranks"].values())
+    assert [x["step"] for x in lines if x["kind"] == "train"] == [4, 8, 12]
+
+
+@pytest.mark.parametrize(("program", "preset"), PRESETS, ids=IDS)
+def test_the_dense_twin_of_the_small_form_runs(program, preset, tmp_path):
+    module = PROGRAMS[program]
+    settings = dataclasses.replace(
+        module.PRESETS[preset][1],
+        smoke=True,
+        method="dense",
+        mesh="data=1",
+        out=tmp_path,
+    )
+    summary = module.run(settings, name="run")
+    assert summary["stored_fraction"] == 1.0
+    assert summary["ranks"] == {}
+    assert jax.tree.leaves(summary["best"])

@@ -1,0 +1,94 @@
+"""Several runs side by side: a Markdown table over seeds, and a plot of the cost."""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from train import loop
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = "osD^vP"
+Summary = Mapping[str, Any]
+
+
+def read(folders: Sequence[pathlib.Path]) -> dict[str, list[Summary]]:
+    """Summaries of runs that ended, by the names of their folders without `-seedN`.
+
+    Raises:   FileNotFoundError: a folder has none.
+    """
+    groups: dict[str, list[Summary]] = {}
+    for folder in folders:
+        path = folder / loop.SUMMARY
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing: the run in there did not end")
+        summary = json.loads(path.read_text())
+        title = folder.name.replace(f"-seed{summary['seed']}", "")
+        groups.setdefault(title, []).append(summary)
+    return groups
+
+
+def metrics(groups: Mapping[str, Sequence[Summary]]) -> list[str]:
+    """What was measured on the test set, in every run."""
+    runs = [x for group in groups.values() for x in group]
+    return [k for k in runs[0] if k.startswith("test_") and all(k in x for x in runs)]
+
+
+def markdown(groups: Mapping[str, Sequence[Summary]]) -> str:
+    """A row for each kind of run: mean ± sample deviation over its seeds.
+
+    Weights are parts of those of the dense model, ranks the least and the largest.
+    """
+    names = metrics(groups)
+    head = ["run", "seeds", *(name[5:] for name in names)]
+    head += ["stored", "trained", "ranks", "wall time, s"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for title, runs in groups.items():
+        ranks = [rank for x in runs for _, _, rank in x["ranks"].values()]
+        cells = [title, ", ".join(str(x["seed"]) for x in runs)]
+        cells += [_spread([x[name] for x in runs], ".4g") for name in names]
+        for part in ("stored_fraction", "trainable_fraction"):
+            cells.append(_spread([100 * x[part] for x in runs], ".1f") + " %")
+        cells.append(f"{min(ranks)} to {max(ranks)}" if ranks else "dense")
+        cells.append(_spread([x["wall_seconds"] for x in runs], ".0f"))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    mean = format(np.mean(values), form)
+    if len(values) == 1:
+        return mean
+    deviation = np.std(values, ddof=1)
+    decimals = len(mean.partition(".")[2])
+    return f"{mean} ± {deviation:.{decimals}f}"
+
+
+def draw(groups: Mapping[str, Sequence[Summary]]) -> Figure:
+    """The first metric of every run against stored and against trained weights."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    name = metrics(groups)[0]
+    for i, (title, runs) in enumerate(groups.items()):
+        style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
+        for axes, part in zip(panels, ("stored", "trainable"), strict=True):
+            x = [100 * run[f"{part}_fraction"] for run in runs]
+            label = title if axes is panels[0] else None
+            axes.plot(
+                x,
+                [run[name] for run in runs],
+                ls="",
+                ms=5,
+                alpha=0.8,
+                label=label,
+                **style,
+            )
+    for axes, part in zip(panels, ("stored", "trained"), strict=True):
+        axes.set(xlabel=f"weights {part}, % of the dense model's", xlim=(0, None))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(f"{name[5:]} on the test set")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    return figure
