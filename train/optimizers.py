@@ -1,6 +1,7 @@
 """Optimizers by name, for the programs that take --optimizer.
 
 adamw                  decoupled decay of whatever has more than one axis
+adam                   b2 .999, coupled decay of all, as torch's
 sgd                    momentum .9, coupled decay
 orthogonal_sgd         sgd after orthogonal gradients of the matrices; the paper has
                        rate 1e-2 and decay 5e-4 for batches of 1024
@@ -118,6 +119,9 @@ OPTIMIZERS: Mapping[
     ],
 ] = {
     "adamw": _adamw,
+    "adam": lambda rate, decay, _: optax.chain(
+        optax.add_decayed_weights(decay), optax.adam(rate)
+    ),
     "sgd": lambda rate, decay, _: optax.chain(
         optax.add_decayed_weights(decay), optax.sgd(rate, momentum=0.9)
     ),

@@ -1,8 +1,9 @@
 """Plots of a run, from its record alone: python -m train.report RUN_DIR.
 
-Draws into RUN_DIR/plots: loss.png and every metric over the steps, ranks.png per layer
-over the steps, spectra.png of singular values at every event, and fractions.png of
-stored and trained weights. Runs without rank events get the first and the last.
+Draws into RUN_DIR/plots: what was evaluated, as accuracy.png or mse.png, and loss.png
+over the steps, ranks.png per layer over the steps, spectra.png of singular values at
+every event, and fractions.png of stored and trained weights. Runs without rank events
+get the first ones and the last.
 Runs whose bases were tracked also get stability.png, a map of how alike the basis of
 each layer is at the ends of each interval, over the means of all layers; and
 basis_spectra.png and basis_ranks.png with the singular values of all matrices.
@@ -28,8 +29,6 @@ from train import loop, table
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito's palette
 LAYERS = mpl.colormaps["viridis"]  # ordered, and even in lightness
 
-NOT_MEASURED = frozenset({"kind", "step", "seconds"})
-
 Record = Mapping[str, Any]
 
 
@@ -42,11 +41,11 @@ def draw(folder: pathlib.Path) -> list[pathlib.Path]:
         return []
     records = read(folder)
     events = [record for record in records if record["kind"] == "event"]
-    evaluated = [record for record in records if record["kind"] == "eval"]
-    measured = {k: None for r in evaluated[:1] for k in r if k not in NOT_MEASURED}
+    evaluations = [record for record in records if record["kind"] == "eval"]
+    evaluated = {name for x in evaluations for name in x} - {"kind", "step", "seconds"}
     figures = {
         f"{name}.png": _over_steps(records, name, name.replace("_", " "))
-        for name in [*measured, "loss"]
+        for name in sorted({*evaluated, "loss"})
     }
     figures["fractions.png"] = _fractions(records)
     if events:
@@ -97,7 +96,8 @@ def _over_steps(records: Sequence[Record], name: str, label: str) -> Figure:
     axes = figure.subplots()
     series = [("train", "training batches", BLUE, "-"), ("eval", "test", ORANGE, "o-")]
     for kind, title, color, style in series:
-        points = [(r["step"], r[name]) for r in records if r["kind"] == kind]
+        known = [r for r in records if r["kind"] == kind and name in r]
+        points = [(r["step"], r[name]) for r in known]
         if points:
             x, y = zip(*points, strict=True)
             if kind == "eval":

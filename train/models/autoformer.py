@@ -218,7 +218,8 @@ def correlate(
               over it, as in training; else each takes its own.
     Source:   Wu et al. 2021, equations 5 to 7 and their code. The mean over channels is
               taken before the inverse transform, which is linear: one transform back
-              for each series of the batch, not one for each channel.
+              for each series of the batch, not one for each channel. The sum of rolled
+              values is a correlation too, with the weights at their delays: no loop.
     """
     length = query.shape[1]
     ahead = ((0, 0), (0, max(0, length - key.shape[1])), (0, 0))
@@ -231,11 +232,9 @@ def correlate(
     _, delays = jax.lax.top_k(jax.lax.stop_gradient(ranked), count)  # (1 or b, count)
     rows = jnp.broadcast_to(delays, (curve.shape[0], count))
     weights = nn.softmax(jnp.take_along_axis(curve, rows, axis=1))
-    total = jnp.zeros(value.shape, jnp.float32)
-    for i in range(count):
-        if shared:
-            rolled = jnp.roll(value, -delays[0, i], axis=1)
-        else:
-            rolled = jax.vmap(lambda x, n: jnp.roll(x, -n, axis=0))(value, delays[:, i])
-        total = total + weights[:, i, None, None] * rolled.astype(jnp.float32)
-    return total.astype(value.dtype)
+    parts = jnp.put_along_axis(
+        jnp.zeros_like(curve), rows, weights, axis=1, inplace=False
+    )
+    value_f = jnp.fft.rfft(value.astype(jnp.float32), axis=1)
+    parts_f = jnp.conj(jnp.fft.rfft(parts, axis=1))[..., None]
+    return jnp.fft.irfft(value_f * parts_f, n=length, axis=1).astype(value.dtype)
