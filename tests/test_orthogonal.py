@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from cases import BY_NAME, normal
-from helpers import in_low_rank, scalar_loss
+from helpers import in_low_rank, projected, scalar_loss
 
 import oialr_jax as oialr
 from oialr_jax.lowrank import named_leaves
@@ -133,6 +133,23 @@ def test_does_not_depend_on_the_scale_of_the_gradient(name, scale):
     out = apply(DIRECTIONS[name], {"w": g * scale})["w"]
     expected = apply(DIRECTIONS[name], {"w": g})["w"]
     np.testing.assert_allclose(out, expected, atol=EXACT)
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_directions_have_no_state_and_keep_types(name):
+    g = {
+        "w": normal(0, 6, 4).astype(jnp.bfloat16),
+        "b": normal(1, 4),
+        "n": jnp.arange(3),
+    }
+    tx = DIRECTIONS[name]
+    assert tx.init(jax.eval_shape(lambda: g)) == tx.init(g) == optax.EmptyState()
+    out = apply(tx, g)
+    assert dtypes(out) == dtypes(g)
+    exact = apply(tx, {"w": g["w"].astype(jnp.float32)})["w"]
+    np.testing.assert_allclose(out["w"].astype(jnp.float32), exact, atol=1e-2)
+    for other in ("b", "n"):
+        np.testing.assert_array_equal(out[other], g[other])
 
 
 def test_controls_are_what_they_say():
@@ -297,6 +314,20 @@ def test_polar_of_a_core_is_that_of_the_projected_gradient(method):
     np.testing.assert_allclose(s, reference(u.T @ g @ vt.T), atol=EXACT)
 
 
+def test_cores_of_a_network_move_as_its_projected_gradient_says():
+    """By value_and_grad through the factors, against the dense gradient in numpy."""
+    fn, params, x, matrices = network("dense", "low_rank")
+    loss = scalar_loss(oialr.factored(fn))
+    _, cores = oialr.value_and_grad(loss)(params, x)
+    tx = oialr.freeze_bases(oialr.orthogonalize("svd", matrices=matrices))
+    updates = jax.jit(tx.update)(cores, tx.init(params), params)[0]
+    dense = projected(jax.grad(loss)(oialr.materialize(params), x), params)
+    moved = {k: v for k, v in named_leaves(updates).items() if oialr.is_low_rank(v)}
+    assert len(moved) == len(matrices) == 2
+    for name, leaf in moved.items():
+        np.testing.assert_allclose(leaf.s, reference(dense[name]), atol=EXACT)
+
+
 GAUGE = matrix("w", 10, 8)
 INVARIANT = {
     "orthogonal_sgd": oialr.orthogonal_sgd(0.05, weight_decay=0.01, method="svd"),
@@ -343,13 +374,19 @@ def test_that_comparison_can_fail():
         assert np.max(np.abs(turned - fixed)) > 1e-2
 
 
+BOUNDED = {  # and the largest singular value of its directions
+    "trust": (lambda *x, **k: oialr.spectral_trust_region(x[0], matrices=x[1], **k), 1),
+    "muon": (oialr.core_muon, 1.2),
+}
+
+
 @pytest.mark.parametrize("low", [False, True], ids=["dense", "low_rank"])
-def test_decoupled_decay_bounds_the_spectral_norm(low):
+@pytest.mark.parametrize("name", BOUNDED)
+def test_decoupled_decay_bounds_the_spectral_norm(name, low):
     rate, decay = 0.1, 2.0
+    build, largest = BOUNDED[name]
     found = matrix("w", 8, 6)
-    tx = oialr.freeze_bases(
-        oialr.spectral_trust_region(rate, weight_decay=decay, matrices=[found])
-    )
+    tx = oialr.freeze_bases(build(rate, [found], weight_decay=decay))
     start = 0.4 * reference(normal(0, 8, 6))
     params = {"w": jnp.asarray(start, jnp.float32)}
     if low:
@@ -362,7 +399,7 @@ def test_decoupled_decay_bounds_the_spectral_norm(low):
         params = optax.apply_updates(params, updates)
         w = oialr.materialize(params)["w"]
         norms.append(np.linalg.norm(w, 2))
-    assert max(norms) <= max(0.4, 1 / decay) * (1 + EXACT)
+    assert max(norms) <= max(0.4, largest / decay) * (1 + EXACT)
     assert norms[-1] > 0.99 / decay  # the same way every time: the bound is reached
 
 
@@ -396,6 +433,46 @@ def test_orthogonal_sgd_is_orthogonalise_then_decay_then_momentum():
             buffer = 0.9 * buffer + direction(g[name]) + 0.05 * x
             x = x - 0.1 * buffer
         np.testing.assert_allclose(actual[name], x, atol=EXACT)
+
+
+@pytest.mark.parametrize("fill", [True, False], ids=["paper", "canonical"])
+def test_orthogonal_sgd_is_the_paper_in_torch(fill):
+    """Filters are rows there; rank-deficient gradients only where zeros stay zero."""
+    torch = pytest.importorskip("torch")
+    sigma = None if fill else np.array([1, 0.5, 0.2, 0, 0])
+    shapes = {"conv": (3, 2, 2, 5), "dense": (9, 5), "bias": (5,)}
+    params = {k: normal(i, *shape) for i, (k, shape) in enumerate(shapes.items())}
+
+    def gradient(seed, shape):
+        if len(shape) == 1:
+            return normal(seed, *shape)
+        rows = int(np.prod(shape[:-1]))
+        return conditioned(seed, rows, shape[-1], sigma=sigma).reshape(shape)
+
+    grads = [
+        {k: gradient(10 * t + i, shape) for i, (k, shape) in enumerate(shapes.items())}
+        for t in range(1, 5)
+    ]
+    tx = oialr.orthogonal_sgd(0.1, weight_decay=0.05, method="svd", fill=fill)
+    actual, _ = run(tx, params, grads)
+
+    def theirs(x):
+        return torch.tensor(np.moveaxis(np.asarray(x), -1, 0).copy())
+
+    weights = {k: torch.nn.Parameter(theirs(x)) for k, x in params.items()}
+    sgd = torch.optim.SGD(weights.values(), lr=0.1, momentum=0.9, weight_decay=0.05)
+    for g in grads:
+        for k, weight in weights.items():
+            weight.grad = theirs(g[k])
+            if weight.ndim > 1:
+                flat = weight.grad.reshape(len(weight), -1)
+                u, s, vt = torch.linalg.svd(flat, full_matrices=False)
+                kept = torch.ones_like(s) if fill else (s > 1e-5 * s[0]).to(s.dtype)
+                weight.grad = ((u * kept) @ vt).reshape(weight.shape)
+        sgd.step()
+    for k, weight in weights.items():
+        expected = np.moveaxis(weight.detach().numpy(), 0, -1)
+        np.testing.assert_allclose(actual[k], expected, atol=EXACT)
 
 
 @pytest.mark.parametrize("norm", ["spectral", "frobenius", "max"])
@@ -511,7 +588,6 @@ def recipes(matrices):
 
 
 NAMES = tuple(recipes(()))
-FORMS = ("dense", "low_rank", "mixed")
 
 
 def network(case, form):
@@ -588,12 +664,51 @@ def test_heads_stacks_and_convolutions_cross_events_without_losing_state(name):
         assert np.any(leaf != oialr.trainable(params)[path]), path
 
 
+AVERAGES = {"trace", "ema", "mu"}
+STATELESS = ("swan", "components")
+
+
+def averages(state):
+    """What a recipe remembers of the gradients of the leaf w."""
+    flat = jax.tree_util.tree_leaves_with_path(state)
+    names = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in flat
+    }
+    return [
+        x for k, x in names.items() if k.endswith("/w") and AVERAGES & {*k.split("/")}
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_remembered_turns_with_the_bases(name):
+    """UᵀMV at the conversion, and with the turned bases at a truncation."""
+    found = matrix("w", 9, 6)
+    tx = oialr.freeze_bases(recipes([found])[name])
+    params = {"w": normal(0, 9, 6), "b": normal(1, 6)}
+    grads = {"w": normal(2, 9, 6), "b": normal(3, 6)}
+    _, state = tx.update(grads, tx.init(params), params)
+    low, low_state, _ = oialr.factorize(params, state, [found], tx=tx)
+    low["w"] = oialr.LowRank(low["w"].u, normal(4, 6, 6), low["w"].vt, found.axes)
+    cut, cut_state, _ = oialr.truncate(low, low_state, {"w": 4}, tx=tx)
+    dense, whole, part = averages(state), averages(low_state), averages(cut_state)
+    assert len(dense) == len(whole) == len(part) == (name not in STATELESS)
+    for m, first, second in zip(dense, whole, part, strict=True):
+        assert np.any(m)
+        expected = low["w"].u.T @ m @ low["w"].vt.T
+        np.testing.assert_allclose(first, expected, atol=EXACT)
+        expected = cut["w"].u.T @ low["w"].u @ first @ low["w"].vt @ cut["w"].vt.T
+        np.testing.assert_allclose(second, expected, atol=EXACT)
+
+
 def dtypes(tree):
     return [leaf.dtype for leaf in jax.tree.leaves(tree)]
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", MAIN)
+TYPED = [(name, form) for name in MAIN for form in ("dense", "low_rank")]
+TYPED += [(name, "mixed") for name in NAMES]
+
+
+@pytest.mark.parametrize(("name", "form"), TYPED)
 def test_state_is_abstract_and_params_shaped_and_types_stay(name, form):
     _, params, _, matrices = network("dense", form)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
