@@ -11,6 +11,7 @@ depth-N     ResNet-8 and ResNet-20 on digits, batch 256, 40 steps
 fashion     BasicCNN on 20,000 images of Fashion-MNIST, batch 256, 156 steps
 cores       the vision transformer on digits, 400 steps, after a third in low rank
 cores-time  the same, each optimizer for as long as AdamW takes, at its best rate
+text        a transformer on characters, 300 steps of 32 passages of 64
 quadratic   momentum before or after, on a noisy quadratic of a 16x16 matrix
 
 A run is a loop around one compiled step with the whole dataset on the device: no
@@ -42,6 +43,7 @@ import oialr_jax as oialr
 from train import names, optimizers, process
 from train.models.basic_cnn import BasicCNN
 from train.models.resnet import ResNet
+from train.models.transformer import Transformer
 from train.models.vit import VisionTransformer
 
 RATES = tuple(float(f"{x:.0e}") for x in np.logspace(-3, 0, 7))
@@ -73,6 +75,8 @@ class Kind:
     steps: int
     cosine: bool = False
     """Five per cent of warm-up and a fall to zero, instead of a constant rate."""
+    named: bool = False
+    """The arm is an optimizer of `train.optimizers`, with gradients clipped."""
     rank: float | None = None
     """Of the small side, in which matrices are held after a third of the run."""
 
@@ -90,14 +94,15 @@ class Run(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Images of mean 0 and deviation 1, and their classes."""
+    """Images of mean 0 and deviation 1, and their classes; or passages of characters
+    and those that follow each."""
 
     image: Array
     label: Array
 
 
 class Data(NamedTuple):
-    """Images to train on, to choose the rate by, and to report."""
+    """What to train on, to choose the rate by, and to report."""
 
     train: Part
     validation: Part
@@ -111,14 +116,16 @@ SIZES: Mapping[str, tuple[int, int]] = {"digits": (1149, 288), "fashion": (20000
 @functools.cache
 def load(name: str, data_dir: pathlib.Path) -> Data:
     """Host side: the dataset, the same split in every run."""
+    if name == "shakespeare":
+        return _passages(data_dir)
     if name == "digits":
         from train.data import digits  # scikit-learn takes a second to import
 
         images = digits.load()
     else:
-        from train.data import fashion_mnist  # needs tensorflow-datasets
+        from train.data import prepared  # needs tensorflow-datasets
 
-        images = fashion_mnist.load(data_dir)
+        images = prepared.images(data_dir, "fashion_mnist")
     few, more = SIZES[name]
     order = np.random.default_rng(0).permutation(len(images.train_label))
 
@@ -134,12 +141,27 @@ def load(name: str, data_dir: pathlib.Path) -> Data:
     )
 
 
+def _passages(data_dir: pathlib.Path) -> Data:
+    from train.data import prepared, text
+
+    parts = text.encode(prepared.text(data_dir)).parts
+    found = []
+    for name in ("train", "validation", "test"):
+        passages = text.passages(parts[name], context=CONTEXT)
+        found.append(Part(*map(jnp.asarray, passages.values())))
+    return Data(*found)
+
+
+CONTEXT = 64
 MODELS: Mapping[str, Callable[[], nn.Module]] = {
     "BasicCNN": BasicCNN,
     "ResNet-8": lambda: ResNet((16, 32, 64), (1, 1, 1), classes=10),
     "ResNet-20": lambda: ResNet((16, 32, 64), (3, 3, 3), classes=10),
     "vit-digits": lambda: VisionTransformer(
         patch=2, depth=4, heads=4, width=64, classes=10
+    ),
+    "transformer": lambda: Transformer(
+        tokens=65, context=CONTEXT, depth=2, heads=4, width=64
     ),
 }
 
@@ -184,7 +206,7 @@ ARMS: Mapping[str, Arm] = {
 }
 
 
-CORES: Mapping[str, float] = {
+DECAYS: Mapping[str, float] = {
     "adamw": 1.0,
     "sgd": 5e-4,
     "orthogonal_sgd": 5e-4,
@@ -192,7 +214,7 @@ CORES: Mapping[str, float] = {
     "swan": 1.0,
     "spectral_trust_region": 0.1,
 }
-"""Decay of each optimizer by name in the studies of cores."""
+"""Of each optimizer by name, in the studies of cores; without any in that of text."""
 
 
 class Program:
@@ -202,7 +224,6 @@ class Program:
         """Find the matrices; compile when first run."""
         self.kind, self.data = kind, data
         self.model = names.find("model", kind.model, MODELS)()
-        self.has_statistics = "VisionTransformer" not in type(self.model).__name__
         variables = jax.eval_shape(
             self.model.init, jax.random.key(0), data.train.image[:1]
         )
@@ -211,7 +232,7 @@ class Program:
             self.forward, params, rest, data.train.image[: kind.batch]
         )
         self.matrices = tuple(found)
-        if kind.arm in CORES:
+        if kind.named:
             self.matrices = oialr.select(found)
         self.initial = jax.jit(self.created)
         self.stepped = jax.jit(self.step, donate_argnums=0)
@@ -227,7 +248,7 @@ class Program:
     ) -> tuple[Array, Any]:
         """Logits and batch statistics."""
         variables = {"params": params, **rest}
-        if not (train and self.has_statistics):
+        if not (train and rest):
             return self.model.apply(variables, image), rest
         return self.model.apply(variables, image, train=True, mutable=list(rest))
 
@@ -240,10 +261,9 @@ class Program:
                 0.0, 1.0, kind.steps // 20, decay_steps=kind.steps
             )
             scheduled = lambda count: rate * shape(count)  # noqa: E731
-        if kind.arm in CORES:
-            inner = optimizers.build(
-                kind.arm, scheduled, CORES[kind.arm], self.matrices
-            )
+        if kind.named:
+            decay = DECAYS.get(kind.arm, 0.0) if kind.rank else 0.0
+            inner = optimizers.build(kind.arm, scheduled, decay, self.matrices)
         else:
             inner = names.find("arm", kind.arm, ARMS)(scheduled, self.matrices)
         return oialr.freeze_bases(inner)
@@ -364,8 +384,12 @@ def kinds(study: str) -> list[Kind]:
             for x in (*MAIN, "orthogonal but the head")
         ],
         "cores": [
-            Kind("digits", "vit-digits", x, 64, 400, cosine=True, rank=0.25)
-            for x in CORES
+            Kind("digits", "vit-digits", x, 64, 400, cosine=True, named=True, rank=0.25)
+            for x in DECAYS
+        ],
+        "text": [
+            Kind("shakespeare", "transformer", x, 32, 300, cosine=True, named=True)
+            for x in ("adamw", "orthogonal_sgd", "muon", "swan")
         ],
     }
     table |= {
@@ -386,6 +410,7 @@ STUDIES = (
     "cosine",
     "quadratic",
     "depth-8",
+    "text",
     "fashion",
     "depth-20",
 )
