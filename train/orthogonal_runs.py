@@ -11,7 +11,7 @@ depth-N     ResNet-8 and ResNet-20 on digits, batch 256, 40 steps
 fashion     BasicCNN on 20,000 images of Fashion-MNIST, batch 256, 156 steps
 cores       the vision transformer on digits, 400 steps, after a third in low rank
 cores-time  the same, each optimizer for as long as AdamW takes, at its best rate
-text        a transformer on characters, 300 steps of 32 passages of 64
+text        a transformer on characters, 200 steps of 16 passages of 64
 quadratic   momentum before or after, on a noisy quadratic of a 16x16 matrix
 
 A run is a loop around one compiled step with the whole dataset on the device: no
@@ -388,7 +388,7 @@ def kinds(study: str) -> list[Kind]:
             for x in DECAYS
         ],
         "text": [
-            Kind("shakespeare", "transformer", x, 32, 300, cosine=True, named=True)
+            Kind("shakespeare", "transformer", x, 16, 200, cosine=True, named=True)
             for x in ("adamw", "orthogonal_sgd", "muon", "swan")
         ],
     }
