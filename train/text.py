@@ -1,0 +1,196 @@
+"""Train a character transformer in low rank: python -m train.text PRESET.
+
+Command:   python -m train.text sonnets           (six of Shakespeare's, embedded)
+           python -m train.text shakespeare --data-dir data       (train.data.prepare
+           tiny_shakespeare first)
+
+Both take --method dense and --optimizer NAME, see train/optimizers.py. The loss is in
+nats per character. A run is recorded, saved and resumed as those of train.images.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Int
+
+import oialr_jax as oialr
+from train import loop, names, process, recipe
+from train.data import text
+from train.models.transformer import Transformer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(recipe.Settings):
+    """One run of a language model."""
+
+    dataset: str
+    """sonnets or tiny_shakespeare."""
+    context: int = 64
+    """Characters in a passage."""
+    depth: int = 2
+    """Blocks."""
+    heads: int = 4
+    """Of each attention."""
+    width: int = 64
+    """Of each place."""
+    dropout: float = 0.0
+    """Part of the activations that is dropped in training."""
+
+
+PRESETS: Mapping[str, tuple[str, Settings]] = {
+    "sonnets": (
+        "a small transformer on four kilobytes of text",
+        Settings(
+            dataset="sonnets",
+            steps=200,
+            batch=16,
+            dropout=0.1,
+            weight_decay=0.1,
+            log_every=10,
+            eval_every=50,
+        ),
+    ),
+    "shakespeare": (
+        "the same, wider, on a megabyte",
+        Settings(
+            dataset="tiny_shakespeare",
+            steps=2000,
+            batch=32,
+            width=128,
+            learning_rate=2e-3,
+            weight_decay=0.1,
+            log_every=50,
+            eval_every=250,
+        ),
+    ),
+}
+
+
+def _prepared(data_dir: pathlib.Path) -> text.Text:
+    from train.data import prepared  # needs tensorflow-datasets, the sonnets do not
+
+    return text.encode(prepared.text(data_dir))
+
+
+DATASETS: Mapping[str, Callable[[pathlib.Path], text.Text]] = {
+    "sonnets": lambda _: text.embedded(),
+    "tiny_shakespeare": _prepared,
+}
+
+EVALUATION_BATCH = 128
+"""Passages in one piece of the test text."""
+
+
+def run(settings: Settings, *, name: str) -> dict[str, Any]:
+    """Host side: train, record, plot; the summary that was written.
+
+    Raises:   as `recipe.run` and `task`.
+    """
+    return recipe.run(settings, task, name=name)
+
+
+def task(settings: Settings) -> recipe.Task:
+    """Host side: the language model that the settings describe.
+
+    Raises:   ValueError: an unknown dataset, or one shorter than a passage.
+              FileNotFoundError: it is not prepared.
+    """
+    data = names.find("dataset", settings.dataset, DATASETS)(settings.data_dir)
+    layout = oialr.Layout(oialr.make_mesh(settings.mesh))
+    model = Transformer(
+        tokens=len(data.characters),
+        context=settings.context,
+        depth=settings.depth,
+        heads=settings.heads,
+        width=settings.width,
+        dropout=settings.dropout,
+    )
+
+    def init(key: Array) -> Mapping[str, Any]:
+        return model.init(key, jnp.zeros((1, settings.context), jnp.int32))
+
+    def loss(params: Any, extra: Any, batch: Mapping[str, Array], key: Array) -> Any:
+        logits = model.apply(
+            {"params": params}, batch["token"], train=True, rngs={"dropout": key}
+        )
+        entropy, right = _each(logits, batch["target"])
+        return jnp.mean(entropy), (extra, {"accuracy": jnp.mean(right)})
+
+    forward = jax.jit(oialr.factored(lambda p, x: model.apply({"params": p}, x)))
+    passages = text.passages(data.parts["test"], context=settings.context)
+
+    def evaluated(state: recipe.State) -> dict[str, float]:
+        return evaluate(functools.partial(forward, state.averaged), layout, passages)
+
+    train = data.parts["train"]
+    return recipe.Task(
+        init=init,
+        loss=loss,
+        stream=text.batches(
+            train,
+            context=settings.context,
+            batch=settings.batch,
+            seed=settings.seed,
+            part=layout.rows(settings.batch),
+        ),
+        evaluate=evaluated,
+        goal=loop.Goal("loss", "min"),
+        epoch=(len(train) - settings.context) / settings.batch,
+        layout=layout,
+        described={"dataset": settings.dataset},
+    )
+
+
+def evaluate(
+    forward: Callable[[Any], Array], layout: oialr.Layout, passages: text.Passages
+) -> dict[str, float]:
+    """Mean loss and share of right guesses over all characters of these passages."""
+    count, context = passages["target"].shape
+    size = -(-min(count, EVALUATION_BATCH) // layout.shards) * layout.shards
+    part = layout.rows(size)
+    entropy, right = 0.0, 0.0
+    for start in range(0, count, size):
+        rows = np.arange(start, start + size)[part]
+        inside = rows < count
+        rows = np.where(inside, rows, 0)  # the last piece is filled up
+        local = (passages["token"][rows], passages["target"][rows], inside)
+        token, target, counted = layout.put_batch(local, size)
+        sums = _sums(forward(token), target, counted)
+        entropy, right = entropy + float(sums[0]), right + float(sums[1])
+    total = count * context
+    return {"loss": entropy / total, "accuracy": right / total}
+
+
+@jax.jit
+def _sums(
+    logits: Array, target: Int[Array, "b t"], counted: Array
+) -> tuple[Array, Array]:
+    """Of some passages: the sum of their losses, and how many guesses are right."""
+    entropy, right = _each(logits, target)
+    return (
+        jnp.sum(jnp.where(counted[:, None], entropy, 0)),
+        jnp.sum(right & counted[:, None]),
+    )
+
+
+def _each(logits: Array, target: Int[Array, "b t"]) -> tuple[Array, Array]:
+    """The loss at each place, and whether the guess there is right."""
+    entropy = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+    return entropy, jnp.argmax(logits, -1) == target
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Host side: the command."""
+    recipe.command("python -m train.text", PRESETS, run, arguments)
+
+
+if __name__ == "__main__":
+    process.use_huge_pages()
+    main()
