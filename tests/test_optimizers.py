@@ -20,6 +20,8 @@ RATES = {
     "adamw": (3e-3, 0.1),
     "sgd": (0.1, 5e-4),
     "orthogonal_sgd": (1e-2, 5e-4),
+    "lars": (10.0, 5e-4),
+    "orthogonal_lars": (10.0, 5e-4),
     "swan": (3e-3, 0.1),
     "spectral_trust_region": (0.05, 0.1),
     "muon": (3e-3, 0.1),

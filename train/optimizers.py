@@ -5,6 +5,9 @@ adam                   b2 .999, coupled decay of all, as torch's
 sgd                    momentum .9, coupled decay
 orthogonal_sgd         sgd after orthogonal gradients of the matrices; the paper has
                        rate 1e-2 and decay 5e-4 for batches of 1024
+lars                   sgd with steps of each matrix as large as its norm says; no decay
+                       of whatever has one axis
+orthogonal_lars        the same after orthogonal gradients
 swan                   normalised, whitened gradients, steps as large as Adam's; AdamW
                        on the rest, and so its rate and decay on all
 spectral_trust_region  averaged gradients, steps of one spectral norm: the rate is that
@@ -111,6 +114,13 @@ def _adamw(
     )
 
 
+def _lars(rate: optax.ScalarOrSchedule, weight_decay: float) -> Any:
+    def mask(params: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+    return optax.lars(rate, weight_decay, weight_decay_mask=mask, trust_ratio_mask=mask)
+
+
 OPTIMIZERS: Mapping[
     str,
     Callable[
@@ -127,6 +137,10 @@ OPTIMIZERS: Mapping[
     ),
     "orthogonal_sgd": lambda rate, decay, matrices: oialr.orthogonal_sgd(
         rate, weight_decay=decay, matrices=matrices
+    ),
+    "lars": lambda rate, decay, _: _lars(rate, decay),
+    "orthogonal_lars": lambda rate, decay, matrices: optax.chain(
+        oialr.orthogonalize(matrices=matrices), _lars(rate, decay)
     ),
     "swan": lambda rate, decay, matrices: oialr.swan(
         rate, matrices, rms=RMS, weight_decay=decay, adam=_adamw(rate, decay)

@@ -15,10 +15,11 @@ class BasicCNN(nn.Module):
     24,618 weights for ten classes of 32x32 colour images.
 
     Shapes:   images: (b, h, w, c); logits: (b, classes), float32 whatever `dtype`.
+    Args:     classes: None for the features that the dense layer would see.
     Source:   Tuddenham, Prügel-Bennett and Hare 2022.
     """
 
-    classes: int = 10
+    classes: int | None = 10
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -46,4 +47,6 @@ class BasicCNN(nn.Module):
             )(x)
             x = nn.relu(x)
         x = x.reshape(x.shape[0], -1)
+        if self.classes is None:
+            return x.astype(jnp.float32)
         return nn.Dense(self.classes, dtype=jnp.float32, name="head")(x)

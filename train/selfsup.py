@@ -1,0 +1,232 @@
+"""Train features without labels, Barlow Twins: python -m train.selfsup PRESET.
+
+Two random views of each image shall have embeddings whose components agree between the
+views and do not depend on one another. What the features are worth tells a linear
+classifier on them, which is fitted anew at each evaluation.
+
+Command:   python -m train.selfsup digits --optimizer orthogonal_sgd
+           (or sgd, lars, orthogonal_lars, or others of train/optimizers.py)
+           python -m train.selfsup fashion --data-dir data  (train.data.prepare first)
+
+The convolutions are what is orthogonalised or, with --method oialr, held in low rank;
+the projector is left as it is, as in the paper on orthogonal gradients.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Array, Float, Key
+from sklearn.linear_model import LogisticRegression
+
+import oialr_jax as oialr
+from train import images, loop, names, process, recipe
+from train.data.arrays import batches, standardize
+from train.models.barlow_twins import BarlowTwins
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(recipe.Settings):
+    """One run without labels."""
+
+    dataset: str
+    """Of train.images: digits, fashion_mnist, mnist, cifar10 or cifar100."""
+    width: int = 128
+    """Of the projector and the embedding."""
+    redundancy: float = 5e-3
+    """Weight of what components share, against one that they do not agree."""
+    flips: bool = False
+    """Whether views are turned left to right."""
+
+
+_DIGITS = Settings(
+    dataset="digits",
+    method="dense",
+    optimizer="orthogonal_sgd",
+    steps=100,
+    batch=256,
+    learning_rate=1e-2,
+    weight_decay=1e-6,
+    clip=None,
+    keep_last=2,  # the projector
+    log_every=10,
+    eval_every=50,
+    save_every=100,
+)
+PRESETS: Mapping[str, tuple[str, Settings]] = {
+    "digits": ("a small network on scikit-learn's handwritten digits", _DIGITS),
+    "fashion": (
+        "the same on Fashion-MNIST",
+        dataclasses.replace(
+            _DIGITS, dataset="fashion_mnist", steps=1000, width=256, eval_every=250
+        ),
+    ),
+    "cifar10": (
+        "the same on CIFAR-10",
+        dataclasses.replace(
+            _DIGITS,
+            dataset="cifar10",
+            steps=2000,
+            width=256,
+            flips=True,
+            eval_every=500,
+        ),
+    ),
+}
+
+EVALUATION_BATCH = 500
+"""Images in one piece of an evaluation."""
+PROBED = 10_000
+"""Training images that the linear classifier sees at most."""
+
+
+def run(settings: Settings, *, name: str) -> dict[str, Any]:
+    """Host side: train, record, plot; the summary that was written.
+
+    Raises:   as `recipe.run` and `task`.
+    """
+    return recipe.run(settings, task, name=name)
+
+
+def task(settings: Settings) -> recipe.Task:
+    """Host side: the network and views that the settings describe.
+
+    Raises:   ValueError: an unknown dataset. FileNotFoundError: it is not prepared.
+    """
+    load = names.find("dataset", settings.dataset, images.DATASETS)
+    data = load(settings.data_dir)
+    layout = oialr.Layout(oialr.make_mesh(settings.mesh))
+    model = BarlowTwins(width=settings.width)
+    of_pixels = functools.partial(standardize, mean=data.mean, deviation=data.deviation)
+
+    def init(key: Array) -> Mapping[str, Any]:
+        return model.init(key, of_pixels(jnp.asarray(data.train_image[:1])))
+
+    def loss(params: Any, extra: Any, batch: Mapping[str, Array], key: Array) -> Any:
+        embeddings = []
+        for view_key in jax.random.split(key):
+            image = view(view_key, of_pixels(batch["image"]), flips=settings.flips)
+            (_, z), extra = model.apply(
+                {"params": params, **extra}, image, train=True, mutable=["batch_stats"]
+            )
+            embeddings.append(z)
+        agreement, redundancy = barlow_twins(embeddings[0], embeddings[1])
+        value = agreement + settings.redundancy * redundancy
+        return value, (extra, {"agreement": agreement})
+
+    @jax.jit
+    @oialr.factored
+    def features(params: Any, extra: Any, image: Array) -> Array:
+        return model.apply({"params": params, **extra}, of_pixels(image))[0]
+
+    def evaluated(state: recipe.State) -> dict[str, float]:
+        of_image = functools.partial(features, state.averaged, state.extra)
+        train, test = (
+            every(of_image, layout, image)
+            for image in (data.train_image[:PROBED], data.test_image)
+        )
+        label = data.train_label[:PROBED]
+        return {"accuracy": probe(train, label, test, data.test_label)}
+
+    return recipe.Task(
+        init=init,
+        loss=loss,
+        stream=batches(
+            data.train_image,
+            data.train_label,
+            batch=settings.batch,
+            seed=settings.seed,
+            part=layout.rows(settings.batch),
+        ),
+        evaluate=evaluated,
+        goal=loop.Goal("accuracy", "max"),
+        epoch=len(data.train_label) / settings.batch,
+        layout=layout,
+        described={"dataset": settings.dataset},
+    )
+
+
+def view(
+    key: Key[Array, ""], image: Float[Array, "b h w c"], *, flips: bool = False
+) -> Float[Array, "b h w c"]:
+    """Standardised images, each moved, brighter or darker, turned, and with noise.
+
+    By up to an eighth of the side, the edge repeated where nothing was; by a factor in
+    [0.6, 1.4]; left to right, half of them, where `flips`; and by a deviation of 0.2.
+    """
+    moved_key, factor_key, flip_key, noise_key = jax.random.split(key, 4)
+    b, h, w, c = image.shape
+    pad = max(1, h // 8)
+    wide = jnp.pad(image, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="edge")
+    corner = jax.random.randint(moved_key, (b, 2), 0, 2 * pad + 1)
+
+    def part(image: Array, corner: Array) -> Array:
+        return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (h, w, c))
+
+    x = jax.vmap(part)(wide, corner)
+    if flips:
+        turned = jax.random.bernoulli(flip_key, 0.5, (b, 1, 1, 1))
+        x = jnp.where(turned, x[:, :, ::-1], x)
+    factor = jax.random.uniform(factor_key, (b, 1, 1, 1), minval=0.6, maxval=1.4)
+    return factor * x + 0.2 * jax.random.normal(noise_key, x.shape)
+
+
+def barlow_twins(
+    first: Float[Array, "b d"], second: Float[Array, "b d"], eps: float = 1e-5
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """How far components do not agree between views, and how much they share.
+
+    Of the correlations C of the components, over the batch: the sum of (1 - C_ii)^2,
+    and that of C_ij^2 for i != j.
+
+    Args:     eps: added to each variance.
+    Source:   Zbontar et al. 2021, equations 1 and 2.
+    """
+
+    def normalized(z: Array) -> Array:
+        deviation = jnp.sqrt(jnp.var(z, 0, keepdims=True) + eps)
+        return (z - jnp.mean(z, 0, keepdims=True)) / deviation
+
+    c = normalized(first).T @ normalized(second) / len(first)
+    own = jnp.diagonal(c)
+    return jnp.sum((1 - own) ** 2), jnp.sum(c**2) - jnp.sum(own**2)
+
+
+def every(
+    features: Callable[[Any], Array], layout: oialr.Layout, image: np.ndarray
+) -> np.ndarray:
+    """Host side: the features of all images, in every process."""
+    count = len(image)
+    size = -(-min(count, EVALUATION_BATCH) // layout.shards) * layout.shards
+    part = layout.rows(size)
+    found = []
+    for start in range(0, count, size):
+        rows = np.minimum(np.arange(start, start + size), count - 1)[part]
+        piece = features(layout.put_batch(image[rows], size))
+        found.append(multihost_utils.process_allgather(piece, tiled=True))
+    return np.concatenate(found)[:count]
+
+
+def probe(
+    train: np.ndarray, train_label: np.ndarray, test: np.ndarray, label: np.ndarray
+) -> float:
+    """Host side: test accuracy of logistic regression on standardised features."""
+    mean, deviation = train.mean(0), train.std(0) + 1e-6
+    classifier = LogisticRegression(max_iter=2000)
+    classifier.fit((train - mean) / deviation, train_label)
+    return float(classifier.score((test - mean) / deviation, label))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Host side: the command."""
+    recipe.command("python -m train.selfsup", PRESETS, run, arguments)
+
+
+if __name__ == "__main__":
+    process.use_huge_pages()
+    main()
