@@ -12,6 +12,8 @@ fashion     BasicCNN on 20,000 images of Fashion-MNIST, batch 256, 156 steps
 cores       the vision transformer on digits, 400 steps, after a third in low rank
 cores-time  the same, each optimizer for as long as AdamW takes, at its best rate
 text        a transformer on characters, 200 steps of 16 passages of 64
+selfsup     Barlow Twins on digits, batch 256, 67 steps; `test` is a linear classifier,
+            `loss` that of the last tenth of the training, by which the rate is chosen
 quadratic   momentum before or after, on a noisy quadratic of a 16x16 matrix
 
 A run is a loop around one compiled step with the whole dataset on the device: no
@@ -40,7 +42,7 @@ from jaxtyping import Array
 from tqdm import tqdm
 
 import oialr_jax as oialr
-from train import names, optimizers, process
+from train import names, optimizers, process, recipe, selfsup
 from train.models.basic_cnn import BasicCNN
 from train.models.resnet import ResNet
 from train.models.transformer import Transformer
@@ -48,6 +50,8 @@ from train.models.vit import VisionTransformer
 
 RATES = tuple(float(f"{x:.0e}") for x in np.logspace(-3, 0, 7))
 """1e-3 to 1 in half decades, the grid of every arm."""
+FEWER = {"text": RATES[:5], "fashion": RATES[1:6], "depth-20": RATES[1:6]}
+"""The grid of every arm in studies that take long."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,6 +351,69 @@ class Program:
         return (accuracy, loss) if finite else (0.0, float("inf"))
 
 
+class Unlabelled:
+    """The same for a task of `train.selfsup`."""
+
+    def __init__(self, kind: Kind, data_dir: pathlib.Path) -> None:
+        """Find the convolutions; compile when first run."""
+        preset = selfsup.PRESETS[kind.data][1]
+        self.kind = kind
+        self.settings = dataclasses.replace(
+            preset, batch=kind.batch, steps=kind.steps, data_dir=data_dir, mesh="data=1"
+        )
+        self.task = selfsup.task(self.settings)
+        key = jax.random.key(0)
+        extra = dict(jax.eval_shape(self.task.init, key))
+        params = extra.pop("params")
+        found = oialr.find_matrices(
+            self.task.loss, params, extra, self.task.stream[0], key
+        )
+        self.matrices = oialr.select(found, keep_last=preset.keep_last)
+        self.initial = jax.jit(self.created)
+        self.stepped = jax.jit(self.step, donate_argnums=0)
+
+    def created(self, key: Array) -> Any:
+        """Params, statistics and optimizer state of a new run."""
+        params, rest = _split(self.task.init(key))
+        return params, rest, self.optimizer(0.0).init(params)
+
+    def optimizer(self, rate: Any) -> optax.GradientTransformation:
+        """The arm at this rate, which may be traced."""
+        return names.find("arm", self.kind.arm, ARMS)(rate, self.matrices)
+
+    def step(self, carry: Any, rate: Array, batch: Any, key: Array) -> Any:
+        """The same after one batch, and its loss."""
+        params, rest, state = carry
+        grad = jax.value_and_grad(self.task.loss, has_aux=True)
+        (value, (rest, _)), grads = grad(params, rest, batch, key)
+        updates, state = self.optimizer(rate).update(grads, state, params)
+        return (optax.apply_updates(params, updates), rest, state), value
+
+    def run(self, rate: float, seed: int) -> dict[str, Any]:
+        """Host side: train and evaluate."""
+        key = jax.random.key(seed)
+        stream = selfsup.task(dataclasses.replace(self.settings, seed=seed)).stream
+        carry, losses = self.initial(key), []
+        start = time.perf_counter()
+        for t in range(self.kind.steps):
+            noise = jax.random.fold_in(key, t)
+            carry, value = self.stepped(carry, jnp.float32(rate), stream[t], noise)
+            losses.append(float(value))
+        seconds = time.perf_counter() - start
+        late = float(np.mean(losses[-max(1, self.kind.steps // 10) :]))
+        params, rest, _ = carry
+        tx = self.optimizer(0.0)
+        state = recipe.State.create(apply_fn=None, params=params, tx=tx, extra=rest)
+        diverged = not np.isfinite(late)
+        return {
+            "validation": -np.inf if diverged else -late,
+            "accuracy": 0.0 if diverged else self.task.evaluate(state)["accuracy"],
+            "loss": late,
+            "seconds": seconds,
+            "ms_per_step": 1e3 * seconds / self.kind.steps,
+        }
+
+
 def _split(variables: Mapping[str, Any]) -> tuple[Any, Any]:
     rest = dict(variables)
     return rest.pop("params"), rest
@@ -391,6 +458,10 @@ def kinds(study: str) -> list[Kind]:
             Kind("shakespeare", "transformer", x, 16, 200, cosine=True, named=True)
             for x in ("adamw", "orthogonal_sgd", "muon", "swan")
         ],
+        "selfsup": [
+            Kind("digits", "barlow-twins", x, 256, 67)
+            for x in (*MAIN, "momentum, then orthogonal")
+        ],
     }
     table |= {
         f"batch-{b}": [
@@ -410,6 +481,7 @@ STUDIES = (
     "cosine",
     "quadratic",
     "depth-8",
+    "selfsup",
     "text",
     "fashion",
     "depth-20",
@@ -445,10 +517,13 @@ def perform(runs: Sequence[Run], settings: Settings) -> None:
     """Host side: train what is missing; every run is a line when it has ended."""
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     todo = list(missing(settings.out, runs))
-    program = None
+    program: Program | Unlabelled | None = None
     for run in tqdm(todo, runs[0].study, leave=False):
         if program is None or program.kind != run.kind:
-            program = Program(run.kind, load(run.kind.data, settings.data_dir))
+            if run.kind.model == "barlow-twins":
+                program = Unlabelled(run.kind, settings.data_dir)
+            else:
+                program = Program(run.kind, load(run.kind.data, settings.data_dir))
         row = as_row(run) | program.run(run.rate, run.seed)
         with settings.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -459,7 +534,7 @@ def swept(study: str, seeds: int) -> list[Run]:
     return [
         Run(study, kind, rate, seed)
         for kind in kinds(study)
-        for rate in RATES
+        for rate in FEWER.get(study, RATES)
         for seed in range(seeds)
     ]
 
