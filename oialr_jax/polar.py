@@ -107,10 +107,8 @@ def _by_qdwh(
         q, h, _, _ = jax.lax.linalg.qdwh(matrix, max_iterations=steps)
         if fill:
             return q
-        defined = jnp.any(matrix) & jnp.all(jnp.isfinite(h))
-        v, sigma = jax.lax.linalg.eigh(jnp.where(defined, h, 0))
-        isometry = (q @ (v * _kept(sigma, x, tolerance)[None, :])) @ v.T
-        return jnp.where(jnp.any(matrix), isometry, 0)
+        v, sigma = jax.lax.linalg.eigh(h)
+        return (q @ (v * _kept(sigma, x, tolerance)[None, :])) @ v.T
 
     if x.shape[-2] >= x.shape[-1]:
         return jax.lax.map(one, x)

@@ -11,6 +11,7 @@ from cases import BY_NAME, normal
 from helpers import in_low_rank, projected, scalar_loss
 
 import oialr_jax as oialr
+from oialr_jax import polar
 from oialr_jax.lowrank import named_leaves
 
 EXACT = 1e-5  # float32, condition up to 1e1
@@ -89,12 +90,40 @@ def test_fill_completes_what_the_canonical_factor_leaves_empty(method):
     np.testing.assert_allclose(canonical.T @ (out - canonical), 0, atol=EXACT)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
 @pytest.mark.parametrize("method", ["svd", "qdwh"])
-def test_rank_tolerance_decides_what_counts_as_zero(method):
-    g = conditioned(1, 8, 8, sigma=np.geomspace(1, 1e-3, 8))
-    tx = oialr.orthogonalize(method, rank_tolerance=0.05)
-    out = apply(tx, {"w": g})["w"]
-    np.testing.assert_allclose(out, reference(g, 0.05), atol=2e-4)
+def test_rank_tolerance_decides_what_counts_as_zero(method, scale):
+    """Relative to the largest: the four of these that are below a hundredth."""
+    sigma = np.concatenate([np.geomspace(1, 0.02, 20), np.geomspace(5e-3, 1e-3, 4)])
+    g = conditioned(1, 24, 24, sigma=sigma)
+    tx = oialr.orthogonalize(method, rank_tolerance=0.01)
+    out = apply(tx, {"w": scale * g})["w"]
+    np.testing.assert_allclose(out, reference(g, 0.01), atol=2e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 6])
+def test_polar_express_takes_the_steps_that_were_asked_for(steps):
+    g = conditioned(0, 6, 4)
+    x = np.asarray(g, np.float64) / np.linalg.norm(g) / 1.02
+    for a, b, c in (*polar._POLAR_EXPRESS, polar._CLASSIC)[:steps]:
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    out = apply(oialr.orthogonalize("polar_express", steps=steps), {"w": g})["w"]
+    np.testing.assert_allclose(out, x, atol=EXACT)
+
+
+@pytest.mark.parametrize("name", ["svd", "qdwh", "auto", "muon"])
+def test_products_have_the_precision_that_was_asked_for(name):
+    """On devices with tensor cores the default is not float32."""
+    g, counts = {"w": normal(0, 6, 4)}, {}
+    for precision in ("highest", "default"):
+        if name == "muon":
+            tx = oialr.core_muon(0.1, [matrix("w", 6, 4)], precision=precision)
+        else:
+            tx = oialr.orthogonalize(name, precision=precision)
+        jaxpr = jax.make_jaxpr(lambda g, tx=tx: tx.update(g, tx.init(g), g)[0])(g)
+        counts[precision] = str(jaxpr).count("HIGHEST")
+    assert counts["highest"] > counts["default"]  # some of qdwh's own are the highest
 
 
 DIRECTIONS = {

@@ -366,7 +366,7 @@ class Unlabelled:
         extra = dict(jax.eval_shape(self.task.init, key))
         params = extra.pop("params")
         found = oialr.find_matrices(
-            self.task.loss, params, extra, self.task.stream[0], key
+            self.task.loss, params, extra, self.task.batch(0), key
         )
         self.matrices = oialr.select(found, keep_last=preset.keep_last)
         self.initial = jax.jit(self.created)
@@ -392,12 +392,12 @@ class Unlabelled:
     def run(self, rate: float, seed: int) -> dict[str, Any]:
         """Host side: train and evaluate."""
         key = jax.random.key(seed)
-        stream = selfsup.task(dataclasses.replace(self.settings, seed=seed)).stream
+        batch = selfsup.task(dataclasses.replace(self.settings, seed=seed)).batch
         carry, losses = self.initial(key), []
         start = time.perf_counter()
         for t in range(self.kind.steps):
             noise = jax.random.fold_in(key, t)
-            carry, value = self.stepped(carry, jnp.float32(rate), stream[t], noise)
+            carry, value = self.stepped(carry, jnp.float32(rate), batch(t), noise)
             losses.append(float(value))
         seconds = time.perf_counter() - start
         late = float(np.mean(losses[-max(1, self.kind.steps // 10) :]))

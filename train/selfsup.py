@@ -21,12 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, UInt8
 from sklearn.linear_model import LogisticRegression
 
 import oialr_jax as oialr
-from train import images, loop, names, process, recipe
-from train.data.arrays import batches, standardize
+from train import images, loop, process, recipe
+from train.data import augment
+from train.data.arrays import Images, standardize
 from train.models.barlow_twins import BarlowTwins
 
 
@@ -35,7 +36,7 @@ class Settings(recipe.Settings):
     """One run without labels."""
 
     dataset: str
-    """Of train.images: digits, fashion_mnist, mnist, cifar10 or cifar100."""
+    """digits, fashion_mnist, mnist, cifar10 or cifar100."""
     width: int = 128
     """Of the projector and the embedding."""
     redundancy: float = 5e-3
@@ -96,21 +97,31 @@ def run(settings: Settings, *, name: str) -> dict[str, Any]:
 def task(settings: Settings) -> recipe.Task:
     """Host side: the network and views that the settings describe.
 
-    Raises:   ValueError: an unknown dataset. FileNotFoundError: it is not prepared.
+    Raises:   ValueError: an unknown dataset, or one that is read from disk.
+              FileNotFoundError: it is not prepared.
     """
-    load = names.find("dataset", settings.dataset, images.DATASETS)
-    data = load(settings.data_dir)
+    data = images.dataset(
+        images.Settings(
+            dataset=settings.dataset,
+            model="",  # has its own
+            smoke=settings.smoke,
+            data_dir=settings.data_dir,
+        )
+    )
+    if not isinstance(data, Images):
+        raise ValueError(f"{settings.dataset} does not fit into memory, as it must")
     layout = oialr.Layout(oialr.make_mesh(settings.mesh))
     model = BarlowTwins(width=settings.width)
     of_pixels = functools.partial(standardize, mean=data.mean, deviation=data.deviation)
 
     def init(key: Array) -> Mapping[str, Any]:
-        return model.init(key, of_pixels(jnp.asarray(data.train_image[:1])))
+        return model.init(key, jnp.zeros((1, *data.shape)))
 
     def loss(params: Any, extra: Any, batch: Mapping[str, Array], key: Array) -> Any:
         embeddings = []
         for view_key in jax.random.split(key):
-            image = view(view_key, of_pixels(batch["image"]), flips=settings.flips)
+            image = moved(view_key, batch["image"], flips=settings.flips)
+            image = shaded(view_key, of_pixels(image))
             (_, z), extra = model.apply(
                 {"params": params, **extra}, image, train=True, mutable=["batch_stats"]
             )
@@ -136,44 +147,34 @@ def task(settings: Settings) -> recipe.Task:
     return recipe.Task(
         init=init,
         loss=loss,
-        stream=batches(
-            data.train_image,
-            data.train_label,
-            batch=settings.batch,
-            seed=settings.seed,
-            part=layout.rows(settings.batch),
+        batch=data.batches(
+            batch=settings.batch, seed=settings.seed, part=layout.rows(settings.batch)
         ),
         evaluate=evaluated,
         goal=loop.Goal("accuracy", "max"),
-        epoch=len(data.train_label) / settings.batch,
+        epoch=data.counts["train"] / settings.batch,
         layout=layout,
         described={"dataset": settings.dataset},
     )
 
 
-def view(
-    key: Key[Array, ""], image: Float[Array, "b h w c"], *, flips: bool = False
+def moved(
+    key: Key[Array, ""], image: UInt8[Array, "b h w c"], *, flips: bool = False
+) -> UInt8[Array, "b h w c"]:
+    """Each image moved by up to an eighth, and half of them turned where `flips`."""
+    first, second = jax.random.split(jax.random.fold_in(key, 0))
+    image = augment.crop(first, image, pad=max(1, image.shape[1] // 8))
+    return augment.flip(second, image) if flips else image
+
+
+def shaded(
+    key: Key[Array, ""], image: Float[Array, "b h w c"]
 ) -> Float[Array, "b h w c"]:
-    """Standardised images, each moved, brighter or darker, turned, and with noise.
-
-    By up to an eighth of the side, the edge repeated where nothing was; by a factor in
-    [0.6, 1.4]; left to right, half of them, where `flips`; and by a deviation of 0.2.
-    """
-    moved_key, factor_key, flip_key, noise_key = jax.random.split(key, 4)
-    b, h, w, c = image.shape
-    pad = max(1, h // 8)
-    wide = jnp.pad(image, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="edge")
-    corner = jax.random.randint(moved_key, (b, 2), 0, 2 * pad + 1)
-
-    def part(image: Array, corner: Array) -> Array:
-        return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (h, w, c))
-
-    x = jax.vmap(part)(wide, corner)
-    if flips:
-        turned = jax.random.bernoulli(flip_key, 0.5, (b, 1, 1, 1))
-        x = jnp.where(turned, x[:, :, ::-1], x)
-    factor = jax.random.uniform(factor_key, (b, 1, 1, 1), minval=0.6, maxval=1.4)
-    return factor * x + 0.2 * jax.random.normal(noise_key, x.shape)
+    """Standardised images, each times a factor in [0.6, 1.4], with noise of 0.2."""
+    first, second = jax.random.split(jax.random.fold_in(key, 1))
+    shape = (len(image), 1, 1, 1)
+    factor = jax.random.uniform(first, shape, minval=0.6, maxval=1.4)
+    return factor * image + 0.2 * jax.random.normal(second, image.shape)
 
 
 def barlow_twins(

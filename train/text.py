@@ -84,6 +84,9 @@ DATASETS: Mapping[str, Callable[[pathlib.Path], text.Text]] = {
     "tiny_shakespeare": _prepared,
 }
 
+SMALL: Mapping[str, Any] = {"context": 16, "depth": 1, "width": 16}
+"""The small form of every preset; it reads the sonnets."""
+
 EVALUATION_BATCH = 128
 """Passages in one piece of the test text."""
 
@@ -102,7 +105,10 @@ def task(settings: Settings) -> recipe.Task:
     Raises:   ValueError: an unknown dataset, or one shorter than a passage.
               FileNotFoundError: it is not prepared.
     """
-    data = names.find("dataset", settings.dataset, DATASETS)(settings.data_dir)
+    load = names.find("dataset", settings.dataset, DATASETS)
+    data = text.embedded() if settings.smoke else load(settings.data_dir)
+    if settings.smoke:
+        settings = dataclasses.replace(settings, **SMALL)
     layout = oialr.Layout(oialr.make_mesh(settings.mesh))
     model = Transformer(
         tokens=len(data.characters),
@@ -133,13 +139,13 @@ def task(settings: Settings) -> recipe.Task:
     return recipe.Task(
         init=init,
         loss=loss,
-        stream=text.batches(
+        batch=text.batches(
             train,
             context=settings.context,
             batch=settings.batch,
             seed=settings.seed,
             part=layout.rows(settings.batch),
-        ),
+        ).__getitem__,
         evaluate=evaluated,
         goal=loop.Goal("loss", "min"),
         epoch=(len(train) - settings.context) / settings.batch,
