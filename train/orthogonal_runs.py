@@ -10,7 +10,8 @@ batch-N     BasicCNN on digits, batches of 4, 16, 64 and 256, the same epochs
 depth-N     ResNet-8 and ResNet-20 on digits, batch 256, 40 steps
 fashion     BasicCNN on 20,000 images of Fashion-MNIST, batch 256, 156 steps
 cores       the vision transformer on digits, 400 steps, after a third in low rank
-cores-time  the same, each optimizer for as long as AdamW takes, at its best rate
+dense       the same without low rank
+cores-time  as cores, each optimizer for as long as AdamW takes, at its best rate
 text        a transformer on characters, 200 steps of 16 passages of 64
 selfsup     Barlow Twins on digits, batch 256, 67 steps; `test` is a linear classifier,
             `loss` that of the last tenth of the training, by which the rate is chosen
@@ -50,7 +51,12 @@ from train.models.vit import VisionTransformer
 
 RATES = tuple(float(f"{x:.0e}") for x in np.logspace(-3, 0, 7))
 """1e-3 to 1 in half decades, the grid of every arm."""
-FEWER = {"text": RATES[:5], "fashion": RATES[1:6], "depth-20": RATES[1:6]}
+FEWER = {
+    "dense": RATES[:5],
+    "text": RATES[:5],
+    "fashion": RATES[1:6],
+    "depth-20": RATES[1:6],
+}
 """The grid of every arm in studies that take long."""
 
 
@@ -218,7 +224,7 @@ DECAYS: Mapping[str, float] = {
     "swan": 1.0,
     "spectral_trust_region": 0.1,
 }
-"""Of each optimizer by name, in the studies of cores; without any in that of text."""
+"""Of each optimizer by name, on digits; there is none on characters."""
 
 
 class Program:
@@ -266,7 +272,7 @@ class Program:
             )
             scheduled = lambda count: rate * shape(count)  # noqa: E731
         if kind.named:
-            decay = DECAYS.get(kind.arm, 0.0) if kind.rank else 0.0
+            decay = DECAYS[kind.arm] if kind.data == "digits" else 0.0
             inner = optimizers.build(kind.arm, scheduled, decay, self.matrices)
         else:
             inner = names.find("arm", kind.arm, ARMS)(scheduled, self.matrices)
@@ -454,6 +460,10 @@ def kinds(study: str) -> list[Kind]:
             Kind("digits", "vit-digits", x, 64, 400, cosine=True, named=True, rank=0.25)
             for x in DECAYS
         ],
+        "dense": [
+            Kind("digits", "vit-digits", x, 64, 400, cosine=True, named=True)
+            for x in ("adamw", "orthogonal_sgd", "muon")
+        ],
         "text": [
             Kind("shakespeare", "transformer", x, 16, 200, cosine=True, named=True)
             for x in ("adamw", "orthogonal_sgd", "muon", "swan")
@@ -484,6 +494,7 @@ STUDIES = (
     "selfsup",
     "text",
     "fashion",
+    "dense",
     "depth-20",
 )
 

@@ -1,0 +1,194 @@
+"""The comparison of orthogonal gradients: its runs, what it repeats, what it prints."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import oialr_jax as oialr
+from train import orthogonal_runs as program
+from train.models.mlp import MLP
+
+DENSE = program.Kind("digits", "mlp", "orthogonal", 32, 12)
+LOW = dataclasses.replace(DENSE, arm="muon", named=True, cosine=True, rank=0.25)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    monkeypatch.setattr(program, "RATES", (1e-3, 1e-2))
+    table = {**program.MODELS, "mlp": lambda: MLP(hidden=(16, 12), classes=10)}
+    monkeypatch.setattr(program, "MODELS", table)
+
+
+def row(arm, rate, seed, validation, accuracy, **more):
+    usual = {"loss": 0.5, "ms_per_step": 2.0, "seconds": 1.0}
+    own = {"arm": arm, "rate": rate, "seed": seed}
+    return {**own, "validation": validation, "accuracy": accuracy, **usual, **more}
+
+
+def test_training_is_compiled_once_and_repeats_bit_for_bit(monkeypatch):
+    data = program.load("digits", None)
+    assert [len(x.label) for x in data] == [1149, 288, 360]
+    made = program.Program(DENSE, data)
+    first, again, other, faster = (
+        made.run(rate, seed)
+        for rate, seed in ((0.01, 0), (0.01, 0), (0.01, 1), (0.1, 0))
+    )
+    assert first["loss"] == again["loss"]
+    assert len({first["loss"], other["loss"], faster["loss"]}) == 3
+    assert len(made.compiled) == 1
+    assert first["accuracy"] > 0.3
+    monkeypatch.setattr(made, "predicted", lambda *_: jnp.full((1, 10), jnp.nan))
+    diverged = made.evaluated(
+        None, None, program.Part(data.test.image[:1], jnp.zeros(1, int))
+    )
+    assert diverged == (0.0, float("inf"))
+
+
+def test_a_rank_holds_the_matrices_from_a_third_of_the_run_on(monkeypatch):
+    made = program.Program(LOW, program.load("digits", None))
+    phases, phase = [], made.phase
+
+    def watched(carry, rate, order):
+        carry, seconds = phase(carry, rate, order)
+        phases.append((len(order), oialr.ranks(carry[0])))
+        return carry, seconds
+
+    monkeypatch.setattr(made, "phase", watched)
+    made.run(0.01, 0)
+    (before, dense), (after, low) = phases
+    assert (before, after) == (4, 8)
+    assert dense == {}
+    assert {k: rank for k, (*_, rank) in low.items()} == {
+        "hidden0/kernel": 4,
+        "hidden1/kernel": 3,
+    }
+
+
+def test_the_rate_warms_up_and_falls_to_zero_where_it_shall():
+    """The last step of a run does nothing, the steps of a constant rate are alike."""
+    kind = dataclasses.replace(LOW, arm="adamw", rank=None, steps=40)
+    made = program.Program(kind, _flat())
+    tx, params = made.optimizer(0.1), {"w": jnp.ones((4, 3))}
+    state, steps = tx.init(params), []
+    for _ in range(41):
+        updates, state = jax.jit(tx.update)(params, state, params)
+        steps.append(float(jnp.max(jnp.abs(updates["w"]))))
+    assert steps[0] == 0
+    assert steps[-1] < 1e-4 * max(steps)
+    assert np.argmax(steps) < 10
+
+
+def _flat():
+    part = program.Part(jnp.zeros((8, 4, 4, 1)), jnp.zeros(8, int))
+    return program.Data(part, part, part)
+
+
+def test_every_epoch_is_a_new_order_of_all():
+    order = program.batches(0, 10, 3, 7)
+    assert order.shape == (7, 3)
+    for epoch in (order[:3], order[3:6]):
+        assert len(set(epoch.ravel())) == 9
+    assert not np.array_equal(order[:3], order[3:6])
+    np.testing.assert_array_equal(order, program.batches(0, 10, 3, 7))
+    with pytest.raises(ValueError, match=r"`batch` must be in \[1, 10\], got 11"):
+        program.batches(0, 10, 11, 7)
+
+
+def test_what_is_in_the_record_is_not_trained_again(tmp_path, monkeypatch, capsys):
+    trained = []
+
+    results = {"validation": 0.9, "accuracy": 0.8, "loss": 0.5}
+    results |= {"seconds": 1.0, "ms_per_step": 2.0}
+
+    class Fake:
+        def __init__(self, kind, data):
+            self.kind = kind
+
+        def run(self, rate, seed):
+            trained.append((rate, seed))
+            return results
+
+    monkeypatch.setattr(program, "Program", Fake)
+    other = dataclasses.replace(DENSE, arm="sgd")
+    monkeypatch.setattr(program, "kinds", lambda _: [DENSE, other])
+    record = tmp_path / "sub" / "record.jsonl"
+    command = ["--studies", "digits", "--seeds", "2", "--out", str(record)]
+    program.main(command)
+    assert len(trained) == 2 * 2 * 2
+    lines = record.read_text().splitlines()
+    record.write_text("\n".join(lines[:-1]) + "\n")
+    program.main(command)
+    assert trained[8:] == [(1e-2, 1)]
+    assert (
+        len({program.identity(json.loads(x)) for x in record.read_text().splitlines()})
+        == 8
+    )
+    printed = capsys.readouterr().out
+    for arm in ("orthogonal", "sgd"):
+        assert printed.count(f"| {arm} | 80.0 | 80.0 | 2 | 0.001 | 80.0 ± 0.0 |") == 2
+
+
+def test_the_rate_is_chosen_by_validation_and_the_test_reported():
+    rows = [
+        row("sgd", 1e-3, 0, 0.7, 0.99),
+        row("sgd", 1e-2, 0, 0.8, 0.50, loss=1.0),
+        row("sgd", 1e-2, 1, 0.8, 0.60, loss=2.0, ms_per_step=1.5),
+        row("orthogonal", 1e-3, 0, 0.9, 0.950),
+        row("orthogonal", 1e-2, 0, 0.8, 0.945),
+    ]
+    assert program.chosen(rows) == {"sgd": 1e-2, "orthogonal": 1e-3}
+    lines = program.table(rows).splitlines()
+    assert lines[0].startswith("| arm | 0.001 | 0.01 | plateau | rate | test | loss |")
+    assert (
+        lines[2]
+        == "| sgd | 99.0 | 55.0 | 1 | 0.01 | 55.0 ± 5.0 | 1.500 ± 0.500 | 1.5 |"
+    )
+    assert lines[3].startswith("| orthogonal | 95.0 | 94.5 | 2 | 0.001 | 95.0 ± 0.0 |")
+
+
+def test_equal_time_is_as_many_steps_as_adamw_leaves_time_for():
+    slower = {"adamw": 2.0, "muon": 4.0}
+    rows = [
+        row(kind.arm, rate, 0, rate, 0.9, seconds=slower.get(kind.arm, 2.0) + rate)
+        for kind in program.kinds("cores")
+        for rate in (1e-3, 1e-2)
+    ]
+    runs = program.as_long(rows, seeds=2)
+    steps = {run.kind.arm: run.kind.steps for run in runs}
+    assert steps == {x: 200 if x == "muon" else 400 for x in program.DECAYS}
+    assert {run.rate for run in runs} == {1e-2}
+    assert {run.seed for run in runs} == {0, 1}
+
+
+def test_studies_name_what_exists():
+    for study in set(program.STUDIES) - {"quadratic", "cores-time"}:
+        for kind in program.kinds(study):
+            table = program.optimizers.OPTIMIZERS if kind.named else program.ARMS
+            assert kind.arm in table
+            assert kind.model in {*program.MODELS, "barlow-twins"}
+            assert kind.data in {*program.SIZES, "shakespeare"}
+    with pytest.raises(
+        SystemExit, match="unknown study 'digit', did you mean 'digits'"
+    ):
+        program.main(["--studies", "digit"])
+
+
+def test_cores_time_needs_the_cores(tmp_path):
+    with pytest.raises(SystemExit, match="`cores-time` needs the runs of `cores`"):
+        program.main(["--studies", "cores-time", "--out", str(tmp_path / "none.jsonl")])
+
+
+def test_the_quadratic_is_solved_where_there_is_no_noise(monkeypatch):
+    monkeypatch.setattr(program, "NOISES", (0.0, 1.0))
+    lines = program.quadratic(seeds=2, steps=60, side=4).splitlines()
+    assert [x.split(" | ")[0] for x in lines[2:]] == [
+        f"| {x}" for x in program.QUADRATIC
+    ]
+    for line in lines[2:]:
+        quiet, noisy = (float(x.split(" ± ")[0]) for x in line.split(" | ")[1:])
+        assert quiet < 0.2
+        assert quiet < noisy
