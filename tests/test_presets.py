@@ -6,9 +6,9 @@ import json
 import jax
 import pytest
 
-from train import images, loop
+from train import images, loop, selfsup, text
 
-PROGRAMS = {"images": images}
+PROGRAMS = {"images": images, "text": text, "selfsup": selfsup}
 PRESETS = [(p, name) for p, module in PROGRAMS.items() for name in module.PRESETS]
 IDS = [f"{program}-{preset}" for program, preset in PRESETS]
 
@@ -47,7 +47,11 @@ def test_the_small_form_meets_every_event_stops_and_resumes(
 ):
     module = PROGRAMS[program]
     settings = dataclasses.replace(
-        module.PRESETS[preset][1], smoke=True, mesh="data=1", out=tmp_path
+        module.PRESETS[preset][1],
+        method="oialr",
+        smoke=True,
+        mesh="data=1",
+        out=tmp_path,
     )
     with monkeypatch.context() as patch:
         stop_after(patch, 6)

@@ -307,6 +307,7 @@ def run(settings: S, build: Callable[[S], Task], *, name: str) -> dict[str, Any]
         "seed": settings.seed,
         "steps": int(state.step),
         **{f"test_{name}": value for name, value in progress.evaluation.items()},
+        "metric": task.goal.metric,
         "best": dict(progress.best),
         "dense_weights": count.dense,
         "stored_weights": count.stored,

@@ -96,6 +96,8 @@ def run(settings: Settings, *, name: str) -> dict[str, Any]:
 
     Raises:   as `recipe.run` and `task`.
     """
+    if settings.smoke:
+        settings = dataclasses.replace(settings, **recipe.SMOKE)
     return recipe.run(settings, task, name=name)
 
 

@@ -1,0 +1,64 @@
+"""The search for a recipe: what it tries, what it keeps, how it goes on."""
+
+import jax
+import optuna
+import pytest
+
+from train import images, sweep
+from train.models.vit import VisionTransformer
+
+FLAGS = ["--steps", "12", "--out"]
+
+
+@pytest.fixture(autouse=True)
+def _shallow(monkeypatch):
+    model = VisionTransformer(patch=2, depth=1, heads=2, width=16, classes=10)
+    monkeypatch.setitem(images.MODELS, "vit-digits", (model, {}))
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def study(folder):
+    return optuna.load_study(
+        study_name="digits", storage=f"sqlite:///{folder / 'digits' / 'sweep.db'}"
+    )
+
+
+def test_a_search_goes_on_where_it_was_and_prints_what_no_trial_beats(tmp_path, capsys):
+    sweep.main(["digits", "--trials", "1", *FLAGS, str(tmp_path)])
+    assert len(study(tmp_path).trials) == 1
+    sweep.main(["digits", "--trials", "2", *FLAGS, str(tmp_path)])
+    found = study(tmp_path)
+    assert len(found.trials) == 2
+    assert [x.name for x in found.directions] == ["MAXIMIZE", "MINIMIZE"]
+    done = [x for x in found.trials if x.state.name == "COMPLETE"]
+    assert done
+    for trial in done:
+        settings = images.PRESETS["digits"][1]
+        rate = trial.params["learning_rate"] / settings.learning_rate
+        assert 1 / 4 <= rate <= 4
+        accuracy, stored = trial.values
+        assert 0 <= accuracy <= 1
+        assert stored > 0
+        assert (tmp_path / "digits" / f"trial{trial.number}" / "summary.json").exists()
+    assert len({tuple(x.params.values()) for x in done}) == len(done)
+    rows = capsys.readouterr().out.strip().splitlines()
+    best = {x.number for x in found.best_trials}
+    assert {int(row.split("|")[1]) for row in rows[-len(best) :]} == best
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["digit"], "unknown preset 'digit', did you mean 'digits'?"),
+        (["digits", "--trials", "0"], "`trials` must be at least 1, got 0"),
+    ],
+    ids=["preset", "trials"],
+)
+def test_bad_input_is_one_clear_line(arguments, message, tmp_path):
+    with pytest.raises(SystemExit) as caught:
+        sweep.main([*arguments, "--out", str(tmp_path)])
+    assert str(caught.value).startswith("error: ")
+    assert message in str(caught.value)
+    assert not list(tmp_path.iterdir())
