@@ -18,6 +18,7 @@ from train.models.mlp import MLP
 # Rate and decay with which forty steps suffice.
 RATES = {
     "adamw": (3e-3, 0.1),
+    "adam": (3e-3, 1e-4),
     "sgd": (0.1, 5e-4),
     "orthogonal_sgd": (1e-2, 5e-4),
     "lars": (10.0, 5e-4),

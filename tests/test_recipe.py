@@ -170,3 +170,32 @@ def test_out_of_memory_names_the_batch_and_the_largest_arrays(tmp_path):
     assert text.startswith("error: out of memory with --batch 32: ")
     assert "float32[9, 1024, 1024] of 36 MiB" in text
     assert large.size
+
+
+def rate_of(**change):
+    """The rate of each update."""
+    settings = dataclasses.replace(SETTINGS, steps=40, learning_rate=1.0, **change)
+    rate = recipe.learning_rate(settings)
+    return np.array([float(rate(t)) for t in range(40 // settings.accumulate)])
+
+
+def test_the_rate_may_rise_and_comes_back_after_rank_events():
+    falling, rising = rate_of(), rate_of(lowest_rate=3.0)
+    np.testing.assert_allclose(falling[:5], [0, 0.25, 0.5, 0.75, 1])
+    assert np.all(np.diff(falling[4:]) < 0)
+    assert np.all(np.diff(rising) > 0)
+    assert rising[-1] > 2.9
+    early = rate_of(k_decay=0.34)
+    assert np.all(early[5:-1] < falling[5:-1])
+    events = recipe.schedule(dataclasses.replace(SETTINGS, steps=40)).events(40)
+    again = rate_of(rewarm=2)
+    half = np.where(np.isin(np.arange(40), events), 0.5, 1.0)
+    np.testing.assert_allclose(again, half * falling, rtol=1e-5)
+    np.testing.assert_array_equal(rate_of(rewarm=2, method="dense"), falling)
+
+
+def test_the_rate_halves_with_every_tenth_of_the_run():
+    found = rate_of(rate="halving", accumulate=2)
+    np.testing.assert_allclose(
+        found, np.repeat(0.5 ** np.maximum(0, np.arange(10) - 1), 2)
+    )

@@ -7,13 +7,11 @@ Result:    errors on the standardised scale, over all windows of the test months
 Presets are ett{h1,h2,m1,m2}-{96,192,336,720}: an Autoformer forecasts that many rows
 from the 96 before. A run is ten epochs, each followed by an evaluation, and ends when
 the validation error has not fallen for three of them; `best` in summary.json has the
-test error where the validation error was least. --smoke is a preset's code on tiny
-shapes, a minute on two cores. What a run writes: see train.images.
+test error where the validation error was least. What a run writes: see train.images.
 """
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -24,7 +22,7 @@ from jaxtyping import Array, Bool, Float
 
 import oialr_jax as oialr
 from train import loop, names, process, recipe
-from train.data.series import MONTH, MONTHS, Windows, batches, splits
+from train.data.series import MONTH, MONTHS, Windows, batches, drawn, splits
 from train.models.autoformer import Autoformer
 
 DATASETS: Mapping[str, int] = {"etth1": 24, "etth2": 24, "ettm1": 96, "ettm2": 96}
@@ -127,7 +125,6 @@ def task(settings: Settings) -> recipe.Task:
     Raises:   ValueError: an unknown dataset, or windows that do not fit it.
               FileNotFoundError: the dataset is not prepared.
     """
-    names.find("dataset", settings.dataset, DATASETS)
     windows = load(settings)
     mesh = oialr.make_mesh(settings.mesh)
     if "model" in mesh.shape:
@@ -193,18 +190,21 @@ def task(settings: Settings) -> recipe.Task:
 
 
 def load(settings: Settings) -> dict[str, Windows]:
-    """Windows of the prepared dataset by split."""
-    from train.data import prepared  # tensorflow-datasets takes seconds to import
+    """Host side: windows of the series that the settings name, by split.
 
-    series = prepared.series(pathlib.Path(settings.data_dir), settings.dataset)
+    Raises:   as `task`.
+    """
+    rows = names.find("dataset", settings.dataset, DATASETS)
+    if settings.smoke:
+        series = drawn(rows)
+    else:
+        from train.data import prepared  # tensorflow-datasets takes seconds to import
+
+        series = prepared.series(settings.data_dir, settings.dataset)
     windows = splits(series, history=settings.history, horizon=settings.horizon)
-    if settings.windows is None:
-        return windows
-    rows = settings.windows + settings.history + settings.horizon - 1
-    return {
-        name: dataclasses.replace(x, value=x.value[:rows], mark=x.mark[:rows])
-        for name, x in windows.items()
-    }
+    if settings.windows is not None:
+        windows = {name: x.first(settings.windows) for name, x in windows.items()}
+    return windows
 
 
 def evaluate(

@@ -46,6 +46,11 @@ class Windows:
     def __len__(self) -> int:
         return max(0, len(self.value) - self.history - self.horizon + 1)
 
+    def first(self, count: int) -> "Windows":
+        """Only so many of them."""
+        rows = count + self.history + self.horizon - 1
+        return dataclasses.replace(self, value=self.value[:rows], mark=self.mark[:rows])
+
     def take(self, index: Int[np.ndarray, " b"]) -> Window:
         """The windows of these numbers.
 
@@ -60,6 +65,19 @@ class Windows:
             "target": value[:, self.history :],
             "mark": self.mark[rows],
         }
+
+
+def drawn(rows: int) -> Series:
+    """Random waves, so many rows a day, to show that a program works, no more."""
+    count = sum(MONTHS) * MONTH * rows
+    day = np.arange(count)[:, None] / rows
+    rng = np.random.default_rng(0)
+    waves = np.sin(2 * np.pi * day * np.array([1, 2, 3]) + rng.uniform(size=3))
+    value = waves + 0.3 * rng.normal(size=waves.shape)
+    time = np.datetime64("2016-07-01T00", "s") + np.arange(count) * np.timedelta64(
+        86_400 // rows, "s"
+    )
+    return Series(time, value.astype(np.float32))
 
 
 def splits(series: Series, *, history: int, horizon: int) -> dict[str, Windows]:
