@@ -128,16 +128,23 @@ PRESETS: Mapping[str, tuple[str, Settings]] = {
             dataset="mnist",
             model="lenet5",
             validation=10_000,
-            steps=3900,
-            batch=128,  # 10 passes
+            steps=3120,
+            batch=128,  # 8 passes
             learning_rate=2e-3,
             weight_decay=0.3,
             smoothing=0.0,
+            delay=0.3,
+            every=0.08,
             layer_step=1.0,
+            cutoff=0.55,
+            floor=0.002,
+            max_drop=0.75,
+            multiple=1,
             min_aspect=0.05,
+            keep_first=1,  # 25x20, which has fewer weights dense
             log_every=100,
             eval_every=390,
-            save_every=1950,
+            save_every=1560,
         ),
     ),
     "cifar10-vit-mini": (
