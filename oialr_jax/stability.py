@@ -29,9 +29,7 @@ from oialr_jax.lowrank import (
     named_leaves,
 )
 from oialr_jax.matrices import Matrix
-
-RESOLVED = 1e-4
-"""Singular values below this part of the largest count as less than a direction."""
+from oialr_jax.polar import or_one, polar
 
 
 class Stability(NamedTuple):
@@ -114,8 +112,8 @@ def stability(
 
     Of a matrix of rank r < n only the r directions that it has make up P, and `basis`
     is tr(P₁ᵀP₂) / √(r₁r₂): a cut from n to r directions by itself gives √(r/n).
-    Singular values below `RESOLVED` times the largest count in part, smoothly. A matrix
-    of zeros has no basis: `basis` and `cosine` are 0.
+    Singular values below `polar.RESOLVED` times the largest count in part, smoothly.
+    A matrix of zeros has no basis: `basis` and `cosine` are 0.
 
     Args:     key: of the random change; without one there is no `Stability.null`.
     Raises:   ValueError: a matrix names no leaf of a tree, or one of another shape.
@@ -323,50 +321,6 @@ def _upright(r: Array) -> Array:
     return r * sign[..., None].astype(r.dtype)
 
 
-def polar(matrix: Float[Array, "*l a c"]) -> Float[Array, "*l a c"]:
-    """U Vᵀ of the SVD of a matrix, by matrix products alone.
-
-    Singular values above `RESOLVED` times the largest become 1, smaller ones less, and
-    zeros stay zero: of a matrix that lacks directions this is the partial isometry.
-
-    Source:   Newton-Schulz, scaled as in Chen and Chow 2014 ("A stable scaling of
-              Newton-Schulz"): x -> ρx (3 - ρ²x²) / 2, with ρ² = 3 / (1 + l + l²) for
-              singular values in [l, 1], maps both ends to the same value and none
-              above 1.
-    """
-    wide = matrix.shape[-2] < matrix.shape[-1]
-    x = jnp.swapaxes(matrix, -1, -2) if wide else matrix
-    x = x / _or_one(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True))
-    with jax.default_matmul_precision("highest"):
-        gram = jnp.swapaxes(x, -1, -2) @ x
-        # (Σσ⁴)^¼ is above the largest σ, by n^¼ at most
-        x = x / _or_one(jnp.sqrt(jnp.linalg.norm(gram, axis=(-2, -1), keepdims=True)))
-
-        def step(x: Array, rho: Array) -> tuple[Array, None]:
-            x = rho.astype(x.dtype) * x
-            return 1.5 * x - 0.5 * (x @ (jnp.swapaxes(x, -1, -2) @ x)), None
-
-        lowest = RESOLVED / min(matrix.shape[-2:]) ** 0.25
-        x, _ = jax.lax.scan(step, x, jnp.asarray(_scales(lowest)))
-    return jnp.swapaxes(x, -1, -2) if wide else x
-
-
-def _scales(lowest: float) -> list[float]:
-    """ρ of each Newton-Schulz step until singular values from `lowest` on are 1."""
-    scales = []
-    while lowest < 1 - 1e-9:
-        bound = max(lowest, 0.1)  # a smaller one maps 1 to about it, by cancellation
-        rho = math.sqrt(3 / (1 + bound + bound**2))
-        lowest = rho * lowest * (3 - (rho * lowest) ** 2) / 2
-        scales.append(rho)
-    return scales
-
-
-def _or_one(x: Array) -> Array:
-    """Denominators, 1 where they are 0."""
-    return jnp.where(x == 0, jnp.ones_like(x), x)
-
-
 def _compared(before: Portraits, after: Portraits, key: Any) -> dict[str, Stability]:
     """Of all matrices, by one program for each pair of shapes."""
     groups: dict[Any, list[str]] = defaultdict(list)
@@ -429,16 +383,16 @@ def _randomly(key: Any, portrait: Portrait, change: Array) -> Array:
     with jax.default_matmul_precision("highest"):
         if portrait.b is not None:  # XᵀX projects on the span of the rows of C
             noise = (noise @ jnp.swapaxes(x, -1, -2)) @ x
-    size = change * _norm(c) / _or_one(_norm(noise))
+    size = change * _norm(c) / or_one(_norm(noise))
     return c + size[..., None, None] * noise
 
 
 def _alike(p: Portrait, q: Portrait) -> Stability:
     with jax.default_matmul_precision("highest"):
         overlap = _overlap(p.b, q.b)
-        cosine = _inner(p.c, overlap, q.c) / _or_one(_norm(p.c) * _norm(q.c))
-        basis = _inner(p.x, overlap, q.x) / _or_one(_norm(p.x) * _norm(q.x))
-        change = _distance(p, q) / _or_one(_norm(p.c))
+        cosine = _inner(p.c, overlap, q.c) / or_one(_norm(p.c) * _norm(q.c))
+        basis = _inner(p.x, overlap, q.x) / or_one(_norm(p.x) * _norm(q.x))
+        change = _distance(p, q) / or_one(_norm(p.c))
     return Stability(basis, _mixing(p.r, q.r), cosine, change)
 
 
@@ -476,7 +430,7 @@ def _mixing(r1: Array, r2: Array) -> Array:
     rows = max(r1.shape[-2], r2.shape[-2])
     first, second = (
         jnp.pad(r, [(0, 0)] * (r.ndim - 2) + [(0, rows - r.shape[-2]), (0, 0)])
-        / _or_one(_norm(r))[..., None, None]
+        / or_one(_norm(r))[..., None, None]
         for r in (r1, r2)
     )
     return 1 - _norm(first - second) / 2

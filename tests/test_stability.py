@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import oialr_jax as oialr
 from oialr_jax.lowrank import singular_values
-from oialr_jax.stability import polar
+from oialr_jax.polar import polar
 
 CLOSE = 1e-5
 NUMBERS = ("basis", "mixing", "cosine", "change")
