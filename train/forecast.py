@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float
 
 import oialr_jax as oialr
 from train import loop, names, process, recipe
+from train.data.arrays import read_ahead
 from train.data.series import MONTH, MONTHS, Windows, batches, drawn, splits
 from train.models.autoformer import Autoformer
 
@@ -171,12 +172,14 @@ def task(settings: Settings) -> recipe.Task:
     return recipe.Task(
         init=init,
         loss=loss,
-        batch=batches(
-            windows["train"],
-            batch=settings.batch,
-            seed=settings.seed,
-            part=layout.rows(settings.batch),
-        ).__getitem__,
+        batch=read_ahead(
+            batches(
+                windows["train"],
+                batch=settings.batch,
+                seed=settings.seed,
+                part=layout.rows(settings.batch),
+            )
+        ),
         evaluate=evaluated,
         goal=loop.Goal("validation_mse", "min"),
         epoch=len(windows["train"]) / settings.batch,

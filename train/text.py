@@ -23,6 +23,7 @@ from jaxtyping import Array, Int
 import oialr_jax as oialr
 from train import loop, names, process, recipe
 from train.data import text
+from train.data.arrays import read_ahead
 from train.models.transformer import Transformer
 
 
@@ -141,13 +142,15 @@ def task(settings: Settings) -> recipe.Task:
     return recipe.Task(
         init=init,
         loss=loss,
-        batch=text.batches(
-            train,
-            context=settings.context,
-            batch=settings.batch,
-            seed=settings.seed,
-            part=layout.rows(settings.batch),
-        ).__getitem__,
+        batch=read_ahead(
+            text.batches(
+                train,
+                context=settings.context,
+                batch=settings.batch,
+                seed=settings.seed,
+                part=layout.rows(settings.batch),
+            )
+        ),
         evaluate=evaluated,
         goal=loop.Goal("loss", "min"),
         epoch=(len(train) - settings.context) / settings.batch,

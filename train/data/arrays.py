@@ -78,11 +78,11 @@ class Images:
         return found
 
     def batches(self, *, batch: int, seed: int, part: slice) -> Callable[[int], Batch]:
-        """Of the training images: see the function of this name."""
+        """Of the training images, read ahead: see the function of this name."""
         stream = batches(
             self.train_image, self.train_label, batch=batch, seed=seed, part=part
         )
-        return stream.__getitem__
+        return read_ahead(stream)
 
     def rows(self, split: str, rows: Int[np.ndarray, " b"]) -> Batch:
         """Images of a split by number."""
