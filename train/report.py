@@ -226,6 +226,7 @@ def _stability(tracked: Sequence[Record]) -> Figure:
     figure.colorbar(mesh, ax=above, label="tr(P₁ᵀP₂) / n", pad=0.01)
     draw_means(below, [tracked])
     below.set_xlabel("epoch at the end of the interval")
+    figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=4)
     return figure
 
 
@@ -252,7 +253,6 @@ def draw_means(axes: Any, runs: Sequence[Sequence[Record]]) -> None:
             axes.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.2, lw=0)
     axes.set(ylabel="mean over the layers", xlim=(0, None), ylim=(None, 1))
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8, ncols=2)
 
 
 def run_mean(record: Record, name: str) -> float:

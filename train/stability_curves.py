@@ -72,25 +72,30 @@ def draw(found: Found, preset: str) -> Figure:
     for panel, (rate, runs) in zip(panels, found.items(), strict=True):
         report.draw_means(panel, runs)
         panel.set(title=f"{preset}, learning rate {rate}", xlabel="epoch")
+    panels[0].set_ylim(min(panel.dataLim.y0 for panel in panels) - 0.01, 1)
     for panel in panels[1:]:
         panel.set_ylabel("")
-        panel.get_legend().remove()
+    curves, titles = panels[0].get_legend_handles_labels()
+    figure.legend(
+        curves, titles, loc="outside lower center", frameon=False, fontsize=8, ncols=4
+    )
     return figure
 
 
 def table(found: Found) -> str:
-    """Means over layers and seeds at every other interval, as Markdown."""
-    lines = []
+    """Means over layers and seeds at every other interval; a table for each rate."""
+    tables = []
     for rate, runs in found.items():
         shown = runs[0][::2]
-        lines.append("| " + " | ".join([rate, *(f"{r['epoch']:.3g}" for r in shown)]))
+        lines = [" | ".join([f"| {rate}", *(f"{r['epoch']:.3g}" for r in shown)])]
         lines.append("| --- " * (1 + len(shown)))
         for name, title, *_ in report.SERIES:
             values = np.array([[report.run_mean(r, name) for r in run] for run in runs])
             cells = [f"{x:.3f}" for x in values.mean(0)[::2]]
-            spread = np.nanmax(np.nanstd(values, axis=0))
+            spread = np.nanmax(np.nanstd(values, axis=0, ddof=1))
             lines.append(f"| {title} (sd to {spread:.3f}) | " + " | ".join(cells))
-    return " |\n".join(lines) + " |\n"
+        tables.append(" |\n".join(lines) + " |\n")
+    return "\n".join(tables)
 
 
 def layers(found: Found) -> str:
@@ -137,8 +142,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     settings.out / f"stability-{preset}-{rate}-seed{i}" / loop.SUMMARY
                     for i in range(settings.seeds)
                 ]
-                right = [json.loads(x.read_text())["test_accuracy"] for x in summaries]
-                print(f"{rate}: {np.mean(right):.2%} ± {np.std(right):.2%} right")
+                right = [
+                    100 * json.loads(x.read_text())["test_accuracy"] for x in summaries
+                ]
+                spread = np.std(right, ddof=1)
+                print(f"{rate}: {np.mean(right):.2f} ± {spread:.2f} % right")
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
 

@@ -10,7 +10,7 @@ import numpy as np
 
 import oialr_jax as oialr
 
-DETAILED = 10
+DETAILED = 7
 """About so many lines of a run have the null model and the spectra, which cost more."""
 
 
