@@ -11,7 +11,7 @@ from cases import BY_NAME, normal
 from helpers import in_low_rank, projected, scalar_loss
 
 import oialr_jax as oialr
-from oialr_jax import polar
+from oialr_jax import directions, polar
 from oialr_jax.lowrank import named_leaves
 
 EXACT = 1e-5  # float32, condition up to 1e1
@@ -153,6 +153,17 @@ def test_a_layer_that_is_not_finite_stays_as_it_is_and_alone(name, bad):
     np.testing.assert_array_equal(out["a"], broken["a"])
     for other in ("b", "c"):
         np.testing.assert_allclose(out[other], expected[other], atol=1e-6)
+
+
+def test_what_takes_a_direction_sees_finite_entries_up_to_one():
+    """LAPACK need not come to an end on others."""
+    seen = []
+    x = jnp.stack(
+        [normal(0, 6, 4) * 1e20, jnp.full((6, 4), jnp.nan), jnp.zeros((6, 4))]
+    )
+    result, _ = directions.guarded(lambda x: seen.append(x) or x, x)
+    np.testing.assert_allclose(np.max(np.abs(seen[0]), axis=(1, 2)), [1, 0, 0])
+    np.testing.assert_array_equal(result[1:], x[1:])
 
 
 @pytest.mark.parametrize("name", DIRECTIONS)
