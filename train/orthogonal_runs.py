@@ -52,10 +52,11 @@ from train.models.vit import VisionTransformer
 RATES = tuple(float(f"{x:.0e}") for x in np.logspace(-3, 0, 7))
 """1e-3 to 1 in half decades, the grid of every arm."""
 FEWER = {
+    "selfsup": RATES[:6],
     "dense": RATES[:5],
-    "text": RATES[:5],
-    "fashion": RATES[1:6],
-    "depth-20": RATES[1:6],
+    "fashion": RATES[2:6],
+    "text": RATES[:4],
+    "depth-20": RATES[2:5],
 }
 """The grid of every arm in studies that take long."""
 
@@ -448,6 +449,7 @@ def kinds(study: str) -> list[Kind]:
     """
     cnn = functools.partial(Kind, "digits", "BasicCNN")
     deep = functools.partial(Kind, "digits", batch=256, steps=40)
+    controlled = ("sgd", "normalize_components", "orthogonal")
     epochs = {4: 1, 16: 1, 64: 4, 256: 6}
     table: dict[str, list[Kind]] = {
         "digits": [cnn(x, 256, 24) for x in ARMS],
@@ -466,12 +468,9 @@ def kinds(study: str) -> list[Kind]:
         ],
         "text": [
             Kind("shakespeare", "transformer", x, 16, 200, cosine=True, named=True)
-            for x in ("adamw", "orthogonal_sgd", "muon", "swan")
+            for x in ("adamw", "muon", "swan")
         ],
-        "selfsup": [
-            Kind("digits", "barlow-twins", x, 256, 67)
-            for x in (*MAIN, "momentum, then orthogonal")
-        ],
+        "selfsup": [Kind("digits", "barlow-twins", x, 256, 67) for x in MAIN],
     }
     table |= {
         f"batch-{b}": [
@@ -479,7 +478,9 @@ def kinds(study: str) -> list[Kind]:
         ]
         for b, n in epochs.items()
     }
-    table |= {f"depth-{n}": [deep(f"ResNet-{n}", arm=x) for x in MAIN] for n in (8, 20)}
+    table |= {
+        f"depth-{n}": [deep(f"ResNet-{n}", arm=x) for x in controlled] for n in (8, 20)
+    }
     return names.find("study", study, table)
 
 
@@ -492,9 +493,9 @@ STUDIES = (
     "quadratic",
     "depth-8",
     "selfsup",
-    "text",
-    "fashion",
     "dense",
+    "fashion",
+    "text",
     "depth-20",
 )
 
