@@ -463,14 +463,16 @@ def problem(steps=4):
     return params, grads, [matrix("w", 9, 5)]
 
 
-def test_orthogonal_sgd_is_orthogonalise_then_decay_then_momentum():
+@pytest.mark.parametrize("momentum", [0.9, None])
+def test_orthogonal_sgd_is_orthogonalise_then_decay_then_momentum(momentum):
     params, grads, _ = problem()
-    tx = oialr.orthogonal_sgd(0.1, momentum=0.9, weight_decay=0.05)
-    actual, _ = run(tx, params, grads)
+    tx = oialr.orthogonal_sgd(0.1, momentum=momentum, weight_decay=0.05)
+    actual, state = run(tx, params, grads)
+    assert len(jax.tree.leaves(state)) == (2 if momentum else 0)
     for name, direction in (("w", reference), ("b", np.asarray)):
         x, buffer = np.asarray(params[name], np.float64), 0.0
         for g in grads:
-            buffer = 0.9 * buffer + direction(g[name]) + 0.05 * x
+            buffer = (momentum or 0) * buffer + direction(g[name]) + 0.05 * x
             x = x - 0.1 * buffer
         np.testing.assert_allclose(actual[name], x, atol=EXACT)
 
