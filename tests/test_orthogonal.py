@@ -564,6 +564,13 @@ def test_swan_on_more_outputs_than_inputs_where_the_mean_takes_a_rank():
     assert np.linalg.matrix_rank(out, tol=1e-3) == 3
 
 
+@pytest.mark.parametrize("recipe", [oialr.swan, oialr.core_muon])
+def test_other_leaves_get_the_optimizer_that_was_given(recipe):
+    params, grads, matrices = problem()
+    out = apply(recipe(0.1, matrices, adam=optax.sgd(2.0)), grads[0], params)
+    np.testing.assert_allclose(out["b"], -2 * grads[0]["b"], rtol=1e-6)
+
+
 def test_core_muon_on_dense_matrices_is_optax_muon():
     params, grads, matrices = problem()
     ours = oialr.core_muon(0.1, matrices, weight_decay=0.2)
