@@ -166,6 +166,27 @@ def test_what_takes_a_direction_sees_finite_entries_up_to_one():
     np.testing.assert_array_equal(result[1:], x[1:])
 
 
+def test_a_direction_that_fails_leaves_its_matrix_alone():
+    """As an SVD that does not converge, which gives NaN."""
+    x = jnp.stack([normal(0, 6, 4), normal(1, 6, 4)])
+    failing = jnp.array([True, False])[:, None, None]
+    result, _ = directions.guarded(lambda x: jnp.where(failing, jnp.nan, 2 * x), x)
+    np.testing.assert_array_equal(result[0], x[0])
+    np.testing.assert_allclose(result[1], 2 * x[1] / np.max(np.abs(x[1])), rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["svd", "qdwh", "auto"])
+def test_float64_stays_float64_beside_float32_of_the_same_shape(method):
+    with jax.enable_x64(True):
+        g = np.asarray(conditioned(0, 12, 9), np.float64)
+        grads = {"a": jnp.asarray(g), "b": jnp.asarray(g, jnp.float32)}
+        out = apply(oialr.orthogonalize(method, steps=None), grads)
+        assert dtypes(out) == dtypes(grads) == [jnp.float64, jnp.float32]
+        exact = 1e-12 if method != "auto" else EXACT
+        np.testing.assert_allclose(out["a"], reference(g), atol=exact)
+        np.testing.assert_allclose(out["b"], reference(g), atol=EXACT)
+
+
 @pytest.mark.parametrize("name", DIRECTIONS)
 @pytest.mark.parametrize("scale", [1e-30, 1e30], ids=str)
 def test_does_not_depend_on_the_scale_of_the_gradient(name, scale):
@@ -180,7 +201,7 @@ def test_directions_have_no_state_and_keep_types(name):
     g = {
         "w": normal(0, 6, 4).astype(jnp.bfloat16),
         "b": normal(1, 4),
-        "n": jnp.arange(3),
+        "n": jnp.arange(6).reshape(2, 3),
     }
     tx = DIRECTIONS[name]
     assert tx.init(jax.eval_shape(lambda: g)) == tx.init(g) == optax.EmptyState()
@@ -578,6 +599,15 @@ def test_core_muon_on_dense_matrices_is_optax_muon():
     actual, _ = run(ours, params, grads)
     expected, _ = run(theirs, params, grads)
     np.testing.assert_allclose(actual["w"], expected["w"], atol=1e-6)
+
+
+def test_core_muon_does_not_depend_on_the_scale_of_the_gradient():
+    """With Optax's own eps, which is absolute, small gradients make small steps."""
+    params, grads, matrices = problem()
+    tx = oialr.core_muon(0.1, matrices)
+    small = jax.tree.map(lambda g: 1e-10 * g, grads[0])
+    steps = [apply(tx, g, params)["w"] for g in (grads[0], small)]
+    np.testing.assert_allclose(*steps, rtol=1e-4)
 
 
 @pytest.mark.parametrize("rms", [None, 0.2], ids=["spectral", "rms"])
