@@ -151,17 +151,34 @@ def test_the_rate_is_chosen_by_validation_and_the_test_reported():
 
 
 def test_equal_time_is_as_many_steps_as_adamw_leaves_time_for():
-    slower = {"adamw": 2.0, "muon": 4.0}
-    rows = [
-        row(kind.arm, rate, 0, rate, 0.9, seconds=slower.get(kind.arm, 2.0) + rate)
-        for kind in program.kinds("cores")
-        for rate in (1e-3, 1e-2)
-    ]
-    runs = program.as_long(rows, seeds=2)
+    took = {kind.arm: 2.0 for kind in program.kinds("cores")} | {"muon": 4.0}
+    rows = [row(arm, rate, 0, rate, 0.9) for arm in took for rate in (1e-3, 1e-2)]
+    runs = program.as_long(rows, took, seeds=2)
     steps = {run.kind.arm: run.kind.steps for run in runs}
-    assert steps == {x: 200 if x == "muon" else 400 for x in program.DECAYS}
+    assert steps == {x: 200 if x == "muon" else 400 for x in took}
     assert {run.rate for run in runs} == {1e-2}
     assert {run.seed for run in runs} == {0, 1}
+
+
+def test_times_are_those_of_dense_and_low_rank_steps(monkeypatch):
+    low = dataclasses.replace(LOW, steps=30)
+    monkeypatch.setattr(program, "kinds", lambda _: [low])
+    ranks = []
+
+    def interleaved(runs, rounds):
+        for run in runs:
+            run()
+            (carry,) = (
+                x.cell_contents
+                for x in run.__closure__
+                if type(x.cell_contents) is list
+            )
+            ranks.append(len(oialr.ranks(carry[0][0])))
+        return [(1.0, 0, 0), (0.25, 0, 0)]
+
+    monkeypatch.setattr(program.bench, "interleaved", interleaved)
+    assert program.times(None) == {"muon": pytest.approx(6 * 1.5 / 3)}
+    assert ranks == [0, 2]
 
 
 def test_studies_name_what_exists():

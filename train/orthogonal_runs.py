@@ -43,7 +43,7 @@ from jaxtyping import Array
 from tqdm import tqdm
 
 import oialr_jax as oialr
-from train import names, optimizers, process, recipe, selfsup
+from train import bench, names, optimizers, process, recipe, selfsup
 from train.models.basic_cnn import BasicCNN
 from train.models.resnet import ResNet
 from train.models.transformer import Transformer
@@ -551,14 +551,10 @@ def swept(study: str, seeds: int) -> list[Run]:
     ]
 
 
-def as_long(rows: Sequence[Mapping[str, Any]], seeds: int) -> list[Run]:
-    """The study of cores again, each for as many steps as the time of AdamW allows.
-
-    The times are the least over rates and seeds: the others waited for other programs.
-    """
-    took: dict[str, float] = {}
-    for row in rows:
-        took[row["arm"]] = min(row["seconds"], took.get(row["arm"], np.inf))
+def as_long(
+    rows: Sequence[Mapping[str, Any]], took: Mapping[str, float], seeds: int
+) -> list[Run]:
+    """The study of cores again, each for as many steps as the time of AdamW allows."""
     best = chosen(rows)
     return [
         Run(
@@ -570,6 +566,36 @@ def as_long(rows: Sequence[Mapping[str, Any]], seeds: int) -> list[Run]:
         for x in kinds("cores")
         for seed in range(seeds)
     ]
+
+
+def times(data_dir: pathlib.Path, rounds: int = 15) -> dict[str, float]:
+    """Host side: seconds of the cores' runs by arm, a third of them dense.
+
+    All take five steps in turn, medians over the rounds.
+    """
+    timed: list[Callable[[], Any]] = []
+
+    def add(program: Program, carry: Any) -> None:
+        order = batches(0, len(program.data.train.label), program.kind.batch, 5)
+        holder = [carry]
+
+        def run() -> None:
+            holder[0], _ = program.phase(holder[0], 1e-3, order)
+
+        timed.append(run)
+
+    for kind in kinds("cores"):
+        program = Program(kind, load(kind.data, data_dir))
+        for low in (False, True):
+            carry = program.initial(jax.random.key(0))
+            add(program, program.converted(carry, kind.rank or 1.0) if low else carry)
+    middle = [x for x, *_ in bench.interleaved(timed, rounds)]
+    return {
+        kind.arm: kind.steps / 5 * (dense + 2 * low) / 3
+        for kind, dense, low in zip(
+            kinds("cores"), middle[::2], middle[1::2], strict=True
+        )
+    }
 
 
 # Tables
@@ -683,7 +709,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 rows = [x for x in read(settings.out) if x["study"] == "cores"]
                 if not rows:
                     raise ValueError("`cores-time` needs the runs of `cores` first")
-                runs = as_long(rows, settings.seeds)
+                took = times(settings.data_dir)
+                print({arm: f"{x:.2f} s" for arm, x in took.items()})
+                runs = as_long(rows, took, settings.seeds)
             else:
                 runs = swept(study, settings.seeds)
             perform(runs, settings)
