@@ -592,10 +592,11 @@ def test_other_leaves_get_the_optimizer_that_was_given(recipe):
     np.testing.assert_allclose(out["b"], -2 * grads[0]["b"], rtol=1e-6)
 
 
-def test_core_muon_on_dense_matrices_is_optax_muon():
+@pytest.mark.parametrize("options", [{}, {"beta": 0.5, "nesterov": False}], ids=str)
+def test_core_muon_on_dense_matrices_is_optax_muon(options):
     params, grads, matrices = problem()
-    ours = oialr.core_muon(0.1, matrices, weight_decay=0.2)
-    theirs = optax.contrib.muon(0.1, weight_decay=0.2)
+    ours = oialr.core_muon(0.1, matrices, weight_decay=0.2, **options)
+    theirs = optax.contrib.muon(0.1, weight_decay=0.2, **options)
     actual, _ = run(ours, params, grads)
     expected, _ = run(theirs, params, grads)
     np.testing.assert_allclose(actual["w"], expected["w"], atol=1e-6)
