@@ -352,6 +352,13 @@ def test_matrices_that_do_not_fit_the_params(recipe, found, message):
         build([found]).init({"w": normal(0, 6, 4), "b": normal(0, 4)})
 
 
+def test_a_square_leaf_beyond_full_rank_is_no_core():
+    tx = oialr.orthogonalize(matrices=[matrix("w", 6, 4)])
+    assert tx.init({"w": normal(0, 4, 4)}) == optax.EmptyState()
+    with pytest.raises(ValueError, match=r"w has shape \(5, 5\): neither"):
+        tx.init({"w": normal(0, 5, 5)})
+
+
 def test_without_freeze_bases_low_rank_is_refused():
     found = matrix("w", 6, 4)
     with pytest.raises(ValueError, match=r"w is in low rank: build .*freeze_bases"):
