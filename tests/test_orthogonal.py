@@ -583,6 +583,15 @@ def test_swan_normalises_then_whitens_and_stores_nothing_for_matrices():
     assert all(leaf.size <= 5 for leaf in jax.tree.leaves(state))
 
 
+def test_swan_does_nothing_for_an_output_without_gradient():
+    g = conditioned(0, 9, 5).at[:, 1].set(0)
+    tx = oialr.swan(1.0, [matrix("w", 9, 5)], rms=None, method="svd")
+    alive = np.delete(np.asarray(g, np.float64), 1, axis=1)
+    alive = (alive - alive.mean(0)) / alive.std(0)
+    expected = np.insert(-reference(alive), 1, 0, axis=1)
+    np.testing.assert_allclose(apply(tx, {"w": g})["w"], expected, atol=2 * EXACT)
+
+
 def test_swan_on_more_outputs_than_inputs_where_the_mean_takes_a_rank():
     """Centred columns of (4, 7) have rank 3; nothing may fill the fourth direction."""
     g = conditioned(0, 4, 7)
