@@ -219,6 +219,7 @@ ARMS: Mapping[str, Arm] = {
 
 DECAYS: Mapping[str, float] = {
     "adamw": 1.0,
+    "adam": 0.0,
     "sgd": 5e-4,
     "orthogonal_sgd": 5e-4,
     "muon": 1.0,
@@ -464,7 +465,7 @@ def kinds(study: str) -> list[Kind]:
         ],
         "dense": [
             Kind("digits", "vit-digits", x, 64, 400, cosine=True, named=True)
-            for x in ("adamw", "orthogonal_sgd", "muon")
+            for x in ("adamw", "adam", "orthogonal_sgd", "muon")
         ],
         "text": [
             Kind("shakespeare", "transformer", x, 16, 200, cosine=True, named=True)
