@@ -56,7 +56,7 @@ FEWER = {
     "dense": RATES[:5],
     "fashion": RATES[2:6],
     "text": RATES[:4],
-    "depth-20": RATES[2:5],
+    "depth-20": RATES[:5],
 }
 """The grid of every arm in studies that take long."""
 
