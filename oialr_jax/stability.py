@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from oialr_jax.decompose import NOW, decomposed, mesh_of, on_host
@@ -218,8 +218,13 @@ def _leaves(params: PyTree, matrices: Sequence[Matrix]) -> list[Any]:
     if mesh is None:
         return leaves
     # each device would call LAPACK, and on a CPU two calls at once may deadlock
-    whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    return jax.tree.map(lambda x: x.addressable_data(0), whole(leaves))
+    return jax.tree.map(lambda x: x.addressable_data(0), _gathered(mesh)(leaves))
+
+
+@functools.cache
+def _gathered(mesh: Mesh) -> Callable[[list[Any]], list[Any]]:
+    """The program that has every array whole on every device."""
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def _portraits(
@@ -229,21 +234,31 @@ def _portraits(
 
     Args:     token: 0, which is known once no other LAPACK call runs.
     """
-    views = [
-        _view(leaf, matrix.axes)
-        for leaf, matrix in zip(_leaves(params, matrices), matrices, strict=True)
-    ]
+    leaves = _leaves(params, matrices)
     groups: dict[Any, list[int]] = defaultdict(list)
-    for i, (_, c) in enumerate(views):
-        groups[c.shape[-2:], c.dtype].append(i)
+    for i, (leaf, matrix) in enumerate(zip(leaves, matrices, strict=True)):
+        long, short = max(matrix.m, matrix.n), min(matrix.m, matrix.n)
+        rows = leaf.s.shape[-1] if is_low_rank(leaf) else long  # of the core
+        groups[rows, short, compute_dtype(leaf.dtype)].append(i)
     found: dict[int, Portrait] = {}
     token = jnp.asarray(token)
     for group in groups.values():
-        solved, token = _solved([views[i][1] for i in group], token)
-        for i, (x, r) in zip(group, solved, strict=True):
-            b, c = views[i]
-            found[i] = Portrait(b, c, x, r)
+        axes = tuple(matrices[i].axes for i in group)
+        portraits, token = _portrayed([leaves[i] for i in group], token, axes)
+        found |= dict(zip(group, portraits, strict=True))
     return {matrix.path: found[i] for i, matrix in enumerate(matrices)}
+
+
+@functools.partial(jax.jit, static_argnames="axes")
+def _portrayed(
+    leaves: list[Any], token: Array, axes: tuple[Axes, ...]
+) -> tuple[list[Portrait], Array]:
+    views = [_view(leaf, each) for leaf, each in zip(leaves, axes, strict=True)]
+    solved, token = _solved([c for _, c in views], token)
+    portraits = [
+        Portrait(b, c, x, r) for (b, c), (x, r) in zip(views, solved, strict=True)
+    ]
+    return portraits, token
 
 
 @jax.jit
@@ -268,7 +283,6 @@ def _waiting(portraits: Portraits, nulls: list[Array]) -> Portraits:
     return portraits | {path: one._replace(r=one.r + token)}
 
 
-@functools.partial(jax.jit, static_argnames="axes")
 def _view(leaf: Any, axes: Axes) -> tuple[Any, Array]:
     """B and C of the tall view of W = B C, of which a dense matrix has no B.
 

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import oialr_jax as oialr
 from oialr_jax.lowrank import singular_values
 from oialr_jax.polar import polar
+from oialr_jax.stability import _gathered as gathered
 
 CLOSE = 1e-5
 NUMBERS = ("basis", "mixing", "cosine", "change")
@@ -435,6 +436,20 @@ def test_no_two_lapack_calls_can_run_at_once(what):
     assert len(found) >= 3 * len(shapes)
     for (before, _), (after, waits) in itertools.pairwise(found):
         assert before in waits, f"{after} does not wait for {before}"
+
+
+def test_params_on_a_mesh_are_gathered_by_one_program():
+    mesh = oialr.make_mesh("fsdp=8")
+    place = NamedSharding(mesh, PartitionSpec("fsdp"))
+    track = oialr.tracker([matrix_of(SHAPES["tall"])])
+    followed = track.init({"w": jax.device_put(normal(0, 24, 10), place)})
+    program = gathered(mesh)
+    once = program._cache_size()
+    for seed in (1, 2):
+        params = {"w": jax.device_put(normal(seed, 24, 10), place)}
+        followed, _ = track.update(followed, params)
+    assert gathered(mesh) is program
+    assert program._cache_size() == once == 1
 
 
 def test_params_on_a_mesh_give_the_same_numbers():
