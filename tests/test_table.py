@@ -15,6 +15,8 @@ def write(folder, name, **values):
         "test_loss": 1.0,
         "stored_fraction": 0.25,
         "trainable_fraction": 0.04,
+        "train_flops": 300,
+        "dense_flops": 400,
         "ranks": {"a": [8, 8, 2], "b": [8, 4, 4]},
         "wall_seconds": 10.0,
     }
@@ -35,8 +37,9 @@ def test_rows_are_kinds_of_runs_with_the_spread_over_their_seeds(tmp_path):
     assert [x.strip() for x in head.strip("|").split("|")][2:4] == ["accuracy", "loss"]
     assert [x[:2] for x in cells] == [["x-oialr", "0, 1"], ["x-dense", "0"]]
     assert cells[0][2] == "0.92 ± 0.03"
-    assert cells[0][4:] == ["25.0 ± 0.0 %", "4.0 ± 0.0 %", "2 to 4", "11 ± 1"]
-    assert cells[1][2:] == ["0.9", "1", "100.0 %", "4.0 %", "dense", "10"]
+    stored, trained, flops = "25.0 ± 0.0 %", "4.0 ± 0.0 %", "75.0 ± 0.0 %"
+    assert cells[0][4:] == [stored, trained, flops, "2 to 4", "11 ± 1"]
+    assert cells[1][2:] == ["0.9", "1", "100.0 %", "4.0 %", "75.0 %", "dense", "10"]
 
 
 def test_a_run_that_did_not_end_is_named(tmp_path):

@@ -164,6 +164,7 @@ def test_a_dense_run_holds_no_low_rank(dense):
     assert summary["method"] == "dense"
     assert summary["stored_fraction"] == summary["trainable_fraction"] == 1.0
     assert summary["compilations"] == 1
+    assert summary["train_flops"] == summary["dense_flops"] > 0
     assert summary["ranks"] == {}
     assert not [x for x in records(dense) if x["kind"] == "event"]
     plots = {path.stem for path in (dense / "plots").iterdir()}
@@ -331,6 +332,48 @@ def test_a_run_without_progress_ends_early_and_stays_so(tmp_path):
         tmp_path, [1.0] * 10, pace, state, goal=goal, evaluate=score, progress=progress
     )
     assert int(again.step) == 8
+
+
+def test_flops_are_counted_anew_after_an_event_and_go_on_with_a_resumed_run(tmp_path):
+    tx = oialr.freeze_bases(optax.sgd(0.1))
+    params = {"w": oialr.factor(jnp.eye(4), oialr.Axes((4, 4), (), (0,), (1,)))}
+    state = TrainState.create(apply_fn=None, params=params, tx=tx)
+    reports = []
+
+    def step(state, t):
+        if t == 2:
+            cut, opt, report = oialr.truncate(
+                state.params, state.opt_state, {"w": 2}, tx=tx
+            )
+            state = state.replace(params=cut, opt_state=opt)
+            reports.append(report)
+        return state.replace(step=state.step + 1), {"loss": jnp.ones(())}
+
+    def rank(params):
+        return params["w"].s.shape[-1]
+
+    loop.begin(tmp_path)
+    progress = loop.Progress()
+    with (
+        loop.Interrupts() as interrupts,
+        oialr.Checkpoints(tmp_path / loop.CHECKPOINTS) as checkpoints,
+    ):
+        for steps, total in ((5, 4 + 4 + 2 + 2 + 2), (6, 16)):
+            state, progress = loop.train(
+                state,
+                step,
+                lambda t: t,
+                half,
+                pace=loop.Pace(steps, 3, 5, 9),
+                folder=tmp_path,
+                checkpoints=checkpoints,
+                settings={},
+                interrupts=interrupts,
+                progress=progress,
+                reports=reports,
+                flops=rank,
+            )
+            assert progress.flops == total
 
 
 @pytest.mark.parametrize(("best", "kept"), [("max", 4), ("min", 2)])

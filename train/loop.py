@@ -102,6 +102,8 @@ class Progress:
     """Evaluations since then."""
     fetching: float = 0.0
     """Seconds the host spent on reading batches."""
+    flops: int = 0
+    """Of all steps so far, in their matrices."""
 
 
 class StoppedError(Exception):
@@ -158,6 +160,7 @@ def train(
     progress: Progress = Progress(),
     reports: Sequence[oialr.Report] = (),
     tracking: Tracking | None = None,
+    flops: Callable[[Any], int] = lambda params: 0,
 ) -> tuple[TrainState, Progress]:
     """Host side: the state after the last step, and how the run went.
 
@@ -171,6 +174,7 @@ def train(
               progress: that of the checkpoint from which `state` was restored.
               reports: the growing list of rank events of the step.
               tracking: which bases to follow, if any; of a resumed run from here on.
+              flops: of a step with these params.
     Raises:   FloatingPointError: a loss is not finite; names the step, which is the
               number of updates before the bad one. StoppedError: a signal asked for it.
     """
@@ -180,6 +184,7 @@ def train(
     window: list[Mapping[str, Any]] = list(progress.window)
     evaluation, best = progress.evaluation, progress.best
     waited, fetching = progress.waited, progress.fetching
+    work, each = progress.flops, flops(state.params)
     view: dict[str, str] = {}
     followed = None if tracking is None else tracking.start(state.params, first)
 
@@ -209,6 +214,9 @@ def train(
             fetching += time.perf_counter() - before
             state, metrics = step(state, values)
             window.append(metrics)
+            if reports[written:]:
+                each = flops(state.params)
+            work += each
             for report in reports[written:]:
                 now = _fractions(state.params)
                 record("event", {"step": t, **now, "event": report.to_dict()})
@@ -248,6 +256,7 @@ def train(
                     best=best,
                     waited=waited,
                     fetching=fetching,
+                    flops=work,
                 )
                 checkpoints.save(
                     state,

@@ -238,6 +238,9 @@ def run(settings: S, build: Callable[[S], Task], *, name: str) -> dict[str, Any]
         state = state.apply_gradients(grads=grads, extra=extra)
         return state, {"loss": value, **metrics}
 
+    def flops(params: Any) -> int:
+        return oialr.explain(task.loss, params, extra, *given).flops
+
     template = jax.eval_shape(create, key)
     tracking = None
     if settings.track_every is not None:
@@ -298,6 +301,7 @@ def run(settings: S, build: Callable[[S], Task], *, name: str) -> dict[str, Any]
             progress=progress,
             reports=reports,
             tracking=tracking,
+            flops=flops,
         )
     count = oialr.counts(state.params)
     summary = {
@@ -319,6 +323,8 @@ def run(settings: S, build: Callable[[S], Task], *, name: str) -> dict[str, Any]
         "waiting_seconds": round(sum(x.waiting for x in timings), 3),
         "fetching_seconds": round(progress.fetching, 3),
         "compilations": getattr(step, "compilations", 1),
+        "train_flops": progress.flops,
+        "dense_flops": flops(weights) * int(state.step),
         "ranks": oialr.ranks(state.params),
     }
     loop.finish(folder, summary)

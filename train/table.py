@@ -40,11 +40,12 @@ def metrics(groups: Mapping[str, Sequence[Summary]]) -> list[str]:
 def markdown(groups: Mapping[str, Sequence[Summary]]) -> str:
     """A row for each kind of run: mean ± sample deviation over its seeds.
 
-    Weights are parts of those of the dense model, ranks the least and the largest.
+    Weights are parts of those of the dense model, FLOPs, of the matrices over the whole
+    training, of a dense run as long; ranks are the least and the largest.
     """
     names = metrics(groups)
     head = ["run", "seeds", *(name[5:] for name in names)]
-    head += ["stored", "trained", "ranks", "wall time, s"]
+    head += ["stored", "trained", "FLOPs", "ranks", "wall time, s"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for title, runs in groups.items():
         ranks = [rank for x in runs for _, _, rank in x["ranks"].values()]
@@ -52,6 +53,8 @@ def markdown(groups: Mapping[str, Sequence[Summary]]) -> str:
         cells += [_spread([x[name] for x in runs], ".4g") for name in names]
         for part in ("stored_fraction", "trainable_fraction"):
             cells.append(_spread([100 * x[part] for x in runs], ".1f") + " %")
+        work = [100 * x["train_flops"] / x["dense_flops"] for x in runs]
+        cells.append(_spread(work, ".1f") + " %")
         cells.append(f"{min(ranks)} to {max(ranks)}" if ranks else "dense")
         cells.append(_spread([x["wall_seconds"] for x in runs], ".0f"))
         lines.append("| " + " | ".join(cells) + " |")
