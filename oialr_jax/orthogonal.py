@@ -47,8 +47,9 @@ def orthogonalize(
     svd            exact. On CPUs the calls of one update run one after the other.
     qdwh           exact, QR and Cholesky instead of an SVD; then an eigendecomposition
                    finds the null space, unless `fill`.
-    polar_express  products alone. Eight steps are exact to 1e-6 at condition 1e2 and to
-                   1e-3 at 1e3; five steps come within 15 %. Null directions of rounding
+    polar_express  products alone. Seven steps are exact to 1e-5 up to condition 1e3.
+                   Three, with half as many products, come within a sixth up to 1e2:
+                   nearer than newton_schulz, for less. Null directions of rounding
                    noise end at 1e-3.
     newton_schulz  products alone, Muon's coefficients: within a third of exact.
     auto           polar_express: no LAPACK call inside a compiled step.
@@ -57,7 +58,7 @@ def orthogonalize(
               axes, as dense arrays or as cores. Grouped convolutions among them are
               left alone. By default every leaf of two or more axes, the last of which
               is the outputs, as Flax has it; stacks of matrices need `matrices`.
-              steps: iterations of all methods but svd; 8, 5 for newton_schulz, at most
+              steps: iterations of all methods but svd; 7, 5 for newton_schulz, at most
               10 for qdwh.
               rank_tolerance: of svd and qdwh; singular values up to this part of the
               largest count as zero. By default max(m, n) times machine epsilon.

@@ -158,7 +158,7 @@ def test_run_splits_the_wall_time(monkeypatch):
 
 def test_orthogonal_compares_methods_with_the_svd_and_steps_with_sgd(monkeypatch):
     monkeypatch.setattr(bench, "SIDES", (8, 16))
-    chosen = {x: bench.POLAR[x] for x in ("svd", "polar_express, 8 steps")}
+    chosen = {x: bench.POLAR[x] for x in ("svd", "polar_express, 7 steps")}
     monkeypatch.setattr(bench, "POLAR", chosen)
     rows = bench.orthogonal(TINY)
     whats = ["8x8"] * 2 + ["16x16"] * 2 + ["BasicCNN's gradient"] * 2

@@ -810,8 +810,8 @@ SIDES = (32, 64, 128, 256, 512)
 POLAR: Mapping[str, Mapping[str, Any]] = {
     "svd": {"method": "svd"},
     "qdwh": {"method": "qdwh"},
-    "polar_express, 8 steps": {"method": "polar_express"},
-    "polar_express, 5 steps": {"method": "polar_express", "steps": 5},
+    "polar_express, 7 steps": {"method": "polar_express"},
+    "polar_express, 3 steps": {"method": "polar_express", "steps": 3},
     "newton_schulz, 5 steps": {"method": "newton_schulz"},
 }
 
