@@ -182,6 +182,10 @@ class Schedule:
         previous = step - 1 if previous is None else previous
         return self.decided(step - self.lag, previous - self.lag)
 
+    def acts(self, step: int) -> bool:
+        """Whether ranks are chosen or shapes change before the batch of this step."""
+        return self.decided(step) is not None or self.due(step) is not None
+
     def treated(self, j: int, layers: int) -> int:
         """How many layers, from the last executed backwards, update j treats."""
         if j < 0:

@@ -6,12 +6,13 @@ layers   one matrix at a time against the cost model; --calibrate measures its r
 run      the same training run dense and in low rank, wall time in its parts
 orthogonal  polar factors by every method, and what they add to a step of a small
          convolutional network; with OPENBLAS_NUM_THREADS=1, or SVDs are slower
+tracking  an epoch of the digits preset with and without a record of its bases
 
 No data is needed. Everything runs in one process; whatever is compared is timed in
 turn, once per round, after one untimed step, and the medians are reported.
 
 Wall time: two CPU cores, float32: steps 15 min, events 3 min, layers 3 min, run 10 min,
-           orthogonal 1 min
+           orthogonal 1 min, tracking 2 min
 Results:   train/results/
 """
 
@@ -41,11 +42,12 @@ from jaxtyping import Array
 
 import oialr_jax as oialr
 from oialr_jax import cost, surgery
-from train import images, names, peers, process
+from train import images, names, peers, process, recipe
 from train.models.basic_cnn import BasicCNN
 from train.models.mlp import MLP
 from train.models.resnet import ResNet
 from train.models.vit import VisionTransformer
+from train.tracking import Tracking
 
 Row = dict[str, Any]
 
@@ -54,7 +56,9 @@ Row = dict[str, Any]
 class Settings:
     """What is measured."""
 
-    suite: Literal["steps", "events", "layers", "run", "orthogonal"] = "steps"
+    suite: Literal["steps", "events", "layers", "run", "orthogonal", "tracking"] = (
+        "steps"
+    )
     """Which table."""
     models: tuple[str, ...] = ("mini-vit", "resnet18", "mlp")
     """Of the suite steps; events takes the first."""
@@ -872,6 +876,86 @@ def _compared(
     ]
 
 
+# Suite: tracking
+
+
+def tracking(settings: Settings) -> list[Row]:
+    """Host side: what a record every epoch costs the preset `digits`, by kind of record.
+
+    The run is dense, or at a quarter of all ranks. `share` is what the epochs with a
+    record take beyond those without one, median over median; of the whole run, in which
+    few records are detailed, for the kind "all".
+    """
+    return [row for low in (False, True) for row in _tracking(settings, low)]
+
+
+def _tracking(settings: Settings, low: bool) -> list[Row]:
+    preset = images.PRESETS["digits"][1]
+    task = images.task(preset)
+    noise = jax.random.key(1)
+    params = task.init(jax.random.key(0))["params"]
+    found = oialr.find_matrices(task.loss, params, {}, task.batch(0), noise)
+    tx = oialr.freeze_bases(recipe.optimizer(preset, found))
+    opt_state = tx.init(params)
+    if low:
+        ranks = {x.path: max(1, min(x.m, x.n) // 4) for x in found}
+        params, opt_state, _ = oialr.factorize(
+            params, opt_state, found, tx=tx, rank=ranks
+        )
+    loss = oialr.factored(task.loss)
+
+    def step(state: State, image: Array, label: Array) -> tuple[State, Any]:
+        grad = oialr.value_and_grad(loss, has_aux=True)
+        batch = {"image": image, "label": label}
+        (value, _), grads = grad(state.params, {}, batch, noise)
+        return state.apply_gradients(grads=grads), {"loss": value}
+
+    state = State.create(apply_fn=None, params=params, tx=tx, rest=None)
+    holder = {"state": state.replace(opt_state=opt_state)}
+    first = task.batch(0)
+    program = Program(step, holder, first["image"], first["label"])
+    steps = round(task.epoch)
+    follow = Tracking(found, every=steps, steps=preset.steps, epoch=task.epoch)
+    held = {"followed": follow.start(params, 0), "t": 0}
+
+    def epoch(record: int | None = None) -> None:
+        """Record a number of that many epochs, if any, then train for one."""
+        numbers = None
+        if record is not None:
+            held["followed"], numbers = follow.compare(
+                held["followed"], holder["state"].params, record * steps
+            )
+        for _ in range(steps):
+            batch = task.batch(held["t"])
+            held["t"] += 1
+            holder["state"], metrics = program.compiled(
+                holder["state"], batch["image"], batch["label"]
+            )
+        if numbers is not None:
+            numbers()
+        jax.block_until_ready(metrics)
+
+    points = range(1, preset.steps // steps + 1)
+    detailed = [x for x in points if follow.is_detailed(x * steps)]
+    plain = next(x for x in points if x not in detailed)
+    runs = [epoch, lambda: epoch(plain), lambda: epoch(detailed[0])]
+    without, *with_record = (x[0] for x in interleaved(runs, settings.repeats))
+    shares = [x / without - 1 for x in with_record]
+    often = len(detailed) / len(points)
+    shares.append(shares[0] * (1 - often) + shares[1] * often)
+    return [
+        {
+            "what": "digits, a quarter of the ranks" if low else "digits, dense",
+            "record": kind,
+            "epoch_ms": 1e3 * without,
+            "record_ms": 1e3 * without * share,
+            "share": share,
+            "backend": jax.default_backend(),
+        }
+        for kind, share in zip(("usual", "detailed", "all"), shares, strict=True)
+    ]
+
+
 # The command
 
 
@@ -881,6 +965,7 @@ SUITES: Mapping[str, Callable[[Settings], list[Row]]] = {
     "layers": layers,
     "run": run,
     "orthogonal": orthogonal,
+    "tracking": tracking,
 }
 
 

@@ -52,7 +52,7 @@ class Settings(recipe.Settings):
     """digits, mnist, fashion_mnist, cifar10, cifar100, or imagenet2012."""
     model: str
     """lenet5, vit-digits, mini-vit-digits, mini-vit, vit-b16, resnet20, resnet18,
-    resnet50, resnet-rs101, vgg16-bn or vgg16."""
+    resnet50, resnet-rs101, vgg6-bn, vgg16-bn or vgg16."""
     size: int = 224
     """Height and width to which images of ImageNet are cut."""
     validation: int = 0
@@ -120,6 +120,27 @@ PRESETS: Mapping[str, tuple[str, Settings]] = {
             min_aspect=0.05,  # takes the second convolution, 500x50
             log_every=50,
             eval_every=200,
+        ),
+    ),
+    "fashion-cnn": (
+        "a small VGG on Fashion-MNIST",
+        Settings(
+            dataset="fashion_mnist",
+            model="vgg6-bn",
+            steps=1800,
+            batch=128,  # 3.8 passes
+            learning_rate=2e-3,
+            weight_decay=0.3,
+            delay=0.25,
+            every=0.1,
+            stop=0.6,
+            layer_step=1.0,
+            cutoff=0.4,
+            multiple=8,
+            keep_first=1,  # 9x32
+            log_every=50,
+            eval_every=450,
+            save_every=900,
         ),
     ),
     "mnist-lenet5": (
@@ -291,6 +312,10 @@ MODELS: Mapping[str, tuple[nn.Module, Mapping[str, Any]]] = {
     "resnet-rs101": (
         ResNetRS((3, 4, 23, 3), classes=1000, dropout=0.25),
         {"blocks": (1,)},
+    ),
+    "vgg6-bn": (
+        VGG(((32,), (64, 64), (128, 128)), classes=10, batch_norm=True),
+        {"groups": ((8,), (16, 16))},
     ),
     "vgg16-bn": (
         VGG(VGG16, classes=10, batch_norm=True),

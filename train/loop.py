@@ -5,15 +5,16 @@ Order of operations, for every step t from `state.step` to the last:
 1. batch t, which depends on the seed and t alone;
 2. the compiled step; a rank event that is due at t happens at its start;
 3. the event, if there was one, goes into the record and its table on the screen;
-   then, where bases are tracked, how far they have moved, every so many steps;
+   then, where bases are tracked, every so many steps how far they have moved is
+   computed, and recorded by the next of 2, where it has an event, 4, 5 and 6;
 4. every `log_every` steps and after the last: losses are fetched, checked, recorded;
 5. every `eval_every` steps and after the last: the test set is evaluated, recorded,
    and where it has not become better for too long the run is over;
 6. every `save_every` steps, after the last, and when asked to stop: a checkpoint, with
    the length of the record, so that a resumed run cuts it there and writes on.
 
-The loop waits for the device in 4, 5, 6 and to track bases only, so the host reads
-ahead between them.
+The loop waits for the device in 4, 5 and 6 only, and events do, so the host reads ahead
+between them.
 """
 
 import dataclasses
@@ -187,10 +188,16 @@ def train(
     work, each = progress.flops, flops(state.params)
     view: dict[str, str] = {}
     followed = None if tracking is None else tracking.start(state.params, first)
+    moved: list[tuple[int, Callable[[], Mapping[str, Any]]]] = []
 
     def record(kind: str, values: Mapping[str, Any]) -> None:
         seconds = round(time.perf_counter() - started, 3)
         append(folder / METRICS, {"kind": kind, **values, "seconds": seconds})
+
+    def record_moved() -> None:
+        for done, numbers in moved:
+            record("stability", {"step": done, **numbers()})
+        moved.clear()
 
     def reached(every: int, done: int) -> bool:
         return done % every == 0 or done == pace.steps
@@ -212,6 +219,8 @@ def train(
             before = time.perf_counter()
             values = batch(t)
             fetching += time.perf_counter() - before
+            if tracking is not None and tracking.alone(t):
+                record_moved()
             state, metrics = step(state, values)
             window.append(metrics)
             if reports[written:]:
@@ -225,8 +234,8 @@ def train(
             written = len(reports)
             done = t + 1
             if tracking is not None and done % tracking.every == 0:
-                followed, moved = tracking.compare(followed, state.params, done)
-                record("stability", {"step": done, **moved})
+                followed, numbers = tracking.compare(followed, state.params, done)
+                moved.append((done, numbers))
             stop = _anyone(interrupts.asked, at=reached(pace.log_every, done))
             evaluated = reached(pace.eval_every, done)
             logged, saved = (
@@ -234,6 +243,7 @@ def train(
                 reached(pace.save_every, done),
             )
             if logged or evaluated or saved or stop:
+                record_moved()
                 window = _on_host(window, done)
             if logged:
                 means = _means(window)

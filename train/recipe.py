@@ -250,6 +250,7 @@ def run(settings: S, build: Callable[[S], Task], *, name: str) -> dict[str, Any]
             steps=settings.steps,
             epoch=task.epoch,
             seed=settings.seed,
+            alone=lambda t: plan is not None and plan.acts(t),
         )
     folder = settings.out / name
     found = None

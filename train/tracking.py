@@ -1,11 +1,13 @@
 """What the record of a run says of its bases: one line per interval of steps."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import oialr_jax as oialr
@@ -31,6 +33,9 @@ class Tracking:
     """Steps in one pass through the data."""
     seed: int = 0
     """Of the random changes of the null model."""
+    alone: Callable[[int], bool] = lambda t: False
+    """Whether step t calls LAPACK, as rank events do: two such calls at once may
+    deadlock on a CPU, so that numbers of the steps before are waited for."""
 
     def __post_init__(self) -> None:
         """Refuse what would never be compared."""
@@ -43,24 +48,48 @@ class Tracking:
         """Host side: what `compare` wants to know of the params of now."""
         return oialr.tracker(self.matrices).init(params), step
 
-    def compare(self, followed: Any, params: Any, step: int) -> tuple[Any, Any]:
-        """Host side: the new `followed`, and the numbers since the old one."""
+    def compare(
+        self, followed: Any, params: Any, step: int
+    ) -> tuple[Any, Callable[[], dict[str, Any]]]:
+        """Host side: the new `followed`, and what waits for the numbers of this step.
+
+        The params may be used up by the next step, which goes on meanwhile.
+        """
         portraits, since = followed
-        detailed = self._is_detailed(step)
+        detailed = self.is_detailed(step)
         key = jax.random.fold_in(jax.random.key(self.seed), step) if detailed else None
         track = oialr.tracker(self.matrices)
+        params = _copied(params)
         portraits, found = track.update(portraits, params, key)
-        values = jax.device_get(found)
-        layers = {x.path: _plain(values[x.path]._asdict()) for x in self.matrices}
+        spectra: Mapping[str, oialr.Spectrum] = {}
         if detailed:
-            for path, spectrum in oialr.spectra(params, self.matrices).items():
-                layers[path] |= _plain(spectrum._asdict())
-        line = {"since": since, "epoch": step / self.epoch, "layers": layers}
-        return (portraits, step), line
+            jax.block_until_ready((portraits, found))  # LAPACK again
+            spectra = oialr.spectra(params, self.matrices)
+        line = {"since": since, "epoch": step / self.epoch}
+        return (portraits, step), functools.partial(_told, line, found, spectra)
 
-    def _is_detailed(self, step: int) -> bool:
+    def is_detailed(self, step: int) -> bool:
+        """Whether the line of this step has the null model and the spectra."""
         points = self.steps // self.every
         return (step // self.every - 1) % -(-points // DETAILED) == 0
+
+
+@jax.jit
+def _copied(params: Any) -> Any:
+    """A copy, whose owner alone decides when it is used up."""
+    return jax.tree.map(jnp.copy, params)
+
+
+def _told(
+    line: dict[str, Any],
+    found: dict[str, oialr.Stability],
+    spectra: Mapping[str, oialr.Spectrum],
+) -> dict[str, Any]:
+    values = jax.device_get(found)
+    layers = {path: _plain(each._asdict()) for path, each in values.items()}
+    for path, spectrum in spectra.items():
+        layers[path] |= _plain(spectrum._asdict())
+    return {**line, "layers": layers}
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

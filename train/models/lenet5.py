@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from train.models.pooling import halved
+
 
 class LeNet5(nn.Module):
     """Class logits of 28x28 images: two 5x5 convolutions, two dense layers, ReLU.
@@ -28,13 +30,7 @@ class LeNet5(nn.Module):
             x = nn.Conv(
                 channels, (5, 5), padding="VALID", dtype=self.dtype, name=f"conv{i}"
             )(x)
-            x = nn.relu(_halved(x))
+            x = nn.relu(halved(x))
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(nn.Dense(500, dtype=self.dtype, name="hidden")(x))
         return nn.Dense(self.classes, dtype=jnp.float32, name="head")(x)
-
-
-def _halved(x: Float[Array, "b h w c"]) -> Float[Array, "b i j c"]:
-    """The largest of each 2x2 pixels, as `nn.max_pool`, whose gradient CPUs do slowly."""
-    rows = jnp.maximum(x[:, ::2], x[:, 1::2])
-    return jnp.maximum(rows[:, :, ::2], rows[:, :, 1::2])

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from train.models.pooling import halved
+
 VGG16 = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
 
 
@@ -58,7 +60,7 @@ class VGG(nn.Module):
                         name=f"norm{i}_{j}",
                     )(x)
                 x = nn.relu(x)
-            x = nn.max_pool(x, (2, 2), strides=(2, 2))
+            x = halved(x)
         x = x.reshape(x.shape[0], -1)
         init = nn.initializers.normal(0.01)
         for i, width in enumerate(self.hidden):
