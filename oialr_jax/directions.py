@@ -67,12 +67,12 @@ def guarded(
     LAPACK calls that run at the same time can wait for each other for ever on CPUs; an
     `optimization_barrier` would not keep them apart, being gone when XLA orders them.
     """
-    finite = jnp.all(jnp.isfinite(x), axis=(-2, -1), keepdims=True)
-    safe = jnp.where(finite, x, 0)
+    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+    finite = jnp.isfinite(largest)  # a maximum with NaN is NaN
+    safe = jnp.where(finite, x / jnp.where(largest > 0, largest, 1), 0)
     if before is not None:
         safe = jnp.where(before == 2, 0, safe)  # never: entries are at most one
-    largest = jnp.max(jnp.abs(safe), axis=(-2, -1), keepdims=True)
-    result = direction(safe / jnp.where(largest > 0, largest, 1))
+    result = direction(safe)
     finite &= jnp.all(jnp.isfinite(result), axis=(-2, -1), keepdims=True)
     return jnp.where(finite, result, x), result[0, 0, 0]
 

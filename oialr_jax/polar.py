@@ -197,7 +197,9 @@ def _by_products(
               fewer steps are left to do.
     """
     tall = x.shape[-2] > x.shape[-1]
-    x = unit(jnp.swapaxes(x, -1, -2) if tall else x)
+    x = jnp.swapaxes(x, -1, -2) if tall else x
+    # Eighth powers of singular values, from 1 to √(mn) at first, stay within float32.
+    x = unit(x) if order == 2 else x / (x.shape[-2] * x.shape[-1]) ** 0.25
     first, *rest = table
     x = _step(x, first, shrunk=order == 8)
     if rest:

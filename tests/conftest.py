@@ -9,6 +9,7 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import numpy  # noqa: F401 -- its BLAS must be loaded to be limited
+import pytest
 import scipy.linalg.cython_lapack  # noqa: F401 -- the BLAS of JAX on CPUs, likewise
 from jaxtyping import install_import_hook
 from threadpoolctl import threadpool_limits
@@ -20,3 +21,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 with install_import_hook("oialr_jax", "beartype.beartype"):
     import oialr_jax  # noqa: F401 -- imported here so that every test runs it typed
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Most of the time goes into XLA compiling what runs a few times; not in training.
+
+    Before the fixtures of a module, in which the long runs train.
+    """
+    long = item.get_closest_marker("long") is not None
+    jax.config.update("jax_disable_most_optimizations", not long)

@@ -73,6 +73,7 @@ OLDER_PYTHON = os.environ.get("OLDER_PYTHON")
 
 def environment():
     clean = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    clean["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # which take longer than the runs
     return clean | {"JAX_PLATFORMS": "cpu"}  # one device for each process
 
 

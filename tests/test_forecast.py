@@ -22,11 +22,9 @@ ORIGINALS = pathlib.Path(os.environ.get("OIALR_DATA", ROOT / ".." / "shared" / "
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_once(tmp_path_factory):
-    """Runs of the same programs find them again; XLA's optimizations take longest."""
-    jax.config.update("jax_disable_most_optimizations", True)
+    """Runs of the same programs find them again."""
     recipe.keep_compiled(tmp_path_factory.mktemp("compiled"))
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
 

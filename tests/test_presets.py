@@ -20,14 +20,6 @@ PRESETS = [
 IDS = [f"{program}-{preset}" for program, preset in PRESETS]
 
 
-@pytest.fixture(autouse=True)
-def _compiled_quickly():
-    """What takes long here is XLA's optimizations, of programs that run 12 times."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def records(folder):
     lines = (folder / loop.METRICS).read_text().splitlines()
     lines = [json.loads(x) for x in lines]

@@ -1,6 +1,5 @@
 """The search for a recipe: what it tries, what it keeps, how it goes on."""
 
-import jax
 import optuna
 import pytest
 
@@ -14,9 +13,6 @@ FLAGS = ["--steps", "12", "--out"]
 def _shallow(monkeypatch):
     model = VisionTransformer(patch=2, depth=1, heads=2, width=16, classes=10)
     monkeypatch.setitem(images.MODELS, "vit-digits", (model, {}))
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def study(folder):

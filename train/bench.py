@@ -882,9 +882,10 @@ def _compared(
 def tracking(settings: Settings) -> list[Row]:
     """Host side: what a record every epoch costs the preset `digits`, by kind of record.
 
-    The run is dense, or at a quarter of all ranks. `share` is what the epochs with a
-    record take beyond those without one, median over median; of the whole run, in which
-    few records are detailed, for the kind "all".
+    The run is dense, or at a quarter of all ranks. `record_ms` is what an epoch with a
+    record takes beyond the one before it without, the median over the rounds, and
+    `share` its part of an epoch; the kind "all" is the mean over the records of a run,
+    of which few are detailed.
     """
     return [row for low in (False, True) for row in _tracking(settings, low)]
 
@@ -938,21 +939,33 @@ def _tracking(settings: Settings, low: bool) -> list[Row]:
     points = range(1, preset.steps // steps + 1)
     detailed = [x for x in points if follow.is_detailed(x * steps)]
     plain = next(x for x in points if x not in detailed)
-    runs = [epoch, lambda: epoch(plain), lambda: epoch(detailed[0])]
-    without, *with_record = (x[0] for x in interleaved(runs, settings.repeats))
-    shares = [x / without - 1 for x in with_record]
+    kinds = {"usual": plain, "detailed": detailed[0]}
+    extra: dict[str, list[float]] = {kind: [] for kind in kinds}
+    without = []
+    for i in range(settings.repeats + 1):  # the first round compiles
+        for kind, record in kinds.items():
+            start = time.perf_counter()
+            epoch()
+            between = time.perf_counter()
+            epoch(record)
+            end = time.perf_counter()
+            if i:
+                without.append(between - start)
+                extra[kind].append(end - 2 * between + start)
     often = len(detailed) / len(points)
-    shares.append(shares[0] * (1 - often) + shares[1] * often)
+    took = {kind: statistics.median(values) for kind, values in extra.items()}
+    took["all"] = (1 - often) * took["usual"] + often * took["detailed"]
+    base = statistics.median(without)
     return [
         {
             "what": "digits, a quarter of the ranks" if low else "digits, dense",
             "record": kind,
-            "epoch_ms": 1e3 * without,
-            "record_ms": 1e3 * without * share,
-            "share": share,
+            "epoch_ms": 1e3 * base,
+            "record_ms": 1e3 * taken,
+            "share": taken / base,
             "backend": jax.default_backend(),
         }
-        for kind, share in zip(("usual", "detailed", "all"), shares, strict=True)
+        for kind, taken in took.items()
     ]
 
 

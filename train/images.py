@@ -127,20 +127,21 @@ PRESETS: Mapping[str, tuple[str, Settings]] = {
         Settings(
             dataset="fashion_mnist",
             model="vgg6-bn",
-            steps=1800,
-            batch=128,  # 3.8 passes
+            steps=1200,
+            batch=128,  # 2.6 passes
             learning_rate=2e-3,
             weight_decay=0.3,
-            delay=0.25,
-            every=0.1,
-            stop=0.6,
+            delay=0.2,
+            every=0.06,
+            stop=0.4,
             layer_step=1.0,
-            cutoff=0.4,
+            cutoff=0.8,  # spectra are flat: each event halves what it may,
+            floor=0.125,  # down to this
             multiple=8,
-            keep_first=1,  # 9x32
+            keep_first=1,  # 9x16
             log_every=50,
-            eval_every=450,
-            save_every=900,
+            eval_every=300,
+            save_every=600,
         ),
     ),
     "mnist-lenet5": (
@@ -314,7 +315,7 @@ MODELS: Mapping[str, tuple[nn.Module, Mapping[str, Any]]] = {
         {"blocks": (1,)},
     ),
     "vgg6-bn": (
-        VGG(((32,), (64, 64), (128, 128)), classes=10, batch_norm=True),
+        VGG(((16,), (64, 64), (128, 128)), classes=10, batch_norm=True),
         {"groups": ((8,), (16, 16))},
     ),
     "vgg16-bn": (
