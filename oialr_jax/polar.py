@@ -6,7 +6,6 @@ unless all are zero: see `directions.py`, which sees to it.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -103,42 +102,14 @@ def polar_by(
 
 
 def polar(matrix: Float[Array, "*l a c"]) -> Float[Array, "*l a c"]:
-    """U Vᵀ of the SVD of a matrix, by matrix products alone.
+    """U Vᵀ of the SVD of a matrix, by `polar_express`, for input of any scale.
 
     Singular values above `RESOLVED` times the largest become 1, smaller ones less, and
     zeros stay zero: of a matrix that lacks directions this is the partial isometry.
-
-    Source:   Newton-Schulz, scaled as in Chen and Chow 2014 ("A stable scaling of
-              Newton-Schulz"): x -> ρx (3 - ρ²x²) / 2, with ρ² = 3 / (1 + l + l²) for
-              singular values in [l, 1], maps both ends to the same value and none
-              above 1.
     """
-    wide = matrix.shape[-2] < matrix.shape[-1]
-    x = jnp.swapaxes(matrix, -1, -2) if wide else matrix
+    x = matrix.reshape(-1, *matrix.shape[-2:])
     x = x / or_one(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True))
-    with jax.default_matmul_precision("highest"):
-        gram = jnp.swapaxes(x, -1, -2) @ x
-        # (Σσ⁴)^¼ is above the largest σ, by n^¼ at most
-        x = x / or_one(jnp.sqrt(jnp.linalg.norm(gram, axis=(-2, -1), keepdims=True)))
-
-        def step(x: Array, rho: Array) -> tuple[Array, None]:
-            x = rho.astype(x.dtype) * x
-            return 1.5 * x - 0.5 * (x @ (jnp.swapaxes(x, -1, -2) @ x)), None
-
-        lowest = RESOLVED / min(matrix.shape[-2:]) ** 0.25
-        x, _ = jax.lax.scan(step, x, jnp.asarray(_scales(lowest)))
-    return jnp.swapaxes(x, -1, -2) if wide else x
-
-
-def _scales(lowest: float) -> list[float]:
-    """ρ of each Newton-Schulz step until singular values from `lowest` on are 1."""
-    scales = []
-    while lowest < 1 - 1e-6:  # the next step is exact in float32
-        bound = max(lowest, 0.1)  # a smaller one maps 1 to about it, by cancellation
-        rho = math.sqrt(3 / (1 + bound + bound**2))
-        lowest = rho * lowest * (3 - (rho * lowest) ** 2) / 2
-        scales.append(rho)
-    return scales
+    return polar_by("polar_express")(x).reshape(matrix.shape)
 
 
 def or_one(x: Array) -> Array:
