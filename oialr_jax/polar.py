@@ -180,7 +180,7 @@ def _by_products(
 
 
 def _step(x: Array, row: Any, *, shrunk: bool = False) -> Array:
-    """aX + b(XXᵀ)X + c(XXᵀ)²X + ..., `shrunk` for X over its Schatten norm of order 8."""
+    """aX + b(XXᵀ)X + c(XXᵀ)²X + ...; where `shrunk`, of X over its Schatten-8 norm."""
     gram = x @ jnp.swapaxes(x, -1, -2)
     square = gram @ gram
     norm = jnp.ones((len(x), 1, 1), x.dtype)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 import oialr_jax as oialr
 from tests.helpers import assert_close
@@ -18,6 +19,7 @@ from train.models.autoformer import Autoformer
 from train.models.basic_cnn import BasicCNN
 from train.models.lenet5 import LeNet5
 from train.models.mlp import MLP
+from train.models.pooling import halved
 from train.models.resnet import ResNet
 from train.models.resnet_rs import ResNetRS
 from train.models.transformer import Transformer
@@ -513,3 +515,19 @@ def test_models_import_nothing_of_the_library():
             if isinstance(node, ast.ImportFrom):
                 names = [node.module or ""]
             assert not any(n.startswith("oialr_jax") for n in names), file
+
+
+@pytest.mark.parametrize("size", [(6, 8), (7, 5)], ids=str)
+def test_halving_is_max_pooling_with_its_gradient(size):
+    """Of distinct numbers: where a maximum is shared, the two share it differently."""
+    x = jax.random.permutation(jax.random.key(0), 2 * math.prod(size) * 3)
+    x = x.reshape(2, *size, 3).astype(jnp.float32)
+
+    def pooled(x):
+        return nn.max_pool(x, (2, 2), strides=(2, 2))
+
+    expected, pull = jax.vjp(pooled, x)
+    out, pull_halved = jax.vjp(halved, x)
+    np.testing.assert_array_equal(out, expected)
+    weights = jax.random.normal(jax.random.key(1), out.shape)
+    np.testing.assert_array_equal(pull_halved(weights)[0], pull(weights)[0])

@@ -880,7 +880,7 @@ def _compared(
 
 
 def tracking(settings: Settings) -> list[Row]:
-    """Host side: what a record every epoch costs the preset `digits`, by kind of record.
+    """Host side: what a record every epoch costs the preset `digits`, by its kind.
 
     The run is dense, or at a quarter of all ranks. `record_ms` is what an epoch with a
     record takes beyond the one before it without, the median over the rounds, and
