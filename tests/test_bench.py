@@ -161,10 +161,11 @@ def test_orthogonal_compares_methods_with_the_svd_and_steps_with_sgd(monkeypatch
     chosen = {x: bench.POLAR[x] for x in ("svd", "polar_express, 7 steps")}
     monkeypatch.setattr(bench, "POLAR", chosen)
     rows = bench.orthogonal(TINY)
-    whats = ["8x8"] * 2 + ["16x16"] * 2 + ["BasicCNN's gradient"] * 2
+    whats = ["8x8"] * 2 + ["16x16"] * 2 + ["4 of 8x8"] * 2 + ["4 of 16x16"] * 2
+    whats += ["BasicCNN's gradient"] * 2
     whats += ["BasicCNN, batch 4"] * 3
     assert [row["what"] for row in rows] == whats
-    assert [row["method"] for row in rows[6:]] == ["sgd", *chosen]
+    assert [row["method"] for row in rows[10:]] == ["sgd", *chosen]
     base = {row["what"]: row["ms"] for row in reversed(rows)}
     for row in rows:
         assert row["ms_min"] <= row["ms"] <= row["ms_max"]

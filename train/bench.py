@@ -811,6 +811,8 @@ def run(settings: Settings) -> list[Row]:
 # Suite: orthogonal
 
 SIDES = (32, 64, 128, 256, 512)
+COUNTS = (1, 4)
+"""Of matrices of a shape: a network has several, and they are one stack."""
 POLAR: Mapping[str, Mapping[str, Any]] = {
     "svd": {"method": "svd"},
     "qdwh": {"method": "qdwh"},
@@ -823,16 +825,18 @@ POLAR: Mapping[str, Mapping[str, Any]] = {
 def orthogonal(settings: Settings) -> list[Row]:
     """Host side: a row for each method on each gradient, then for each step.
 
-    Gradients are square matrices and that of BasicCNN; steps are those of BasicCNN with
-    momentum and coupled decay. `ratio` is the time over that of the SVD, or of the step
-    of plain SGD, median over median.
+    Gradients are square matrices, one or four of a shape, and that of BasicCNN; steps
+    are those of BasicCNN with momentum and coupled decay. `ratio` is the time over that
+    of the SVD, or of the step of plain SGD, median over median.
     """
     rows = []
     problem = Problem("basic-cnn", settings.batch, settings.dtype)
-    gradients = {
-        f"{side}x{side}": jax.random.normal(jax.random.key(side), (side, side))
-        for side in SIDES
-    } | {"BasicCNN's gradient": problem.params}
+    gradients: dict[str, Any] = {}
+    for count, side in ((count, side) for count in COUNTS for side in SIDES):
+        keys = jax.random.split(jax.random.key(side), count)
+        name = f"{side}x{side}" if count == 1 else f"{count} of {side}x{side}"
+        gradients[name] = [jax.random.normal(key, (side, side)) for key in keys]
+    gradients["BasicCNN's gradient"] = problem.params
     for name, g in gradients.items():
         runs = {x: _polar_of({"w": g}, options) for x, options in POLAR.items()}
         rows += _compared(name, runs, settings.repeats)
@@ -878,12 +882,15 @@ def _compared(
 
 # Suite: tracking
 
+STRETCH = 5
+"""Steps that are timed with and without a record: a longer time varies by more."""
+
 
 def tracking(settings: Settings) -> list[Row]:
     """Host side: what a record every epoch costs the preset `digits`, by its kind.
 
-    The run is dense, or at a quarter of all ranks. `record_ms` is what an epoch with a
-    record takes beyond the one before it without, the median over the rounds, and
+    The run is dense, or at a quarter of all ranks. `record_ms` is what `STRETCH` steps
+    with a record take beyond those before them without, the median over the rounds, and
     `share` its part of an epoch; the kind "all" is the mean over the records of a run,
     of which few are detailed.
     """
@@ -919,14 +926,14 @@ def _tracking(settings: Settings, low: bool) -> list[Row]:
     follow = Tracking(found, every=steps, steps=preset.steps, epoch=task.epoch)
     held = {"followed": follow.start(params, 0), "t": 0}
 
-    def epoch(record: int | None = None) -> None:
-        """Record a number of that many epochs, if any, then train for one."""
+    def train(record: int | None = None) -> None:
+        """Write the record after that many epochs, if any, while training a while."""
         numbers = None
         if record is not None:
             held["followed"], numbers = follow.compare(
                 held["followed"], holder["state"].params, record * steps
             )
-        for _ in range(steps):
+        for _ in range(STRETCH):
             batch = task.batch(held["t"])
             held["t"] += 1
             holder["state"], metrics = program.compiled(
@@ -945,9 +952,9 @@ def _tracking(settings: Settings, low: bool) -> list[Row]:
     for i in range(settings.repeats + 1):  # the first round compiles
         for kind, record in kinds.items():
             start = time.perf_counter()
-            epoch()
+            train()
             between = time.perf_counter()
-            epoch(record)
+            train(record)
             end = time.perf_counter()
             if i:
                 without.append(between - start)
@@ -955,7 +962,7 @@ def _tracking(settings: Settings, low: bool) -> list[Row]:
     often = len(detailed) / len(points)
     took = {kind: statistics.median(values) for kind, values in extra.items()}
     took["all"] = (1 - often) * took["usual"] + often * took["detailed"]
-    base = statistics.median(without)
+    base = statistics.median(without) * steps / STRETCH
     return [
         {
             "what": "digits, a quarter of the ranks" if low else "digits, dense",

@@ -12,7 +12,7 @@ import numpy as np
 
 import oialr_jax as oialr
 
-DETAILED = 7
+DETAILED = 4
 """About so many lines of a run have the null model and the spectra, which cost more."""
 
 
@@ -58,9 +58,8 @@ class Tracking:
         portraits, since = followed
         detailed = self.is_detailed(step)
         key = jax.random.fold_in(jax.random.key(self.seed), step) if detailed else None
-        track = oialr.tracker(self.matrices)
         params = _copied(params)
-        portraits, found = track.update(portraits, params, key)
+        portraits, found = _updated(portraits, params, key, tuple(self.matrices))
         spectra: Mapping[str, oialr.Spectrum] = {}
         if detailed:
             jax.block_until_ready((portraits, found))  # LAPACK again
@@ -72,6 +71,14 @@ class Tracking:
         """Whether the line of this step has the null model and the spectra."""
         points = self.steps // self.every
         return (step // self.every - 1) % -(-points // DETAILED) == 0
+
+
+@functools.partial(jax.jit, static_argnames="matrices")
+def _updated(
+    portraits: Any, params: Any, key: Any, matrices: tuple[oialr.Matrix, ...]
+) -> tuple[Any, dict[str, oialr.Stability]]:
+    """One program instead of one for each shape: calling them is half of the work."""
+    return oialr.tracker(matrices).update(portraits, params, key)
 
 
 @jax.jit
