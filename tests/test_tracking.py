@@ -11,6 +11,7 @@ import optax
 import pytest
 from cases import normal
 from flax.training.train_state import TrainState
+from jax.sharding import NamedSharding, PartitionSpec
 
 import oialr_jax as oialr
 from train import bench, images, loop
@@ -50,6 +51,21 @@ def test_numbers_outlive_the_params_they_are_of(low, detailed):
             want = float(getattr(expected[path], name))
             np.testing.assert_allclose(layer[name], want, rtol=2e-5, atol=1e-6)
         assert ("sigma" in layer) == ("null" in layer) == detailed
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec("fsdp")], ids=str)
+def test_params_on_a_mesh_are_followed_on_one_device(spec):
+    place = NamedSharding(oialr.make_mesh("fsdp=2"), spec)
+    track = Tracking(MATRICES, every=1, steps=20, epoch=2.0)
+    step = next(t for t in range(1, 20) if not track.is_detailed(t))
+    before, after = (jax.device_put(params(seed), place) for seed in (0, 1))
+    followed, numbers = track.compare(track.start(before, 0), after, step)
+    for leaf in jax.tree.leaves(after):
+        leaf.delete()
+    assert all(len(x.devices()) == 1 for x in jax.tree.leaves(followed[0]))
+    expected = oialr.stability(params(0), params(1), MATRICES)
+    for path, layer in numbers()["layers"].items():
+        np.testing.assert_allclose(layer["basis"], expected[path].basis, rtol=2e-5)
 
 
 @pytest.fixture
