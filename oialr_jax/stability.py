@@ -315,10 +315,12 @@ def _solved(
     ordered = batch + token.astype(batch.dtype)
     if side[0] > side[1]:  # P of Q R is Q times that of R, which is smaller
         q, r = jnp.linalg.qr(ordered)
+        token = _known([q, r])  # polar factors need no LAPACK: the next call goes on
         with jax.default_matmul_precision("highest"):
             x = q @ polar(r)
     else:
         r = jnp.linalg.qr(ordered, mode="r")
+        token = _known([r])
         x = polar(batch)
     r = _upright(r)
     ends = _ends([c.shape[:-2] for c in cores])
@@ -326,7 +328,7 @@ def _solved(
         (a.reshape(c.shape), b.reshape(*c.shape[:-2], *b.shape[-2:]))
         for c, a, b in zip(cores, jnp.split(x, ends), jnp.split(r, ends), strict=True)
     ]
-    return parts, _known([x, r])
+    return parts, token
 
 
 def _upright(r: Array) -> Array:
