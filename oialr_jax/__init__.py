@@ -41,7 +41,14 @@ from oialr_jax.stability import (
     subspaces,
     tracker,
 )
-from oialr_jax.surgery import LayerReport, Report, densify, factorize, truncate
+from oialr_jax.surgery import (
+    LayerReport,
+    Report,
+    densify,
+    factorize,
+    project,
+    truncate,
+)
 from oialr_jax.transform import (
     FreezeBasesState,
     freeze_bases,
@@ -94,6 +101,7 @@ __all__ = [
     "orthogonal_sgd",
     "orthogonality_error",
     "orthogonalize",
+    "project",
     "ranks",
     "scale_by_outer_shape",
     "select",

@@ -25,6 +25,7 @@ from oialr_jax.surgery import (
     choose,
     compile_ahead,
     factorize,
+    project,
     truncate,
 )
 from oialr_jax.transform import (
@@ -175,6 +176,8 @@ class AdaptiveStep:
             if ranks:
                 self._compile_ahead(state, number, ranks, args, kwargs)
         previous = number - self._stride
+        if self._schedule.projected(number, previous):
+            state = self._projection(state, number)
         decided = self._schedule.decided(number, previous)
         due = self._schedule.due(number, previous)
         if due is not None:
@@ -191,6 +194,15 @@ class AdaptiveStep:
             )
         self._last = (new_state.step, number + self._stride)
         return out
+
+    def _projection(self, state: Any, number: int) -> Any:
+        """The state with its dense matrices cut, and still dense."""
+        jax.block_until_ready(state)
+        started = time.perf_counter()
+        params = project(state.params, self._rule, self._matrices)
+        jax.block_until_ready(params)  # no step runs while LAPACK does
+        self.timings.append(Timing(number, surgery=time.perf_counter() - started))
+        return state.replace(params=params)
 
     def _decision(
         self, state: Any, number: int, update: int, args: Any, kwargs: Any
@@ -296,6 +308,8 @@ class AdaptiveStep:
         return state.replace(opt_state=with_reference(state.opt_state, kept)), ranks
 
     def _treated(self, update: int) -> tuple[Matrix, ...]:
+        if self._rule.budget is not None:  # shared by all of them
+            return self._matrices
         count = self._schedule.treated(update, len(self._matrices))
         return self._matrices[len(self._matrices) - count :]
 

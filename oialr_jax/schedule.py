@@ -5,6 +5,7 @@ a resumed run does what the uninterrupted one does.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import final
 
@@ -22,8 +23,14 @@ class RankRule:
     the dense matrix. `multiple` rounds the choice up. A core of zeros has no value
     below its largest and keeps its rank.
 
+    With a `budget` the matrices together hold at most so many weights, bases and cores,
+    and their ranks are chosen together (`choose_all`): the values that are largest over
+    σ₀ of their matrix stay, as with one cutoff that is as low as the budget lets it be.
+    Then `cutoff` and `max_drop` have no meaning; the `floor` of every matrix is kept,
+    and above it `multiple` directions come or go at once.
+
     Raises:   ValueError: `cutoff` or `floor` outside [0, 1], `max_drop` outside (0, 1],
-              `multiple` below 1.
+              `multiple` or `budget` below 1.
     Source:   Coquelin et al. 2024 (arXiv 2401.08505), the rule of the authors' code at
               the defaults. Their floor may exceed the present rank, which asks for
               directions that are gone: here no choice is above the rank or below 1.
@@ -39,6 +46,7 @@ class RankRule:
     floor: float = 0.01
     max_drop: float = 0.5
     multiple: int = 1
+    budget: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
@@ -50,6 +58,8 @@ class RankRule:
             raise ValueError(f"`max_drop` must be in (0, 1], got {self.max_drop}")
         if self.multiple < 1:
             raise ValueError(f"`multiple` must be at least 1, got {self.multiple}")
+        if self.budget is not None and self.budget < 1:
+            raise ValueError(f"`budget` must be at least 1, got {self.budget}")
 
     def floor_rank(self, small_side: int) -> int:
         """The rank below which nothing is dropped, at least 1."""
@@ -62,26 +72,65 @@ class RankRule:
                   gets the largest choice of its members.
         Args:     small_side: min(m, n) of the dense matrix.
         Raises:   ValueError: `sigma` is empty, neither 1-D nor 2-D, not finite,
-                  negative or not descending; `small_side` is below k.
+                  negative or not descending; `small_side` is below k; there is a
+                  `budget`.
         """
-        if sigma.ndim not in (1, 2) or sigma.size == 0:
-            raise ValueError(
-                f"`sigma` must have shape (k,) or (l, k), none 0; got {sigma.shape}"
-            )
-        spectra = np.atleast_2d(sigma).astype(np.float64)
-        for spectrum in spectra:
-            if not np.isfinite(spectrum).all():
-                raise ValueError(f"`sigma` must be finite, got {spectrum}")
-            if (spectrum < 0).any() or (np.diff(spectrum) > 0).any():
-                raise ValueError(
-                    f"`sigma` must be descending and not negative, got {spectrum}"
-                )
-        k = spectra.shape[1]
-        if small_side < k:
-            raise ValueError(
-                f"`small_side` must be at least the rank {k}, got {small_side}"
-            )
+        if self.budget is not None:
+            raise ValueError("with a `budget` ranks are chosen together: `choose_all`")
+        spectra = _spectra(sigma, small_side)
         return max(self._choose(spectrum, small_side) for spectrum in spectra)
+
+    def choose_all(
+        self,
+        sigmas: Sequence[np.ndarray],
+        sides: Sequence[tuple[int, int]],
+    ) -> list[int]:
+        """The new ranks of several cores, each as `choose` or all within the budget.
+
+        Shapes:   sigmas: (k,) or (l, k) each, as `choose` takes them.
+        Args:     sides: (m, n) of each dense matrix.
+        Raises:   ValueError: as `choose`; or the floors alone are above the budget.
+
+        >>> rule = RankRule(budget=2 * (8 + 4 + 2) + 1 * (4 + 4 + 1))
+        >>> steep, flat = np.array([3.0, 0.3, 0.2, 0.1]), np.array([5.0, 4.0, 1.0, 0.5])
+        >>> rule.choose_all([steep, flat], sides=[(4, 4), (8, 4)])
+        [1, 2]
+        """
+        if self.budget is None:
+            return [
+                self.choose(sigma, min(side))
+                for sigma, side in zip(sigmas, sides, strict=True)
+            ]
+        ranks: list[int] = []
+        blocks: list[tuple[float, int, int]] = []
+        for i, (sigma, (m, n)) in enumerate(zip(sigmas, sides, strict=True)):
+            spectra = _spectra(sigma, min(m, n))
+            k = spectra.shape[1]
+            largest = np.where(spectra[:, :1] > 0, spectra[:, :1], 1)
+            energy = np.mean((spectra / largest) ** 2, axis=0)
+            ranks.append(min(k, self.floor_rank(min(m, n))))
+            for first in range(ranks[i], k, self.multiple):
+                worth = np.mean(energy[first : first + self.multiple])
+                blocks.append((-float(worth), i, min(k, first + self.multiple)))
+        stacks = [math.prod(sigma.shape[:-1]) for sigma in sigmas]
+
+        def cost(i: int, rank: int) -> int:
+            return stacks[i] * rank * (sum(sides[i]) + rank)
+
+        spent = sum(cost(i, rank) for i, rank in enumerate(ranks))
+        if spent > self.budget:
+            raise ValueError(
+                f"`budget` is {self.budget} weights: the matrices have {spent} at "
+                f"their least ranks, {ranks}"
+            )
+        full: set[int] = set()
+        for _, i, rank in sorted(blocks):
+            more = cost(i, rank) - cost(i, ranks[i])
+            if i in full or spent + more > self.budget:
+                full.add(i)  # later blocks of it cost more
+            else:
+                ranks[i], spent = rank, spent + more
+        return ranks
 
     def _choose(self, sigma: np.ndarray, small_side: int) -> int:
         k = len(sigma)
@@ -95,6 +144,33 @@ class RankRule:
         elif r < floor:
             r = floor
         return min(k, -(-r // self.multiple) * self.multiple)
+
+
+def _spectra(
+    sigma: Float[np.ndarray, "*l k"], small_side: int
+) -> Float[np.ndarray, "l k"]:
+    """Singular values, one row for each matrix of the stack.
+
+    Raises:   ValueError: as `RankRule.choose`.
+    """
+    if sigma.ndim not in (1, 2) or sigma.size == 0:
+        raise ValueError(
+            f"`sigma` must have shape (k,) or (l, k), none 0; got {sigma.shape}"
+        )
+    spectra = np.atleast_2d(sigma).astype(np.float64)
+    for spectrum in spectra:
+        if not np.isfinite(spectrum).all():
+            raise ValueError(f"`sigma` must be finite, got {spectrum}")
+        if (spectrum < 0).any() or (np.diff(spectrum) > 0).any():
+            raise ValueError(
+                f"`sigma` must be descending and not negative, got {spectrum}"
+            )
+    k = spectra.shape[1]
+    if small_side < k:
+        raise ValueError(
+            f"`small_side` must be at least the rank {k}, got {small_side}"
+        )
+    return spectra
 
 
 @final
@@ -114,9 +190,15 @@ class Schedule:
     stands still. A dense one is converted then and a low-rank one cut; the others wait
     for the next update, and may be dense for ever. `layer_step` has no meaning.
 
+    With `project` the dense warm-up is cut as well, from step `project_from` on, every
+    so many steps: each matrix becomes the nearest one of the rank that the rule chooses
+    (singular value projection, Jain, Meka and Dhillon 2010), stays dense and goes on to
+    train. Bases turn then towards what a low rank can hold, and the conversion finds
+    matrices of that rank, of which nothing is lost.
+
     Raises:   ValueError: `delay` below 0, `every` below 1, `layer_step` outside [0, 1],
               `lag` outside [0, every), `stop` not after `delay`, another `when`,
-              `threshold` outside [-1, 1].
+              `threshold` outside [-1, 1], `project` below 1, `project_from` below 0.
     Source:   Coquelin et al. 2024 (arXiv 2401.08505). The authors' code counts steps
               from 1 and acts when a counter equals the next update, so a counter that
               starts past it or jumps over it never acts again; here an update is due
@@ -137,6 +219,8 @@ class Schedule:
     stop: int | None = None
     when: str = "delay"
     threshold: float = 0.98
+    project: int | None = None
+    project_from: int = 0
 
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
@@ -157,6 +241,12 @@ class Schedule:
         if self.stop is not None and self.stop <= self.delay:
             raise ValueError(
                 f"`stop` must be after delay={self.delay}, got {self.stop}"
+            )
+        if self.project is not None and self.project < 1:
+            raise ValueError(f"`project` must be at least 1, got {self.project}")
+        if self.project_from < 0:
+            raise ValueError(
+                f"`project_from` must be at least 0, got {self.project_from}"
             )
 
     def converted(self, step: int) -> bool:
@@ -182,9 +272,18 @@ class Schedule:
         previous = step - 1 if previous is None else previous
         return self.decided(step - self.lag, previous - self.lag)
 
+    def projected(self, step: int, previous: int | None = None) -> bool:
+        """Whether a projection lies in (previous, step]: cut what is dense now."""
+        previous = step - 1 if previous is None else previous
+        last = min(step, self.delay - 1)
+        if self.project is None or last < self.project_from:
+            return False
+        return last - (last - self.project_from) % self.project > previous
+
     def acts(self, step: int) -> bool:
-        """Whether ranks are chosen or shapes change before the batch of this step."""
-        return self.decided(step) is not None or self.due(step) is not None
+        """Whether something is decomposed before the batch of this step."""
+        updates = self.decided(step) is not None or self.due(step) is not None
+        return updates or self.projected(step)
 
     def treated(self, j: int, layers: int) -> int:
         """How many layers, from the last executed backwards, update j treats."""

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from oialr_jax import moments
@@ -167,18 +168,109 @@ def choose(
     Only singular values are computed, a batch for each shape, and brought to the host
     in one transfer. A matrix that is not finite has no rank.
 
-    Raises:   ValueError: a matrix names no leaf of `params`.
+    Raises:   ValueError: a matrix names no leaf of `params`; a budget is too small.
     """
     leaves = named_leaves(params)
     items = [_named(matrix.path, leaves) for matrix in matrices]
-    found = decomposed(items, [x.axes for x in matrices], NOW, vectors=False)
-    ranks = {}
-    for matrix, sigma in zip(matrices, on_host(found, NOW), strict=True):
-        if np.isfinite(sigma).all():
-            ranks[matrix.path] = rule.choose(
-                sigma.reshape(-1, sigma.shape[-1]), min(matrix.m, matrix.n)
-            )
+    axes = [x.axes for x in matrices]
+    found = decomposed(items, axes, NOW, vectors=False)
+    ranks = _ranks(rule, on_host(found, NOW), axes)
+    return {x.path: r for x, r in zip(matrices, ranks, strict=True) if r}
+
+
+def _ranks(
+    rule: RankRule, spectra: Sequence[np.ndarray], axes: Sequence[Axes]
+) -> list[int | None]:
+    """The rank of each matrix, None where it is not finite."""
+    good = [i for i, sigma in enumerate(spectra) if np.isfinite(sigma).all()]
+    chosen = rule.choose_all(
+        [spectra[i].reshape(-1, spectra[i].shape[-1]) for i in good],
+        [(axes[i].m, axes[i].n) for i in good],
+    )
+    ranks: list[int | None] = [None] * len(spectra)
+    for i, r in zip(good, chosen, strict=True):
+        ranks[i] = r
     return ranks
+
+
+def project(params: PyTree, rule: RankRule, matrices: Sequence[Matrix]) -> PyTree:
+    """Host side: params with the nearest matrices of the ranks that `rule` chooses.
+
+    They stay dense, and those that are LowRank, or not finite, are left alone. Of a
+    stack all have the same rank. The optimizer state needs no change.
+
+    Raises:   ValueError: a matrix names no leaf of `params`; a budget is too small.
+    Source:   Jain, Meka and Dhillon 2010 (singular value projection).
+
+    >>> axes = Axes(shape=(2, 2), stack=(), inputs=(0,), outputs=(1,))
+    >>> params = {"w": jnp.array([[2.0, 0.0], [0.0, 0.1]])}
+    >>> project(params, RankRule(), [Matrix("w", axes, rows=1, kind="dot")])
+    {'w': Array([[2., 0.],
+           [0., 0.]], dtype=float32)}
+    """
+    leaves = _leaves(params)
+    by_name = dict(zip(unique_names(leaves), leaves, strict=True))
+    paths = [_named(matrix.path, by_name) for matrix in matrices]
+    dense = {
+        path: matrix.axes
+        for path, matrix in zip(paths, matrices, strict=True)
+        if not is_low_rank(leaves[path])
+    }
+    axes = list(dense.values())
+    solved = decomposed([leaves[path] for path in dense], axes, NOW, vectors=True)
+    ranks = _ranks(rule, on_host(solved, NOW), axes)
+    NOW.agree(ranks)
+    new = {
+        path: _recomposed(
+            leaves[path],
+            x.batch,
+            x.start,
+            r,
+            stack=x.stack,
+            axes=dense[path],
+            where=_place(leaves[path]),
+        )
+        for path, x, r in zip(dense, solved, ranks, strict=True)
+        if r
+    }
+    return _replaced(params, new)
+
+
+def _place(leaf: Any) -> NamedSharding | None:
+    """Where on a mesh a leaf lies, if it lies on one."""
+    where = getattr(leaf, "sharding", None)
+    return where if isinstance(where, NamedSharding) else None
+
+
+@functools.partial(jax.jit, static_argnames=("stack", "axes", "where"))
+def _recomposed(
+    leaf: Array,
+    batch: tuple[Array, Array, Array],
+    start: Any,
+    rank: Any,
+    *,
+    stack: tuple[int, ...],
+    axes: Axes,
+    where: NamedSharding | None,
+) -> Array:
+    """One dense leaf again, of its first `rank` singular vectors."""
+    left, sigma, right = _part(batch, start, stack)
+    kept = jnp.where(jnp.arange(sigma.shape[-1]) < rank, sigma, 0)
+    with jax.default_matmul_precision("highest"):
+        matrix = (left * kept[..., None, :]) @ right
+    new = axes.to_array(matrix).astype(leaf.dtype)
+    return new if where is None else jax.lax.with_sharding_constraint(new, where)
+
+
+def _part(
+    batch: tuple[Array, Array, Array], start: Any, stack: tuple[int, ...]
+) -> list[Array]:
+    """Of a batched decomposition that of one leaf."""
+    count = math.prod(stack)
+    return [
+        jax.lax.dynamic_slice_in_dim(x, start, count).reshape(*stack, *x.shape[1:])
+        for x in batch
+    ]
 
 
 def compile_ahead(
@@ -381,22 +473,27 @@ def _truncated(
         again, sigmas, _ = _facts(repaired, run)
         for i, node, x, sigma in zip(drifted, repaired, again, sigmas, strict=True):
             nodes[i], solved[i], spectra[i] = node, x, sigma
-    plan: list[_Cut] = []
-    layers = []
-    for path, node, sigma, (finite, error) in zip(
-        chosen, nodes, spectra, checks, strict=True
-    ):
-        name, r = path_name(path), None
-        if finite and np.isfinite(sigma).all():
-            flat = sigma.reshape(-1, node.rank)
-            r = (
-                rule.choose(flat, min(node.axes.m, node.axes.n))
-                if isinstance(rule, RankRule)
-                else rule[name]
-            )
-        plan.append(_Cut(path, r, node.axes))
-        layer = _layer(name, node.axes, node.rank, r, sigma, error)
-        layers.append(layer)
+    sound = [
+        sigma if finite else np.full_like(sigma, np.nan)
+        for sigma, (finite, _) in zip(spectra, checks, strict=True)
+    ]
+    if isinstance(rule, RankRule):
+        ranks = _ranks(rule, sound, [x.axes for x in nodes])
+    else:
+        ranks = [
+            rule[path_name(path)] if np.isfinite(sigma).all() else None
+            for path, sigma in zip(chosen, sound, strict=True)
+        ]
+    plan = [
+        _Cut(path, r, node.axes)
+        for path, r, node in zip(chosen, ranks, nodes, strict=True)
+    ]
+    layers = [
+        _layer(path_name(path), node.axes, node.rank, r, sigma, error)
+        for path, node, r, sigma, (_, error) in zip(
+            chosen, nodes, ranks, spectra, checks, strict=True
+        )
+    ]
     repairs = _replaced(params, dict(zip(chosen, nodes, strict=True)))
     new_params, new_state = _after(
         repairs if drifted else params,
@@ -456,11 +553,7 @@ def _rebased(
     Of a dense leaf W = U Σ Vᵀ gradients become UᵀGV; of a core S = Us Σ Vsᵀ the bases
     become U Us and Vsᵀ Vᵀ and moments turn by Us and Vs.
     """
-    count = math.prod(stack)
-    left, sigma, right = (
-        jax.lax.dynamic_slice_in_dim(x, start, count).reshape(*stack, *x.shape[1:])
-        for x in batch
-    )
+    left, sigma, right = _part(batch, start, stack)
     left, sigma, right = left[..., :rank], sigma[..., :rank], right[..., :rank, :]
     u, vt, core, old = left, right, diagonal(sigma), (leaf, leaf, leaf)
     if is_low_rank(leaf):

@@ -701,3 +701,78 @@ def test_without_a_reference_stability_cannot_be_seen():
     state, step, _ = problem(schedule=STABLE)
     with pytest.raises(ValueError, match=r"freeze_bases\(..., reference=True\)"):
         step(state, *batch(0))
+
+
+# --------------------------------------------------------------------- projections
+
+PROJECTED = oialr.Schedule(delay=9, every=3, project=3, project_from=2, stop=10)
+BUDGET = oialr.RankRule(budget=3 * 4 * (32 + 4))
+
+
+def rank_of(leaf):
+    return int(np.linalg.matrix_rank(np.asarray(leaf), tol=1e-4))
+
+
+def test_the_dense_warm_up_is_projected_on_schedule():
+    state, step, _ = problem(schedule=PROJECTED, rule=BUDGET)
+    plain, unprojected, _ = problem(
+        schedule=dataclasses.replace(PROJECTED, project=None), rule=BUDGET
+    )
+    matrices = oialr.select(oialr.find_matrices(fn, state.params, batch(0)[0]))
+    for t in range(9):
+        if t in (2, 5, 8):  # one step moves W a little
+            cut = oialr.project(state.params, BUDGET, matrices)
+            ranks = [rank_of(cut[name]["kernel"]) for name in "abc"]
+            assert all(0 < r < 16 for r in ranks)
+            assert sum(r * (32 + r) for r in ranks) <= BUDGET.budget
+            plain = plain.replace(params=copied(cut))
+        state, losses = run(state, step, t, t + 1)
+        plain, wanted = run(plain, unprojected, t, t + 1)
+        assert losses == wanted
+        jax.tree.map(np.testing.assert_array_equal, state.params, plain.params)
+    assert oialr.ranks(state.params) == {}
+    assert step.reports == []
+    assert [x.step for x in step.timings] == [2, 5, 8]
+
+
+def test_after_projections_the_conversion_is_one_event_that_loses_little():
+    state, step, _ = problem(schedule=PROJECTED, rule=BUDGET)
+    state, _ = run(state, step, 0, 20)
+    assert [(r.step, r.kind) for r in step.reports] == [
+        (9, "conversion"),
+        (9, "truncation"),
+    ]
+    energies = [x.energy for x in step.reports[1].layers]
+    plain, unprojected, _ = problem(
+        schedule=dataclasses.replace(PROJECTED, project=None), rule=BUDGET
+    )
+    run(plain, unprojected, 0, 20)
+    others = [x.energy for x in unprojected.reports[1].layers]
+    assert min(energies) > 0.95 > max(others)
+    assert step.compilations == 2  # dense, and at the ranks of the budget
+    stored = [r * (m + n + r) for m, n, r in oialr.ranks(state.params).values()]
+    assert sum(stored) <= BUDGET.budget
+
+
+def test_a_budget_counts_all_matrices_whatever_the_layer_step():
+    schedule = dataclasses.replace(PROJECTED, layer_step=0.0)
+    state, step, _ = problem(schedule=schedule, rule=BUDGET)
+    state, _ = run(state, step, 0, 10)
+    assert {x.path for x in step.reports[1].layers} == {
+        "a/kernel",
+        "b/kernel",
+        "c/kernel",
+    }
+
+
+@pytest.mark.parametrize("middle", [4, 5, 9])
+def test_a_run_resumed_among_projections_is_the_uninterrupted_one(middle):
+    state, step, _ = problem(schedule=PROJECTED, rule=BUDGET)
+    state, _ = run(state, step, 0, middle)
+    copy = copied(state)
+    whole, losses = run(state, step, middle, 12)
+    _, fresh_step, _ = problem(schedule=PROJECTED, rule=BUDGET)
+    resumed, resumed_losses = run(copy, fresh_step, middle, 12)
+    assert resumed_losses == losses
+    jax.tree.map(np.testing.assert_array_equal, resumed.params, whole.params)
+    jax.tree.map(np.testing.assert_array_equal, resumed.opt_state, whole.opt_state)

@@ -148,6 +148,13 @@ def test_gradients_of_several_batches_make_one_update():
         ({"ema": 1.0}, "`ema` must be in [0, 1), got 1.0"),
         ({"accumulate": 0}, "`accumulate` must be at least 1, got 0"),
         ({"patience": 0}, "`patience` must be at least 1, got 0"),
+        ({"budget": 1.5}, "`budget` must be in (0, 1], part of all weights; got 1.5"),
+        (
+            {"budget": 0.01},
+            "`budget` 0.01 of 5122 weights leaves nothing for the matrices: 314 weights "
+            "stay dense",
+        ),
+        ({"project": 0.0}, "`project` must be in (0, 1], part of the run; got 0.0"),
     ],
     ids=lambda x: "".join(x) if isinstance(x, dict) else "",
 )
@@ -155,6 +162,21 @@ def test_settings_out_of_range_are_refused(change, message, tmp_path):
     settings = dataclasses.replace(SETTINGS, out=tmp_path, **change)
     with pytest.raises(ValueError, match=re.escape(message)):
         images.run(settings, name="x")
+
+
+def test_a_budget_is_a_part_of_all_weights_that_one_conversion_reaches(tmp_path):
+    settings = dataclasses.replace(
+        SETTINGS,
+        out=tmp_path,
+        budget=0.3,
+        project=0.1,
+        delay=0.6,
+        stop=0.61,
+        multiple=1,
+    )
+    found = images.run(settings, name="x")
+    assert 0.25 < found["stored_fraction"] <= 0.3
+    assert found["compilations"] == 2
 
 
 def test_out_of_memory_names_the_batch_and_the_largest_arrays(tmp_path):

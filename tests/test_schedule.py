@@ -231,6 +231,7 @@ def test_bad_spectra_are_named(sigma, message):
         ({"max_drop": 0.0}, r"^`max_drop` must be in \(0, 1\], got 0.0$"),
         ({"max_drop": 1.5}, r"^`max_drop` must be in \(0, 1\], got 1.5$"),
         ({"multiple": 0}, r"^`multiple` must be at least 1, got 0$"),
+        ({"budget": 0}, r"^`budget` must be at least 1, got 0$"),
     ],
 )
 def test_bad_rules_are_named(settings, message):
@@ -372,6 +373,8 @@ def test_a_run_that_ends_before_the_conversion_is_an_error(steps):
         ({"stop": 0}, r"^`stop` must be after delay=100, got 0$"),
         ({"when": "never"}, r"^`when` must be 'delay' or 'stable', got 'never'$"),
         ({"threshold": 1.1}, r"^`threshold` must be in \[-1, 1\], got 1.1$"),
+        ({"project": 0}, r"^`project` must be at least 1, got 0$"),
+        ({"project_from": -1}, r"^`project_from` must be at least 0, got -1$"),
     ],
 )
 def test_bad_schedules_are_named(settings, message):
@@ -458,3 +461,118 @@ def test_layers_that_are_stable_at_other_times_compile_more_often():
     rule, sides = RankRule(multiple=16), [64, 64, 32]
     assert fixed.compilations(1000, rule, sides) == 1 + 1 + 3 + 3 + 1
     assert stable.compilations(1000, rule, sides) == 1 + 4 + 4 + 2
+
+
+# ------------------------------------------------------------------------- a budget
+
+
+def weights(shape, side, rank):
+    """Of bases and cores of a stack of low-rank matrices."""
+    stack = np.prod(shape[:-1], dtype=int)
+    return int(stack) * rank * (sum(side) + rank)
+
+
+layers = st.lists(
+    st.tuples(spectra, st.integers(0, 40), st.integers(0, 80)), min_size=1, max_size=5
+)
+
+
+def sized(parts):
+    """Spectra, and sides of matrices that can have them."""
+    sigmas = [sigma for sigma, _, _ in parts]
+    sides = [(len(s) + m, len(s) + m + n) for s, m, n in parts]
+    return sigmas, sides
+
+
+@given(
+    layers,
+    st.floats(0, 1),
+    st.integers(1, 5),
+    st.sampled_from([0.01, 0.2]),
+)
+def test_a_budget_is_kept_and_used_by_the_largest_values(parts, share, multiple, floor):
+    """What is out is no larger than what is in, or does not fit any more."""
+    sigmas, sides = sized(parts)
+    least = sum(
+        weights(s.shape, side, min(len(s), max(1, int(floor * min(side)))))
+        for s, side in zip(sigmas, sides, strict=True)
+    )
+    most = sum(weights(s.shape, x, len(s)) for s, x in zip(sigmas, sides, strict=True))
+    budget = int(least + share * (most - least))
+    rule = RankRule(budget=budget, multiple=multiple, floor=floor)
+    ranks = rule.choose_all(sigmas, sides)
+    spent = [
+        weights(*x) for x in zip((s.shape for s in sigmas), sides, ranks, strict=True)
+    ]
+    assert sum(spent) <= budget
+    for sigma, side, rank, cost in zip(sigmas, sides, ranks, spent, strict=True):
+        first = min(len(sigma), rule.floor_rank(min(side)))
+        assert first <= rank <= len(sigma)
+        assert rank == len(sigma) or (rank - first) % multiple == 0
+        if rank < len(sigma):
+            block = min(len(sigma), rank + multiple)
+            fits = weights(sigma.shape, side, block) - cost + sum(spent) <= budget
+            out = np.mean((sigma[rank:block] / (sigma[0] or 1)) ** 2)
+            later = [
+                np.mean((s[r - multiple : r] / (s[0] or 1)) ** 2)
+                for s, x, r in zip(sigmas, sides, ranks, strict=True)
+                if r - multiple >= rule.floor_rank(min(x))
+            ]
+            assert not fits or all(x >= out * (1 - 1e-9) for x in later)
+    if share == 1:
+        assert ranks == [len(s) for s in sigmas]
+
+
+def test_a_stack_costs_as_many_times_and_counts_by_its_mean():
+    steep, flat = np.array([1.0, 0.2, 0.1]), np.array([1.0, 0.9, 0.8])
+    sides = [(6, 4), (6, 4)]
+    rule = RankRule(budget=2 * 2 * (10 + 2) + 11)
+    assert rule.choose_all([np.stack([steep, flat]), steep], sides) == [2, 1]
+    assert rule.choose_all([np.stack([steep, steep]), flat], sides) == [1, 2]
+
+
+def test_without_a_budget_all_are_chosen_one_by_one():
+    sigmas = [np.array([4.0, 2.0, 1.0, 0.3]), np.array([3.0, 0.1])]
+    rule = RankRule(cutoff=0.2)
+    assert rule.choose_all(sigmas, [(9, 4), (2, 9)]) == [
+        rule.choose(sigmas[0], 4),
+        rule.choose(sigmas[1], 2),
+    ]
+
+
+def test_a_budget_below_the_floors_says_what_it_would_take():
+    sigmas, sides = [np.ones(8), np.ones(4)], [(8, 9), (4, 4)]
+    message = r"`budget` is 46 weights: the matrices have 47 .* least ranks, \[2, 1\]"
+    rule = RankRule(budget=47, floor=0.25)
+    assert rule.choose_all(sigmas, sides) == [2, 1]
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(rule, budget=46).choose_all(sigmas, sides)
+
+
+def test_one_rank_alone_cannot_be_chosen_with_a_budget():
+    with pytest.raises(ValueError, match="`choose_all`"):
+        RankRule(budget=100).choose(np.ones(3), 3)
+
+
+# --------------------------------------------------------------------- projections
+
+
+@given(st.integers(0, 60), st.integers(1, 9), st.integers(0, 30), st.data())
+def test_projections_begin_at_their_step_and_end_with_the_dense_warm_up(
+    delay, project, start, data
+):
+    schedule = Schedule(delay=delay, every=5, project=project, project_from=start)
+    wanted = list(range(start, delay, project))
+    assert [t for t in range(80) if schedule.projected(t)] == wanted
+    assert all(schedule.acts(t) for t in wanted)
+    stride = data.draw(st.integers(1, 12))
+    seen = [
+        t for t in range(0, 80, stride) if schedule.projected(t, previous=t - stride)
+    ]
+    met = {-(-t // stride) * stride for t in wanted}
+    assert seen == sorted(t for t in met if t < 80)
+
+
+def test_no_projections_by_default():
+    schedule = Schedule(delay=10, every=5)
+    assert not any(schedule.projected(t) for t in range(30))

@@ -477,3 +477,69 @@ def test_loss_of_a_low_rank_network_is_that_of_its_dense_twin():
     np.testing.assert_allclose(
         scalar_loss(oialr.factored(fn))(low, x), dense, rtol=1e-4
     )
+
+
+# --------------------------------------------------------------------- projections
+
+
+@pytest.mark.parametrize("case", CASES_WITH_ARRAYS, ids=lambda case: case.name)
+def test_a_projection_is_the_nearest_matrix_of_the_rank_and_stays_dense(case):
+    fn, params, x = case.build()
+    matrices = oialr.find_matrices(fn, params, x)
+    rule = oialr.RankRule(cutoff=0.99, max_drop=0.6)
+    new = oialr.project(params, rule, matrices)
+    assert jax.tree.structure(new) == jax.tree.structure(params)
+    found, named = named_leaves(new), named_leaves(params)
+    known = {matrix.path: matrix for matrix in matrices}
+    for path, leaf in named.items():
+        if path not in known:
+            assert found[path] is leaf
+            continue
+        axes = known[path].axes
+        before = np.asarray(axes.to_matrix(leaf), np.float64)
+        u, sigma, vt = np.linalg.svd(before, full_matrices=False)
+        flat = sigma.reshape(-1, sigma.shape[-1])
+        r = rule.choose(flat, min(axes.m, axes.n))
+        assert r < sigma.shape[-1] or r == 1
+        wanted = (u[..., :r] * sigma[..., None, :r]) @ vt[..., :r, :]
+        assert found[path].dtype == leaf.dtype
+        assert_close(axes.to_matrix(found[path]), wanted, TOLERANCE[leaf.dtype])
+
+
+def test_a_projection_leaves_alone_what_is_low_rank_or_not_finite():
+    params, matrices, _ = regression(optax.sgd(0.1))
+    params["a"]["w"] = params["a"]["w"].at[0, 0].set(jnp.nan)
+    rule = oialr.RankRule(cutoff=0.99)
+    new = oialr.project(params, rule, matrices)
+    assert new["a"]["w"] is params["a"]["w"]
+    tx = oialr.freeze_bases(optax.sgd(0.1))
+    params = {"a": {"w": normal(0, 12, 12), "b": jnp.zeros(12)}, "z": normal(2, 12, 3)}
+    low, _, _ = oialr.factorize(params, tx.init(params), matrices, tx=tx)
+    new = oialr.project(low, rule, matrices)
+    jax.tree.map(np.testing.assert_array_equal, new, low)
+
+
+def test_a_projection_keeps_to_a_budget_of_all_matrices():
+    keys = ("wide", "tall")
+    params = {"wide": normal(0, 8, 30), "tall": normal(1, 30, 8)}
+    matrices = oialr.find_matrices(
+        lambda p, x: x @ p["wide"] @ p["tall"], params, normal(2, 4, 8)
+    )
+    rule = oialr.RankRule(budget=2 * (38 + 2) + 3 * (38 + 3))
+    new = oialr.project(params, rule, matrices)
+    ranks = [np.linalg.matrix_rank(np.asarray(new[k]), tol=1e-4) for k in keys]
+    assert sorted(ranks) == [2, 3]
+
+
+def test_a_projected_leaf_stays_where_it_lies():
+    mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    where = NamedSharding(mesh, PartitionSpec("fsdp"))
+    params = {"w": jax.device_put(normal(0, 16, 12), where), "v": normal(1, 12, 3)}
+    matrices = oialr.find_matrices(
+        lambda p, x: x @ p["w"] @ p["v"], params, normal(2, 4, 16)
+    )[:1]
+    rule = oialr.RankRule(cutoff=0.7)
+    new = oialr.project(params, rule, matrices)["w"]
+    assert new.sharding == where
+    alone = oialr.project({"w": normal(0, 16, 12)}, rule, matrices)["w"]
+    assert_close(new, alone, F32)

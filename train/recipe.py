@@ -5,6 +5,7 @@ its presets to `command`, and has the rest from here.
 """
 
 import dataclasses
+import math
 import pathlib
 import sys
 import time
@@ -75,6 +76,14 @@ class Settings:
     """Ranks are rounded up to this, so that layers share shapes."""
     stop: float = 0.7
     """When the ranks are final."""
+    budget: float | None = None
+    """Part of all weights that is stored in the end; ranks are chosen for it, without
+    `cutoff` and `max_drop`."""
+    project: float | None = None
+    """Time between projections of the dense warm-up: its matrices are cut to the ranks
+    of now, and go on dense."""
+    project_from: float = 0.15
+    """When these begin."""
     when: Literal["delay", "stable"] = "delay"
     """Convert all matrices after `delay`; or from then on each one when its basis has
     turned little between two events, and cut it only then."""
@@ -222,6 +231,7 @@ def run(settings: S, build: Callable[[S], Task], *, name: str) -> dict[str, Any]
         keep_last=settings.keep_last,
         keep_eligible=settings.keep_eligible,
     )
+    rule = rank_rule(settings, weights, matrices)
     stable = low_rank and settings.when == "stable"
     tx = oialr.freeze_bases(optimizer(settings, matrices), reference=stable)
     loss = oialr.factored(task.loss)
@@ -276,12 +286,6 @@ def run(settings: S, build: Callable[[S], Task], *, name: str) -> dict[str, Any]
         reports: Sequence[oialr.Report] = []
         timings: Sequence[oialr.Timing] = []
         if plan is not None:
-            rule = oialr.RankRule(
-                cutoff=settings.cutoff,
-                floor=settings.floor,
-                max_drop=settings.max_drop,
-                multiple=settings.multiple,
-            )
             step = oialr.adaptive(train_step, tx, matrices, plan, rule, layout=layout)
             reports, timings = step.reports, step.timings
         else:
@@ -399,14 +403,54 @@ def schedule(settings: Settings) -> oialr.Schedule:
             f"no step is left for low rank: `delay` {settings.delay:.3g} and `stop` "
             f"{settings.stop:.3g} are steps {delay} and {stop} of {settings.steps}"
         )
+    project = None
+    if settings.project is not None:
+        if not 0 < settings.project <= 1:
+            raise ValueError(
+                f"`project` must be in (0, 1], part of the run; got {settings.project}"
+            )
+        project = max(1, round(settings.steps * settings.project))
     return oialr.Schedule(
         delay=delay,
         every=max(1, every),
+        project=project,
+        project_from=round(settings.steps * settings.project_from),
         layer_step=settings.layer_step,
         lag=settings.lag,
         stop=stop,
         when=settings.when,
         threshold=settings.threshold,
+    )
+
+
+def rank_rule(
+    settings: Settings, params: Any, matrices: Sequence[oialr.Matrix]
+) -> oialr.RankRule:
+    """Which ranks stay; of a budget the weights outside the `matrices` are taken first.
+
+    Raises:   ValueError: a setting out of range, or nothing left for the matrices.
+    """
+    budget = None
+    if settings.budget is not None:
+        if not 0 < settings.budget <= 1:
+            raise ValueError(
+                "`budget` must be in (0, 1], part of all weights; "
+                f"got {settings.budget}"
+            )
+        whole = oialr.counts(params).dense
+        other = whole - sum(math.prod(x.axes.shape) for x in matrices)
+        budget = int(settings.budget * whole) - other
+        if budget < 1:
+            raise ValueError(
+                f"`budget` {settings.budget} of {whole} weights leaves nothing for the "
+                f"matrices: {other} weights stay dense"
+            )
+    return oialr.RankRule(
+        cutoff=settings.cutoff,
+        floor=settings.floor,
+        max_drop=settings.max_drop,
+        multiple=settings.multiple,
+        budget=budget,
     )
 
 
