@@ -171,7 +171,7 @@ def test_a_budget_is_a_part_of_all_weights_that_one_conversion_reaches(tmp_path)
         budget=0.3,
         project=0.1,
         delay=0.6,
-        stop=0.61,
+        stop=0.7,
         multiple=1,
     )
     found = images.run(settings, name="x")
