@@ -24,8 +24,8 @@ class RankRule:
     below its largest and keeps its rank.
 
     With a `budget` the matrices together hold at most so many weights, bases and cores,
-    and their ranks are chosen together (`choose_all`): the values that are largest over
-    σ₀ of their matrix stay, as with one cutoff that is as low as the budget lets it be.
+    and their ranks are chosen together (`choose_all`): each direction has its part of
+    the sum of squares of its matrix, σᵢ²/Σσ², and those with the largest parts stay.
     Then `cutoff` and `max_drop` have no meaning; the `floor` of every matrix is kept,
     and above it `multiple` directions come or go at once.
 
@@ -106,8 +106,8 @@ class RankRule:
         for i, (sigma, (m, n)) in enumerate(zip(sigmas, sides, strict=True)):
             spectra = _spectra(sigma, min(m, n))
             k = spectra.shape[1]
-            largest = np.where(spectra[:, :1] > 0, spectra[:, :1], 1)
-            energy = np.mean((spectra / largest) ** 2, axis=0)
+            total = np.sum(spectra**2, axis=1, keepdims=True)
+            energy = np.mean(spectra**2 / np.where(total > 0, total, 1), axis=0)
             ranks.append(min(k, self.floor_rank(min(m, n))))
             for first in range(ranks[i], k, self.multiple):
                 worth = np.mean(energy[first : first + self.multiple])

@@ -27,6 +27,7 @@ from oialr_jax.lowrank import (
     compute_dtype,
     is_low_rank,
     named_leaves,
+    singular_values,
 )
 from oialr_jax.matrices import Matrix
 from oialr_jax.polar import or_one, polar
@@ -171,6 +172,30 @@ def spectrum(sigma: Float[np.ndarray, "*l k"]) -> Spectrum:
     largest = np.where(some, values[..., 0], 1)
     stable = np.sum((values / largest[..., None]) ** 2, axis=-1)
     return Spectrum(sigma, np.exp(entropy) * some, stable)
+
+
+def sigmas(portraits: Portraits, after: PyTree = ()) -> dict[str, Array]:
+    """The singular values of each W, descending, which are those of its R: traceable.
+
+    Args:     after: arrays that are computed before LAPACK is called.
+    Shapes:   (*l, min(r, k)).
+    """
+    groups: dict[Any, list[str]] = defaultdict(list)
+    for path, one in portraits.items():
+        groups[_side(one.r)].append(path)
+    token = _known([*jax.tree.leaves(after), _end(portraits)])
+    found: dict[str, Array] = {}
+    for paths in groups.values():
+        members = [portraits[path].r for path in paths]
+        batch = jnp.concatenate([r.reshape(-1, *r.shape[-2:]) for r in members])
+        sigma = singular_values(batch + token.astype(batch.dtype))
+        token = _known([sigma])
+        stacks = [r.shape[:-2] for r in members]
+        for path, stack, x in zip(
+            paths, stacks, jnp.split(sigma, _ends(stacks)), strict=True
+        ):
+            found[path] = x.reshape(*stack, -1)
+    return {path: found[path] for path in portraits}
 
 
 class Subspaces(NamedTuple):
@@ -406,9 +431,9 @@ def _randomly(key: Any, portrait: Portrait, change: Array) -> Array:
 def _alike(p: Portrait, q: Portrait) -> Stability:
     with jax.default_matmul_precision("highest"):
         overlap = _overlap(p.b, q.b)
-        cosine = _inner(p.c, overlap, q.c) / or_one(_norm(p.c) * _norm(q.c))
+        cosine = _inner(p.c, overlap, q.c) / or_one(_norm(p.r) * _norm(q.r))
         basis = _inner(p.x, overlap, q.x) / or_one(_norm(p.x) * _norm(q.x))
-        change = _distance(p, q) / or_one(_norm(p.c))
+        change = _distance(p, q) / or_one(_norm(p.r))  # |R| is |W|
     return Stability(basis, _mixing(p.r, q.r), cosine, change)
 
 

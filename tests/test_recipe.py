@@ -151,8 +151,8 @@ def test_gradients_of_several_batches_make_one_update():
         ({"budget": 1.5}, "`budget` must be in (0, 1], part of all weights; got 1.5"),
         (
             {"budget": 0.01},
-            "`budget` 0.01 of 5122 weights leaves nothing for the matrices: 314 weights "
-            "stay dense",
+            "`budget` 0.01 of 5122 weights leaves nothing for the matrices: 314 "
+            "weights stay dense",
         ),
         ({"project": 0.0}, "`project` must be in (0, 1], part of the run; got 0.0"),
     ],

@@ -472,6 +472,11 @@ def weights(shape, side, rank):
     return int(stack) * rank * (sum(side) + rank)
 
 
+def energy(sigma):
+    """The part of each value in the sum of squares."""
+    return sigma**2 / (np.sum(sigma**2) or 1)
+
+
 layers = st.lists(
     st.tuples(spectra, st.integers(0, 40), st.integers(0, 80)), min_size=1, max_size=5
 )
@@ -512,9 +517,9 @@ def test_a_budget_is_kept_and_used_by_the_largest_values(parts, share, multiple,
         if rank < len(sigma):
             block = min(len(sigma), rank + multiple)
             fits = weights(sigma.shape, side, block) - cost + sum(spent) <= budget
-            out = np.mean((sigma[rank:block] / (sigma[0] or 1)) ** 2)
+            out = np.mean(energy(sigma)[rank:block])
             later = [
-                np.mean((s[r - multiple : r] / (s[0] or 1)) ** 2)
+                np.mean(energy(s)[r - multiple : r])
                 for s, x, r in zip(sigmas, sides, ranks, strict=True)
                 if r - multiple >= rule.floor_rank(min(x))
             ]

@@ -266,12 +266,16 @@ def half(state):
     return {"accuracy": 0.5}
 
 
-def toy_run(folder, losses, pace, state=None, evaluate=half, **options):
+def toy_run(
+    folder, losses, pace, state=None, evaluate=half, keep=9, best=None, **options
+):
     """The loop over a step that does nothing but name these losses."""
     step, first = toy(losses)
     with (
         loop.Interrupts() as interrupts,
-        oialr.Checkpoints(folder / loop.CHECKPOINTS, keep=9) as checkpoints,
+        oialr.Checkpoints(
+            folder / loop.CHECKPOINTS, keep=keep, best=best
+        ) as checkpoints,
     ):
         return loop.train(
             first if state is None else state,
@@ -332,6 +336,24 @@ def test_a_run_without_progress_ends_early_and_stays_so(tmp_path):
         tmp_path, [1.0] * 10, pace, state, goal=goal, evaluate=score, progress=progress
     )
     assert int(again.step) == 8
+
+
+def test_evaluations_of_the_dense_warm_up_do_not_count(tmp_path):
+    scores = {2: 0.9, 4: 0.9, 6: 0.9, 8: 0.5, 10: 0.6, 12: 0.4, 14: 0.4, 16: 0.9}
+    pace = loop.Pace(16, 4, 2, 2)
+    goal = loop.Goal("accuracy", "max", patience=2, since=6)
+
+    def score(state):
+        return {"accuracy": scores[int(state.step)]}
+
+    loop.begin(tmp_path)
+    state, progress = toy_run(
+        tmp_path, [1.0] * 16, pace, goal=goal, evaluate=score, keep=2, best="max"
+    )
+    assert int(state.step) == 14  # two after 10, none of those before 6
+    assert progress.best == {"step": 10, "accuracy": 0.6}
+    with oialr.Checkpoints(tmp_path / loop.CHECKPOINTS) as checkpoints:
+        assert checkpoints.steps == (10, 12, 14)
 
 
 def test_flops_are_counted_anew_after_an_event_and_go_on_with_a_resumed_run(tmp_path):

@@ -156,15 +156,18 @@ PRESETS: Mapping[str, tuple[str, Settings]] = {
             learning_rate=2e-3,
             weight_decay=0.3,
             smoothing=0.0,
-            delay=0.3,
-            every=0.08,
+            delay=0.7,
+            every=0.1,
+            stop=0.71,  # one event: the ranks of the budget, which the warm-up has
             layer_step=1.0,
-            cutoff=0.55,
+            budget=0.0317,  # 13,100 weights without biases; 0.0692 and 0.184 are others
+            project=0.01,
+            project_from=0.2,
             floor=0.002,
-            max_drop=0.75,
             multiple=1,
-            min_aspect=0.05,
+            min_aspect=0.01,
             keep_first=1,  # 25x20, which has fewer weights dense
+            keep_last=0,
             log_every=100,
             eval_every=390,
             save_every=1560,
@@ -351,7 +354,7 @@ def run(settings: Settings, *, name: str) -> dict[str, Any]:
     Raises:   as `recipe.run` and `task`.
     """
     if settings.smoke:
-        settings = dataclasses.replace(settings, **recipe.SMOKE)
+        settings = recipe.small(settings)
     return recipe.run(settings, task, name=name)
 
 

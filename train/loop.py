@@ -71,6 +71,9 @@ class Goal:
     """Which end of it is good."""
     patience: int | None = None
     """So many evaluations without a better one end the run; by default none do."""
+    since: int = 0
+    """Evaluations up to this step count for nothing: what is evaluated is another
+    network, still dense."""
 
     def __post_init__(self) -> None:
         """Refuse a run that would end before its first evaluation."""
@@ -252,9 +255,10 @@ def train(
                 view |= {"loss": f"{means['loss']:.3f}"}
             if evaluated:
                 evaluation = dict(evaluate(state))
-                better = goal.prefers(evaluation, best)
+                counts = done > goal.since
+                better = counts and goal.prefers(evaluation, best)
                 best = {"step": done, **evaluation} if better else best
-                waited = 0 if better else waited + 1
+                waited = 0 if better or not counts else waited + 1
                 record("eval", {"step": done, **evaluation})
                 view |= {goal.metric: f"{evaluation[goal.metric]:.4f}"}
             if saved or stop or (evaluated and hopeless()):
@@ -271,7 +275,9 @@ def train(
                 checkpoints.save(
                     state,
                     {"progress": dataclasses.asdict(progress), "settings": settings},
-                    metric=evaluation[goal.metric] if evaluated else None,
+                    metric=evaluation[goal.metric]
+                    if evaluated and done > goal.since
+                    else None,
                 )
             bar.set_postfix(view, refresh=False)
             bar.update()

@@ -160,6 +160,12 @@ SMOKE: Mapping[str, Any] = {
 S = TypeVar("S", bound=Settings)
 
 
+def small(settings: S, form: Mapping[str, Any] = SMOKE) -> S:
+    """The small form of a preset; what it has of weights may lie outside matrices."""
+    budget = None if settings.budget is None else 0.7
+    return dataclasses.replace(settings, **form, budget=budget)
+
+
 class State(train_state.TrainState):
     """Params, optimizer state, step, and what else the model keeps."""
 
@@ -298,7 +304,11 @@ def run(settings: S, build: Callable[[S], Task], *, name: str) -> dict[str, Any]
             batch,
             task.evaluate,
             pace=pace,
-            goal=dataclasses.replace(task.goal, patience=settings.patience),
+            goal=dataclasses.replace(
+                task.goal,
+                patience=settings.patience,
+                since=0 if plan is None else plan.delay + plan.lag,
+            ),
             folder=folder,
             checkpoints=checkpoints,
             settings=_stored(settings),

@@ -98,7 +98,7 @@ def run(settings: Settings, *, name: str) -> dict[str, Any]:
     Raises:   as `recipe.run` and `task`.
     """
     if settings.smoke:
-        settings = dataclasses.replace(settings, **recipe.SMOKE)
+        settings = recipe.small(settings)
     return recipe.run(settings, task, name=name)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 import oialr_jax as oialr
 from oialr_jax.decompose import mesh_of
+from oialr_jax.stability import sigmas, spectrum
 
 DETAILED = 4
 """About so many lines of a run have the null model and the spectra, which cost more."""
@@ -61,16 +62,11 @@ class Tracking:
         portraits, since = followed
         detailed = self.is_detailed(step)
         key = jax.random.fold_in(jax.random.key(self.seed), step) if detailed else None
-        params = _copied(params)
         portraits, found, numbers = _updated(
-            portraits, params, key, tuple(self.matrices)
+            portraits, _copied(params), key, tuple(self.matrices)
         )
-        spectra: Mapping[str, oialr.Spectrum] = {}
-        if detailed:
-            jax.block_until_ready((portraits, found))  # LAPACK again
-            spectra = oialr.spectra(params, self.matrices)
         line = {"since": since, "epoch": step / self.epoch}
-        told = functools.partial(_told, line, found, numbers, spectra)
+        told = functools.partial(_told, line, found, numbers)
         return (portraits, step), told
 
     def is_detailed(self, step: int) -> bool:
@@ -82,12 +78,13 @@ class Tracking:
 @functools.partial(jax.jit, static_argnames="matrices")
 def _updated(
     portraits: Any, params: Any, key: Any, matrices: tuple[oialr.Matrix, ...]
-) -> tuple[Any, dict[str, oialr.Stability], Array]:
+) -> tuple[Any, tuple[dict[str, oialr.Stability], dict[str, Array]], Array]:
     """One program, not one for each shape, and all numbers in one array as well.
 
     Calling several and fetching number by number is a third of the work.
     """
-    portraits, found = oialr.tracker(matrices).update(portraits, params, key)
+    portraits, values = oialr.tracker(matrices).update(portraits, params, key)
+    found = values, {} if key is None else sigmas(portraits, after=values)
     numbers = jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(found)])
     return portraits, found, numbers
 
@@ -115,18 +112,17 @@ def _first(whole: Array) -> Array:
 
 def _told(
     line: dict[str, Any],
-    found: dict[str, oialr.Stability],
+    found: tuple[dict[str, oialr.Stability], dict[str, Array]],
     numbers: Array,
-    spectra: Mapping[str, oialr.Spectrum],
 ) -> dict[str, Any]:
     leaves, treedef = jax.tree.flatten(found)
     ends = np.cumsum([x.size for x in leaves])[:-1]
     parts = np.split(np.asarray(numbers), ends)
     shaped = [part.reshape(x.shape) for part, x in zip(parts, leaves, strict=True)]
-    values = jax.tree.unflatten(treedef, shaped)
+    values, singular = jax.tree.unflatten(treedef, shaped)
     layers = {path: _plain(each._asdict()) for path, each in values.items()}
-    for path, spectrum in spectra.items():
-        layers[path] |= _plain(spectrum._asdict())
+    for path, sigma in singular.items():
+        layers[path] |= _plain(spectrum(sigma)._asdict())
     return {**line, "layers": layers}
 
 
