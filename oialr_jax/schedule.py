@@ -25,7 +25,8 @@ class RankRule:
 
     With a `budget` the matrices together hold at most so many weights, bases and cores,
     and their ranks are chosen together (`choose_all`): each direction has its part of
-    the sum of squares of its matrix, σᵢ²/Σσ², and those with the largest parts stay.
+    the sum of squares of its matrix, σᵢ²/Σσ², and those with the largest parts stay,
+    in no matrix so many that it has more weights than when it is dense.
     Then `cutoff` and `max_drop` have no meaning; the `floor` of every matrix is kept,
     and above it `multiple` directions come or go at once.
 
@@ -91,9 +92,9 @@ class RankRule:
         Args:     sides: (m, n) of each dense matrix.
         Raises:   ValueError: as `choose`; or the floors alone are above the budget.
 
-        >>> rule = RankRule(budget=2 * (8 + 4 + 2) + 1 * (4 + 4 + 1))
+        >>> rule = RankRule(budget=2 * (16 + 8 + 2) + 1 * (8 + 8 + 1))
         >>> steep, flat = np.array([3.0, 0.3, 0.2, 0.1]), np.array([5.0, 4.0, 1.0, 0.5])
-        >>> rule.choose_all([steep, flat], sides=[(4, 4), (8, 4)])
+        >>> rule.choose_all([steep, flat], sides=[(8, 8), (16, 8)])
         [1, 2]
         """
         if self.budget is None:
@@ -110,8 +111,10 @@ class RankRule:
             energy = np.mean(spectra**2 / np.where(total > 0, total, 1), axis=0)
             ranks.append(min(k, self.floor_rank(min(m, n))))
             for first in range(ranks[i], k, self.multiple):
-                worth = np.mean(energy[first : first + self.multiple])
-                blocks.append((-float(worth), i, min(k, first + self.multiple)))
+                rank = min(k, first + self.multiple)
+                if rank * (m + n + rank) < m * n:
+                    worth = np.mean(energy[first:rank])
+                    blocks.append((-float(worth), i, rank))
         stacks = [math.prod(sigma.shape[:-1]) for sigma in sigmas]
 
         def cost(i: int, rank: int) -> int:

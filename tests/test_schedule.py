@@ -498,40 +498,47 @@ def sized(parts):
 def test_a_budget_is_kept_and_used_by_the_largest_values(parts, share, multiple, floor):
     """What is out is no larger than what is in, or does not fit any more."""
     sigmas, sides = sized(parts)
-    least = sum(
-        weights(s.shape, side, min(len(s), max(1, int(floor * min(side)))))
-        for s, side in zip(sigmas, sides, strict=True)
-    )
-    most = sum(weights(s.shape, x, len(s)) for s, x in zip(sigmas, sides, strict=True))
-    budget = int(least + share * (most - least))
-    rule = RankRule(budget=budget, multiple=multiple, floor=floor)
+    rule = RankRule(budget=1, multiple=multiple, floor=floor)
+    bounds = []
+    for sigma, (m, n) in zip(sigmas, sides, strict=True):
+        first = most = min(len(sigma), rule.floor_rank(min(m, n)))
+        while (more := min(len(sigma), most + multiple)) > most:
+            if more * (m + n + more) >= m * n:  # no fewer weights than dense
+                break
+            most = more
+        bounds.append((sigma, (m, n), first, most))
+    least = sum(weights(s.shape, side, first) for s, side, first, _ in bounds)
+    whole = sum(weights(s.shape, side, most) for s, side, _, most in bounds)
+    rule = dataclasses.replace(rule, budget=int(least + share * (whole - least)))
     ranks = rule.choose_all(sigmas, sides)
     spent = [
-        weights(*x) for x in zip((s.shape for s in sigmas), sides, ranks, strict=True)
+        weights(s.shape, side, rank)
+        for (s, side, _, _), rank in zip(bounds, ranks, strict=True)
     ]
-    assert sum(spent) <= budget
-    for sigma, side, rank, cost in zip(sigmas, sides, ranks, spent, strict=True):
-        first = min(len(sigma), rule.floor_rank(min(side)))
-        assert first <= rank <= len(sigma)
+    assert sum(spent) <= rule.budget
+    smallest = [
+        np.mean(energy(s)[max(first, rank - multiple) : rank])
+        for (s, _, first, _), rank in zip(bounds, ranks, strict=True)
+        if rank > first
+    ]
+    for (sigma, side, first, most), rank, cost in zip(
+        bounds, ranks, spent, strict=True
+    ):
+        assert first <= rank <= most
         assert rank == len(sigma) or (rank - first) % multiple == 0
-        if rank < len(sigma):
+        if rank < most:
             block = min(len(sigma), rank + multiple)
-            fits = weights(sigma.shape, side, block) - cost + sum(spent) <= budget
+            fits = weights(sigma.shape, side, block) - cost + sum(spent) <= rule.budget
             out = np.mean(energy(sigma)[rank:block])
-            later = [
-                np.mean(energy(s)[r - multiple : r])
-                for s, x, r in zip(sigmas, sides, ranks, strict=True)
-                if r - multiple >= rule.floor_rank(min(x))
-            ]
-            assert not fits or all(x >= out * (1 - 1e-9) for x in later)
+            assert not fits or all(x >= out * (1 - 1e-9) for x in smallest)
     if share == 1:
-        assert ranks == [len(s) for s in sigmas]
+        assert ranks == [most for _, _, _, most in bounds]
 
 
 def test_a_stack_costs_as_many_times_and_counts_by_its_mean():
     steep, flat = np.array([1.0, 0.2, 0.1]), np.array([1.0, 0.9, 0.8])
-    sides = [(6, 4), (6, 4)]
-    rule = RankRule(budget=2 * 2 * (10 + 2) + 11)
+    sides = [(9, 9), (9, 9)]
+    rule = RankRule(budget=2 * 2 * (18 + 2) + 19)
     assert rule.choose_all([np.stack([steep, flat]), steep], sides) == [2, 1]
     assert rule.choose_all([np.stack([steep, steep]), flat], sides) == [1, 2]
 
