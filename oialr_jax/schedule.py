@@ -24,9 +24,9 @@ class RankRule:
     below its largest and keeps its rank.
 
     With a `budget` the matrices together hold at most so many weights, bases and cores,
-    and their ranks are chosen together (`choose_all`): each direction has its part of
-    the sum of squares of its matrix, σᵢ²/Σσ², and those with the largest parts stay,
-    in no matrix so many that it has more weights than when it is dense.
+    and their ranks are chosen together (`choose_all`): values go by σ/σ₀ of their own
+    matrix, the largest stay, as with one cutoff that is as low as the budget lets it
+    be; but no matrix keeps so many that it has more weights than when it is dense.
     Then `cutoff` and `max_drop` have no meaning; the `floor` of every matrix is kept,
     and above it `multiple` directions come or go at once.
 
@@ -107,13 +107,13 @@ class RankRule:
         for i, (sigma, (m, n)) in enumerate(zip(sigmas, sides, strict=True)):
             spectra = _spectra(sigma, min(m, n))
             k = spectra.shape[1]
-            total = np.sum(spectra**2, axis=1, keepdims=True)
-            energy = np.mean(spectra**2 / np.where(total > 0, total, 1), axis=0)
+            largest = np.where(spectra[:, :1] > 0, spectra[:, :1], 1)
+            part = np.mean(spectra / largest, axis=0)
             ranks.append(min(k, self.floor_rank(min(m, n))))
             for first in range(ranks[i], k, self.multiple):
                 rank = min(k, first + self.multiple)
                 if rank * (m + n + rank) < m * n:
-                    worth = np.mean(energy[first:rank])
+                    worth = np.mean(part[first:rank])
                     blocks.append((-float(worth), i, rank))
         stacks = [math.prod(sigma.shape[:-1]) for sigma in sigmas]
 
