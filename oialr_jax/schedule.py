@@ -126,12 +126,9 @@ class RankRule:
                 f"`budget` is {self.budget} weights: the matrices have {spent} at "
                 f"their least ranks, {ranks}"
             )
-        full: set[int] = set()
         for _, i, rank in sorted(blocks):
             more = cost(i, rank) - cost(i, ranks[i])
-            if i in full or spent + more > self.budget:
-                full.add(i)  # later blocks of it cost more
-            else:
+            if spent + more <= self.budget:
                 ranks[i], spent = rank, spent + more
         return ranks
 

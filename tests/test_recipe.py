@@ -179,6 +179,14 @@ def test_a_budget_is_a_part_of_all_weights_that_one_conversion_reaches(tmp_path)
     assert found["compilations"] == 2
 
 
+def test_the_best_of_a_low_rank_run_comes_after_its_conversion(tmp_path, monkeypatch):
+    scores = iter([0.9, 0.5, 0.4])
+    monkeypatch.setattr(images, "evaluate", lambda *_: {"accuracy": next(scores)})
+    settings = dataclasses.replace(SETTINGS, out=tmp_path, delay=0.5)
+    found = images.run(settings, name="x")
+    assert found["best"] == {"step": 8, "accuracy": 0.5}
+
+
 def test_out_of_memory_names_the_batch_and_the_largest_arrays(tmp_path):
     large = jnp.zeros((9, 1024, 1024))
 
