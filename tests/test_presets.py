@@ -15,7 +15,7 @@ PRESETS = [
     for name in module.PRESETS
     # The small forms of the forecasters differ in the number of time marks alone; those
     # of hourly series are in test_forecast.py.
-    if program != "forecast" or name == "ettm2-720"
+    if program != "forecast" or name in ("ettm2-720", "etth2-192-short")
 ]
 IDS = [f"{program}-{preset}" for program, preset in PRESETS]
 
