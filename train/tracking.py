@@ -65,8 +65,6 @@ class Tracking:
         portraits, found, numbers = _updated(
             portraits, _copied(params), key, tuple(self.matrices)
         )
-        if jax.default_backend() == "cpu":  # steps beside it would share its cores
-            jax.block_until_ready(numbers)
         line = {"since": since, "epoch": step / self.epoch}
         told = functools.partial(_told, line, found, numbers)
         return (portraits, step), told
