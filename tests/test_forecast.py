@@ -194,7 +194,7 @@ def test_presets_have_the_steps_of_the_paper():
         _, settings = forecast.PRESETS[f"ettm2-{horizon}"]
         assert settings.eval_every == steps
         assert settings.steps == 10 * steps
-    assert len(forecast.PRESETS) == 16
+    assert len(forecast.PRESETS) == 17  # with a short form
 
 
 @pytest.mark.skipif(not ORIGINALS.exists(), reason=f"no data in {ORIGINALS}")

@@ -131,15 +131,15 @@ PRESETS: Mapping[str, tuple[str, Settings]] = {
             batch=128,  # 5.1 passes
             learning_rate=2e-3,
             weight_decay=0.3,
-            delay=0.6,
+            delay=0.5,
             every=0.1,
-            stop=0.61,  # one event: the ranks of the budget, which the warm-up has
+            stop=0.51,  # one event: the ranks of the budget, which the warm-up has
             layer_step=1.0,
             budget=0.248,
             project=0.025,
             project_from=0.15,
             multiple=1,
-            keep_first=1,  # 9x16
+            keep_first=4,  # the last convolution and the hidden layer have 85 %
             log_every=50,
             eval_every=600,
             save_every=1200,
@@ -320,7 +320,7 @@ MODELS: Mapping[str, tuple[nn.Module, Mapping[str, Any]]] = {
     ),
     "vgg7-bn": (
         VGG(((16,), (64, 64), (128, 128)), classes=10, hidden=(512,), batch_norm=True),
-        {"groups": ((8,), (16, 16)), "hidden": (128,)},
+        {"groups": ((8,), (8, 8), (16, 16)), "hidden": (128,)},
     ),
     "vgg16-bn": (
         VGG(VGG16, classes=10, batch_norm=True),
