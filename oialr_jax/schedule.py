@@ -194,7 +194,7 @@ class Schedule:
     so many steps: each matrix becomes the nearest one of the rank that the rule chooses
     (singular value projection, Jain, Meka and Dhillon 2010), stays dense and goes on to
     train. Bases turn then towards what a low rank can hold, and the conversion finds
-    matrices of that rank, of which nothing is lost.
+    matrices that are of that rank but for the last few steps.
 
     Raises:   ValueError: `delay` below 0, `every` below 1, `layer_step` outside [0, 1],
               `lag` outside [0, every), `stop` not after `delay`, another `when`,
