@@ -62,6 +62,9 @@ def adaptive(
     whatever the compiler's speed. Without a lag the step waits for the compiler. The
     thread works in the mesh of `jax.set_mesh`; other contexts of JAX do not reach it.
 
+    Projections of `Schedule.project` change no shape and are no events: nothing is
+    reported, and `timings` has what they cost.
+
     What happens at a step depends on the step number and the state alone, so a run
     resumed from a saved state repeats the uninterrupted one. Ranks that should be
     waiting at their event and do not (another loop ran in between) are chosen then.
@@ -77,13 +80,19 @@ def adaptive(
               jit: what compiles the step, `jax.jit` or `jax.pmap`; the latter with
               in_axes=(None, 0), out_axes=None, so that the state has no device axis.
               jit_options: passed to it (static_argnames, donate_argnums, ...).
-    Raises:   ValueError: no matrices, or `steps_per_call` below 1; on call, what
+    Raises:   ValueError: no matrices, `steps_per_call` below 1, or a budget for layers
+              that are treated when they are stable; on call, what
               `factorize` and `truncate` raise, a step whose `state.step` does not
               advance by `steps_per_call`, and no reference for a schedule that needs
               one; at an event, what failed in the background.
     """
     if not matrices:
         raise ValueError("`matrices` is empty: there is nothing to hold in low rank")
+    if rule.budget is not None and schedule.when == "stable":
+        raise ValueError(
+            "a `budget` is shared by all matrices, which when='stable' treats one by "
+            "one: give a `cutoff`, or when='delay'"
+        )
     if steps_per_call < 1:
         raise ValueError(f"`steps_per_call` must be at least 1, got {steps_per_call}")
     return AdaptiveStep(
@@ -101,7 +110,7 @@ def adaptive(
 
 
 class Timing(NamedTuple):
-    """Seconds that the host spent on one decision or event before the step's call.
+    """Seconds that the host spent on a decision, event or projection before a step.
 
     The steps before it have ended when the clock starts.
     """

@@ -198,7 +198,8 @@ class Schedule:
 
     Raises:   ValueError: `delay` below 0, `every` below 1, `layer_step` outside [0, 1],
               `lag` outside [0, every), `stop` not after `delay`, another `when`,
-              `threshold` outside [-1, 1], `project` below 1, `project_from` below 0.
+              `threshold` outside [-1, 1], `project` below 1, `project_from` outside
+              [0, `delay`) where there is a `project`.
     Source:   Coquelin et al. 2024 (arXiv 2401.08505). The authors' code counts steps
               from 1 and acts when a counter equals the next update, so a counter that
               starts past it or jumps over it never acts again; here an update is due
@@ -244,9 +245,10 @@ class Schedule:
             )
         if self.project is not None and self.project < 1:
             raise ValueError(f"`project` must be at least 1, got {self.project}")
-        if self.project_from < 0:
+        if self.project is not None and not 0 <= self.project_from < self.delay:
             raise ValueError(
-                f"`project_from` must be at least 0, got {self.project_from}"
+                f"`project_from` must be in [0, delay={self.delay}), "
+                f"got {self.project_from}"
             )
 
     def converted(self, step: int) -> bool:

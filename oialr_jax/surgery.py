@@ -199,7 +199,8 @@ def project(params: PyTree, rule: RankRule, matrices: Sequence[Matrix]) -> PyTre
     They stay dense, and those that are LowRank, or not finite, are left alone. Of a
     stack all have the same rank. The optimizer state needs no change.
 
-    Raises:   ValueError: a matrix names no leaf of `params`; a budget is too small.
+    Raises:   ValueError: a matrix names no leaf of `params`, or one of another shape; a
+              budget is too small.
     Source:   Jain, Meka and Dhillon 2010 (singular value projection).
 
     >>> axes = Axes(shape=(2, 2), stack=(), inputs=(0,), outputs=(1,))
@@ -210,7 +211,7 @@ def project(params: PyTree, rule: RankRule, matrices: Sequence[Matrix]) -> PyTre
     """
     leaves = _leaves(params)
     by_name = dict(zip(unique_names(leaves), leaves, strict=True))
-    paths = [_named(matrix.path, by_name) for matrix in matrices]
+    paths = [_path_of(matrix, by_name, leaves) for matrix in matrices]
     dense = {
         path: matrix.axes
         for path, matrix in zip(paths, matrices, strict=True)
@@ -402,18 +403,12 @@ def _factorized(
     by_name = dict(zip(unique_names(leaves), leaves, strict=True))
     jobs = {}
     for matrix in matrices:
-        path = _named(matrix.path, by_name)
-        leaf = leaves[path]
-        if leaf.shape != matrix.axes.shape:
-            raise ValueError(
-                f"{matrix.path} has shape {leaf.shape}, the matrix has "
-                f"{matrix.axes.shape}"
-            )
+        path = _path_of(matrix, by_name, leaves)
         wanted = rank.get(matrix.path) if isinstance(rank, Mapping) else rank
         full = min(matrix.m, matrix.n)
         wanted = full if wanted is None else wanted
         _check_rank(wanted, full, matrix.path)
-        if not is_low_rank(leaf):
+        if not is_low_rank(leaves[path]):
             jobs[path] = (matrix, wanted)
     if isinstance(rank, Mapping):
         for name in rank:
@@ -629,6 +624,22 @@ def _named(name: str, known: Mapping[str, Any], what: str = "no leaf at") -> Any
     if name not in known:
         raise ValueError(f"{what} {name}; there are: {', '.join(known)}")
     return known[name]
+
+
+def _path_of(
+    matrix: Matrix, by_name: Mapping[str, Any], leaves: Mapping[Any, Any]
+) -> Any:
+    """The path of the leaf that a matrix names.
+
+    Raises:   ValueError: there is none, or it has another shape.
+    """
+    path = _named(matrix.path, by_name)
+    shape = leaves[path].shape
+    if shape != matrix.axes.shape:
+        raise ValueError(
+            f"{matrix.path} has shape {shape}, the matrix has {matrix.axes.shape}"
+        )
+    return path
 
 
 def _check_rank(rank: int, full: int, path: str) -> None:

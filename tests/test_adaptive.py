@@ -765,6 +765,11 @@ def test_a_budget_counts_all_matrices_whatever_the_layer_step():
     }
 
 
+def test_a_budget_cannot_be_shared_by_layers_that_come_one_by_one():
+    with pytest.raises(ValueError, match="`budget` is shared by all matrices"):
+        problem(schedule=STABLE, rule=BUDGET)
+
+
 @pytest.mark.parametrize("middle", [4, 5, 9])
 def test_a_run_resumed_among_projections_is_the_uninterrupted_one(middle):
     state, step, _ = problem(schedule=PROJECTED, rule=BUDGET)

@@ -155,6 +155,10 @@ def test_gradients_of_several_batches_make_one_update():
             "weights stay dense",
         ),
         ({"project": 0.0}, "`project` must be in (0, 1], part of the run; got 0.0"),
+        (
+            {"project": 0.1, "project_from": 0.4},
+            "`project_from` must be in [0, `delay` 0.333), part of the run; got 0.4",
+        ),
     ],
     ids=lambda x: "".join(x) if isinstance(x, dict) else "",
 )
@@ -170,11 +174,17 @@ def test_a_budget_is_a_part_of_all_weights_that_one_conversion_reaches(tmp_path)
         out=tmp_path,
         budget=0.3,
         project=0.1,
-        delay=0.6,
-        stop=0.7,
+        delay=0.5,
+        stop=1.0,
         multiple=1,
     )
     found = images.run(settings, name="x")
+    lines = (tmp_path / "x" / loop.METRICS).read_text().splitlines()
+    events = [x for x in map(json.loads, lines) if x["kind"] == "event"]
+    assert [(x["step"], x["event"]["kind"]) for x in events] == [
+        (6, "conversion"),
+        (6, "truncation"),
+    ]
     assert 0.25 < found["stored_fraction"] <= 0.3
     assert found["compilations"] == 2
 

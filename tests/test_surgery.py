@@ -519,6 +519,14 @@ def test_a_projection_leaves_alone_what_is_low_rank_or_not_finite():
     jax.tree.map(np.testing.assert_array_equal, new, low)
 
 
+def test_a_projection_of_a_matrix_of_another_shape_is_refused():
+    params, matrices, _ = regression(optax.sgd(0.1))
+    params["a"]["w"] = jnp.zeros((12, 11))
+    message = r"^a/w has shape \(12, 11\), the matrix has \(12, 12\)$"
+    with pytest.raises(ValueError, match=message):
+        oialr.project(params, oialr.RankRule(), matrices)
+
+
 def test_a_projection_keeps_to_a_budget_of_all_matrices():
     keys = ("wide", "tall")
     params = {"wide": normal(0, 8, 30), "tall": normal(1, 30, 8)}

@@ -253,9 +253,9 @@ def train(
                 window = []
                 record("train", {"step": done, **means, **_fractions(state.params)})
                 view |= {"loss": f"{means['loss']:.3f}"}
+            counts = evaluated and done > goal.since
             if evaluated:
                 evaluation = dict(evaluate(state))
-                counts = done > goal.since
                 better = counts and goal.prefers(evaluation, best)
                 best = {"step": done, **evaluation} if better else best
                 waited = 0 if better or not counts else waited + 1
@@ -275,9 +275,7 @@ def train(
                 checkpoints.save(
                     state,
                     {"progress": dataclasses.asdict(progress), "settings": settings},
-                    metric=evaluation[goal.metric]
-                    if evaluated and done > goal.since
-                    else None,
+                    metric=evaluation[goal.metric] if counts else None,
                 )
             bar.set_postfix(view, refresh=False)
             bar.update()

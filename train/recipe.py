@@ -77,8 +77,8 @@ class Settings:
     stop: float = 0.7
     """When the ranks are final."""
     budget: float | None = None
-    """Part of all weights that is stored in the end; ranks are chosen for it, without
-    `cutoff` and `max_drop`."""
+    """Part of all weights that is stored after the conversion, then the only event:
+    `every`, `stop`, `layer_step`, `cutoff` and `max_drop` have no meaning."""
     project: float | None = None
     """Time between projections of the dense warm-up: its matrices are cut to the ranks
     of now, and go on dense."""
@@ -408,6 +408,8 @@ def schedule(settings: Settings) -> oialr.Schedule:
         round(settings.steps * part)
         for part in (settings.delay, settings.every, settings.stop)
     )
+    if settings.budget is not None:
+        stop = delay + 1
     if stop <= delay:
         raise ValueError(
             f"no step is left for low rank: `delay` {settings.delay:.3g} and `stop` "
@@ -418,6 +420,11 @@ def schedule(settings: Settings) -> oialr.Schedule:
         if not 0 < settings.project <= 1:
             raise ValueError(
                 f"`project` must be in (0, 1], part of the run; got {settings.project}"
+            )
+        if not 0 <= settings.project_from < settings.delay:
+            raise ValueError(
+                f"`project_from` must be in [0, `delay` {settings.delay:.3g}), part of "
+                f"the run; got {settings.project_from}"
             )
         project = max(1, round(settings.steps * settings.project))
     return oialr.Schedule(
