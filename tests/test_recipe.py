@@ -178,6 +178,8 @@ def test_a_budget_is_a_part_of_all_weights_that_one_conversion_reaches(tmp_path)
         stop=1.0,
         multiple=1,
     )
+    plan = recipe.schedule(settings)
+    assert (plan.project, plan.project_from) == (1, 2)
     found = images.run(settings, name="x")
     lines = (tmp_path / "x" / loop.METRICS).read_text().splitlines()
     events = [x for x in map(json.loads, lines) if x["kind"] == "event"]

@@ -550,6 +550,16 @@ def test_a_stack_costs_as_many_times_and_counts_by_its_mean():
     assert rule.choose_all([np.stack([steep, steep]), flat], sides) == [1, 2]
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_a_budget_does_not_see_the_scale_of_a_matrix(scale):
+    flat, steep = np.array([1.0, 0.9, 0.8]), np.array([1.0, 0.5, 0.1])
+    rule = RankRule(budget=2 * (18 + 2) + 2 * (18 + 2))
+    sides = [(9, 9), (9, 9)]
+    assert rule.choose_all([flat, scale * steep], sides) == [2, 2]
+    smaller = RankRule(budget=3 * (18 + 3) + 18 + 1)
+    assert smaller.choose_all([flat, scale * steep], sides) == [3, 1]
+
+
 def test_without_a_budget_all_are_chosen_one_by_one():
     sigmas = [np.array([4.0, 2.0, 1.0, 0.3]), np.array([3.0, 0.1])]
     rule = RankRule(cutoff=0.2)
