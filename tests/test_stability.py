@@ -20,6 +20,7 @@ import oialr_jax as oialr
 from oialr_jax.lowrank import singular_values
 from oialr_jax.polar import polar
 from oialr_jax.stability import _gathered as gathered
+from oialr_jax.stability import sigmas
 
 CLOSE = 1e-5
 NUMBERS = ("basis", "mixing", "cosine", "change")
@@ -272,6 +273,27 @@ def test_the_null_is_a_random_change_of_equal_size(low):
     assert not np.allclose(found.null.basis, found.basis, atol=1e-6)
     again = oialr.stability(before, after, [matrix], key=jax.random.key(0))["w"]
     np.testing.assert_array_equal(again.null.basis, found.null.basis)
+
+
+@pytest.mark.parametrize("fraction", [None, 0.5], ids=["dense", "low_rank"])
+def test_sigmas_of_portraits_are_those_of_their_matrices(fraction):
+    """Of all shapes at once, some of which share one of R."""
+    matrices = [matrix_of(shape, path) for path, shape in SHAPES.items()]
+    params = {path: normal(i, *SHAPES[path][0]) for i, path in enumerate(SHAPES)}
+    if fraction is not None:
+        params = in_low_rank(params, matrices, fraction=fraction)
+    found = jax.jit(sigmas)(oialr.tracker(matrices).init(params))
+    assert found.keys() == SHAPES.keys()
+    for path, leaf in params.items():
+        axes = SHAPES[path]
+        dense = leaf.materialize() if fraction is not None else leaf
+        whole = oialr.Axes(*axes).to_matrix(dense)
+        wanted = np.linalg.svd(np.asarray(whole, np.float64), compute_uv=False)
+        wanted = wanted[..., : found[path].shape[-1]]
+        assert found[path].shape == wanted.shape
+        np.testing.assert_allclose(found[path], wanted, rtol=CLOSE, atol=CLOSE)
+        if fraction is not None:
+            assert found[path].shape[-1] == leaf.rank
 
 
 def test_spectra_and_ranks():

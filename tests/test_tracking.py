@@ -40,6 +40,7 @@ def test_numbers_outlive_the_params_they_are_of(low, detailed):
     step = next(t for t in range(1, 20) if track.is_detailed(t) == detailed)
     after = params(1, low)
     expected = oialr.stability(params(0, low), after, MATRICES)
+    spectra = oialr.spectra(after, MATRICES)
     followed, numbers = track.compare(track.start(params(0, low), 0), after, step)
     for leaf in jax.tree.leaves(after):
         leaf.delete()
@@ -51,6 +52,9 @@ def test_numbers_outlive_the_params_they_are_of(low, detailed):
             want = float(getattr(expected[path], name))
             np.testing.assert_allclose(layer[name], want, rtol=2e-5, atol=1e-6)
         assert ("sigma" in layer) == ("null" in layer) == detailed
+        for name in oialr.Spectrum._fields if detailed else ():
+            want = getattr(spectra[path], name)
+            np.testing.assert_allclose(layer[name], want, rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec("fsdp")], ids=str)
