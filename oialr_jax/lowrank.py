@@ -201,8 +201,7 @@ def _harmless(matrix: Array) -> tuple[Array, Array]:
 
 def diagonal(sigma: Float[Array, "*l r"]) -> Float[Array, "*l r r"]:
     """Diagonal matrices, one per stack entry."""
-    eye = jnp.eye(sigma.shape[-1], dtype=sigma.dtype)
-    return sigma[..., None] * jnp.broadcast_to(eye, (*sigma.shape, sigma.shape[-1]))
+    return sigma[..., None] * jnp.eye(sigma.shape[-1], dtype=sigma.dtype)
 
 
 def factor(array: Array, axes: Axes, rank: int | None = None) -> LowRank:
@@ -230,7 +229,7 @@ def orthogonality_error(u: Float[Array, "*l m r"], vt: Float[Array, "*l r n"]) -
         basis = basis.astype(compute_dtype(basis.dtype))
         with jax.default_matmul_precision("highest"):
             gram = jnp.swapaxes(basis, -1, -2) @ basis
-        return jnp.max(jnp.abs(gram - diagonal(jnp.ones_like(gram[..., 0]))))
+        return jnp.max(jnp.abs(gram - jnp.eye(gram.shape[-1], dtype=gram.dtype)))
 
     return jnp.maximum(gram_error(u), gram_error(jnp.swapaxes(vt, -1, -2)))
 

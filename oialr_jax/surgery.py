@@ -428,7 +428,7 @@ def _factorized(
     )
     new = _leaves(new_params)
     nodes = [new[cut.path] for cut in plan if cut.rank]
-    errors = iter(run.get([run.call(_checked, x.u, x.vt)[1] for x in nodes]))
+    errors = iter(run.get(run.call(_errors, [(x.u, x.vt) for x in nodes])))
     layers = [
         _layer(x.path, x.axes, None, cut.rank, sigma, next(errors) if cut.rank else 0)
         for x, cut, sigma in zip(chosen, plan, spectra, strict=True)
@@ -461,16 +461,18 @@ def _truncated(
             name = path_name(path)
             _named(name, rule, "`rule` has no rank for")
             _check_rank(rule[name], node.rank, name)
-    solved, spectra, checks = _facts(nodes, run)
-    drifted = [i for i, (_, e) in enumerate(checks) if e > _bound(nodes[i])]
+    solved, spectra, errors = _facts(nodes, run)
+    drifted = [
+        i for i, e in enumerate(errors) if np.isfinite(e) and e > _bound(nodes[i])
+    ]
     if drifted:  # a repair moves bases by no more than the drift: overlaps stay Us, Vs
         repaired = [_repaired(nodes[i]) for i in drifted]
         again, sigmas, _ = _facts(repaired, run)
         for i, node, x, sigma in zip(drifted, repaired, again, sigmas, strict=True):
             nodes[i], solved[i], spectra[i] = node, x, sigma
     sound = [
-        sigma if finite else np.full_like(sigma, np.nan)
-        for sigma, (finite, _) in zip(spectra, checks, strict=True)
+        sigma if np.isfinite(error) else np.full_like(sigma, np.nan)
+        for sigma, error in zip(spectra, errors, strict=True)
     ]
     if isinstance(rule, RankRule):
         ranks = _ranks(rule, sound, [x.axes for x in nodes])
@@ -485,8 +487,8 @@ def _truncated(
     ]
     layers = [
         _layer(path_name(path), node.axes, node.rank, r, sigma, error)
-        for path, node, r, sigma, (_, error) in zip(
-            chosen, nodes, ranks, spectra, checks, strict=True
+        for path, node, r, sigma, error in zip(
+            chosen, nodes, ranks, spectra, errors, strict=True
         )
     ]
     repairs = _replaced(params, dict(zip(chosen, nodes, strict=True)))
@@ -518,18 +520,17 @@ class _Cut(NamedTuple):
 
 def _facts(
     nodes: Sequence[LowRank], run: Run
-) -> tuple[list[Solved], list[np.ndarray], list[tuple[Any, Any]]]:
-    """The cores' SVDs; on the host their singular values and the state of the bases."""
+) -> tuple[list[Solved], list[np.ndarray], list[Any]]:
+    """The cores' SVDs; on the host their singular values and the bases' errors."""
     solved = decomposed(nodes, [x.axes for x in nodes], run, vectors=True)
-    checks = [run.call(_checked, x.u, x.vt) for x in nodes]
-    return solved, on_host(solved, run), run.get(checks)
+    errors = run.call(_errors, [(x.u, x.vt) for x in nodes])
+    return solved, on_host(solved, run), run.get(errors)
 
 
 @jax.jit
-def _checked(u: Array, vt: Array) -> tuple[Array, Array]:
-    """Whether bases are finite, and how far from orthonormal."""
-    finite = jnp.all(jnp.isfinite(u)) & jnp.all(jnp.isfinite(vt))
-    return finite, orthogonality_error(u, vt)
+def _errors(bases: list[tuple[Array, Array]]) -> list[Array]:
+    """How far each pair of bases is from orthonormal: not finite where they are not."""
+    return [orthogonality_error(u, vt) for u, vt in bases]
 
 
 @functools.partial(jax.jit, static_argnames=("stack", "rank", "axes", "where"))
