@@ -24,7 +24,14 @@ from jax.sharding import (
 )
 from jaxtyping import Array
 
-from oialr_jax.lowrank import Axes, is_low_rank, singular_values, svd
+from oialr_jax.lowrank import (
+    Axes,
+    gram_singular_values,
+    gram_svd,
+    is_low_rank,
+    singular_values,
+    svd,
+)
 
 
 class Run(NamedTuple):
@@ -125,10 +132,29 @@ class Solved(NamedTuple):
     stack: tuple[int, ...]
 
 
+def by_gram(axes: Axes, kept: int) -> bool:
+    """Whether a dense matrix that is cut to `kept` is decomposed by its Gram matrix.
+
+    From one and a half times as long as wide it is the cheaper way (on a CPU by 1.8 to
+    4, `train/results/README.md`). At full rank all of W has to stay, which needs `svd`.
+    """
+    short, long = sorted((axes.m, axes.n))
+    return kept < short and 2 * long >= 3 * short
+
+
 def decomposed(
-    leaves: Sequence[Any], axes: Sequence[Axes], run: Run, *, vectors: bool
+    leaves: Sequence[Any],
+    axes: Sequence[Axes],
+    run: Run,
+    *,
+    vectors: bool,
+    kept: Sequence[int] | None = None,
 ) -> list[Solved]:
     """Host side: the SVD, or singular values, of every core and every dense matrix.
+
+    With `kept`, the ranks that the matrices are to be cut to, dense ones for which
+    `by_gram` says so are not decomposed whole: there are only so many vectors, and
+    small values are not accurate (`gram_svd`).
 
     One program for all matrices of a shape. On a mesh each device has a program of its
     own for its share of them, so that every matrix is decomposed once and every process
@@ -141,25 +167,28 @@ def decomposed(
     views = [None if is_low_rank(x) else a for x, a in zip(leaves, axes, strict=True)]
     for i, (array, view) in enumerate(zip(middle, views, strict=True)):
         side = array.shape[-2:] if view is None else (view.m, view.n)
-        groups[side, array.dtype].append(i)
+        short = view is not None and kept is not None and by_gram(view, kept[i])
+        groups[side, array.dtype, short].append(i)
     mesh = mesh_of(middle)
     load = [0] * (1 if mesh is None else mesh.size)
     results: dict[int, Solved] = {}
-    for (side, _), group in sorted(
+    for (side, _, short), group in sorted(
         groups.items(), key=lambda x: -math.prod(x[0][0]) * min(x[0][0])
     ):
         arrays = [middle[i] for i in group]
         shapes = tuple(views[i] for i in group)
+        rank = max(kept[i] for i in group) if short and kept else None
+        how = {"vectors": vectors, "rank": rank}
         start = 0
         if mesh is None:
-            batch = run.call(_solved_group, arrays, axes=shapes, vectors=vectors)
+            batch = run.call(_solved_group, arrays, axes=shapes, **how)
             if jax.default_backend() == "cpu":
                 jax.block_until_ready(batch)
         else:
             count = sum(math.prod(axes[i].l) for i in group)
             share = _share(count, math.prod(side) * min(side), load)
             start = share.first * share.each
-            batch = _solved_on_mesh(arrays, shapes, share, mesh, run, vectors)
+            batch = _solved_on_mesh(arrays, shapes, share, mesh, run, how)
         for i in group:
             results[i] = Solved(batch, start, axes[i].l)
             start += math.prod(axes[i].l)
@@ -206,7 +235,7 @@ def _solved_on_mesh(
     share: _Share,
     mesh: Mesh,
     run: Run,
-    vectors: bool,
+    how: dict[str, Any],
 ) -> tuple[Any, ...]:
     """The batch of `_solved_group`, with `share.each` rows for every device.
 
@@ -222,7 +251,7 @@ def _solved_on_mesh(
         with jax.set_mesh(_NO_MESH):
             busy = share.first <= k < share.first + share.used
             program = _solved_group if busy else _unsolved_group
-            solved.append(run.call(program, [part], axes=(None,), vectors=vectors))
+            solved.append(run.call(program, [part], axes=(None,), **how))
         if mesh.devices.flat[k].platform == "cpu":
             jax.block_until_ready(solved[-1])
     joined = tuple(run.join(list(x), devices) for x in zip(*solved, strict=True))
@@ -276,21 +305,32 @@ def _returned(
     return jax.lax.with_sharding_constraint(batch, where)
 
 
-@functools.partial(jax.jit, static_argnames=("axes", "vectors"))
+@functools.partial(jax.jit, static_argnames=("axes", "vectors", "rank"))
 def _solved_group(
-    arrays: list[Array], axes: tuple[Axes | None, ...], vectors: bool
+    arrays: list[Array],
+    axes: tuple[Axes | None, ...],
+    vectors: bool,
+    rank: int | None,
 ) -> tuple[Array, ...]:
     batch = _stacked(arrays, axes)
-    return svd(batch) if vectors else (singular_values(batch),)
+    if rank is None:
+        return svd(batch) if vectors else (singular_values(batch),)
+    return gram_svd(batch, rank) if vectors else (gram_singular_values(batch),)
 
 
-@functools.partial(jax.jit, static_argnames=("axes", "vectors"), keep_unused=True)
+@functools.partial(
+    jax.jit, static_argnames=("axes", "vectors", "rank"), keep_unused=True
+)
 def _unsolved_group(
-    arrays: list[Array], axes: tuple[Axes | None, ...], vectors: bool
+    arrays: list[Array],
+    axes: tuple[Axes | None, ...],
+    vectors: bool,
+    rank: int | None,
 ) -> tuple[Array, ...]:
     """Zeros in the shapes of `_solved_group`, on the device of the arrays."""
     shapes = jax.eval_shape(
-        functools.partial(_solved_group, axes=axes, vectors=vectors), arrays
+        functools.partial(_solved_group, axes=axes, vectors=vectors, rank=rank),
+        arrays,
     )
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 

@@ -25,11 +25,13 @@ from oialr_jax.decompose import (
     NOW,
     Run,
     Solved,
+    by_gram,
     decomposed,
     mesh_of,
     on_host,
 )
 from oialr_jax.lowrank import (
+    RESOLVED,
     Axes,
     LowRank,
     PyTree,
@@ -39,6 +41,7 @@ from oialr_jax.lowrank import (
     named_leaves,
     orthogonality_error,
     path_name,
+    signed_qr,
     unique_names,
 )
 from oialr_jax.matrices import Matrix
@@ -166,16 +169,25 @@ def choose(
     """Host side: the rank that `rule` gives each matrix, dense or low-rank, by path.
 
     Only singular values are computed, a batch for each shape, and brought to the host
-    in one transfer. A matrix that is not finite has no rank.
+    in one transfer; those of long dense matrices by their Gram matrix, if the rule does
+    not ask for values that those do not resolve. A matrix that is not finite has no
+    rank.
 
     Raises:   ValueError: a matrix names no leaf of `params`; a budget is too small.
     """
     leaves = named_leaves(params)
     items = [_named(matrix.path, leaves) for matrix in matrices]
     axes = [x.axes for x in matrices]
-    found = decomposed(items, axes, NOW, vectors=False)
+    kept = _kept_of(rule, axes)
+    found = decomposed(items, axes, NOW, vectors=False, kept=kept)
     ranks = _ranks(rule, on_host(found, NOW), axes)
     return {x.path: r for x, r in zip(matrices, ranks, strict=True) if r}
+
+
+def _kept_of(rule: RankRule, axes: Sequence[Axes]) -> list[int] | None:
+    """What `decomposed` needs to know to choose ranks: None where all values count."""
+    exact = rule.budget is not None or rule.cutoff < RESOLVED
+    return None if exact else [1] * len(axes)
 
 
 def _ranks(
@@ -415,10 +427,21 @@ def _factorized(
             _named(name, {matrix.path: () for matrix in matrices}, "`rank` names")
 
     chosen = [matrix for matrix, _ in jobs.values()]
-    solved = decomposed(
-        [leaves[path] for path in jobs], [x.axes for x in chosen], run, vectors=True
-    )
+    items, axes = [leaves[path] for path in jobs], [x.axes for x in chosen]
+    kept = [r for _, r in jobs.values()]
+    solved = decomposed(items, axes, run, vectors=True, kept=kept)
     spectra = on_host(solved, run)
+    faint = [
+        i
+        for i, (sigma, r) in enumerate(zip(spectra, kept, strict=True))
+        if by_gram(axes[i], r) and np.any(sigma[..., r - 1] < RESOLVED * sigma[..., 0])
+    ]
+    if faint:
+        again = decomposed(
+            [items[i] for i in faint], [axes[i] for i in faint], run, vectors=True
+        )
+        for i, x, sigma in zip(faint, again, on_host(again, run), strict=True):
+            solved[i], spectra[i] = x, sigma
     plan = [
         _Cut(path, r if np.isfinite(sigma).all() else None, matrix.axes)
         for (path, (matrix, r)), sigma in zip(jobs.items(), spectra, strict=True)
@@ -571,20 +594,13 @@ def _repaired(node: LowRank) -> LowRank:
     """Orthonormal bases, the triangular parts in the core: U S Vᵀ does not change."""
     wide = compute_dtype(node.dtype)
     u, s, vt = (f.astype(wide) for f in (node.u, node.s, node.vt))
-    (qu, ru), (qv, rv) = _signed_qr(u), _signed_qr(jnp.swapaxes(vt, -1, -2))
+    (qu, ru), (qv, rv) = signed_qr(u), signed_qr(jnp.swapaxes(vt, -1, -2))
     with jax.default_matmul_precision("highest"):
         core = ru @ s @ jnp.swapaxes(rv, -1, -2)
     new = (qu, core, jnp.swapaxes(qv, -1, -2))
     old = (node.u, node.s, node.vt)
     u, s, vt = (f.astype(o.dtype) for f, o in zip(new, old, strict=True))
     return LowRank(u, s, vt, node.axes)
-
-
-def _signed_qr(basis: Array) -> tuple[Array, Array]:
-    """QR with a positive diagonal: Q is the basis itself where it has no drift."""
-    q, r = jnp.linalg.qr(basis)
-    sign = jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1, 1).astype(q.dtype)
-    return q * sign[..., None, :], sign[..., :, None] * r
 
 
 def _bound(node: LowRank) -> float:

@@ -172,6 +172,37 @@ def test_orthogonal_compares_methods_with_the_svd_and_steps_with_sgd(monkeypatch
         assert row["ratio"] == pytest.approx(row["ms"] / base[row["what"]])
 
 
+def test_decompositions_compares_routes_by_time_and_error(monkeypatch):
+    monkeypatch.setattr(bench, "SHAPES", ((2, 16, 40), (1, 24, 12)))
+    monkeypatch.setattr(bench, "SPREAD", 0.1)
+    rows = bench.decompositions(TINY)
+    methods = ["svd", "qdwh", "values: svd", "values: gram"]
+    methods += ["gram, 1/2 of the vectors", "gram, 1/8 of the vectors"]
+    assert [row["method"] for row in rows] == 2 * methods
+    assert [row["what"] for row in rows] == 6 * ["2 of 16x40"] + 6 * ["1 of 24x12"]
+    for row in rows:
+        assert 0 < row["values_error"] < 1e-4
+        assert ("excess" in row) == (not row["method"].startswith("values"))
+        assert abs(row.get("excess", 0)) < 1e-4
+        assert row["ms"] > 0
+
+
+def test_decompositions_sees_a_route_that_is_wrong(monkeypatch):
+    monkeypatch.setattr(bench, "SHAPES", ((2, 16, 40),))
+    real = bench.lowrank.gram_svd
+
+    def swapped(matrix, rank):
+        left, sigma, right = real(matrix, rank)
+        return left[..., ::-1], 1.01 * sigma, right
+
+    monkeypatch.setattr(bench.lowrank, "gram_svd", swapped)
+    wrong = [x for x in bench.decompositions(TINY) if x["method"].startswith("gram")]
+    assert len(wrong) == 2
+    for row in wrong:
+        assert row["values_error"] == pytest.approx(0.01, rel=0.01)
+        assert row["excess"] > 0.1
+
+
 def test_nested_compilations_count_once():
     spans = [(1.0, 2.0), (1.2, 1.5), (1.8, 2.5), (4.0, 5.0)]
     log = [bench.Span(*x, main=True) for x in spans]

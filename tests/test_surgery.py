@@ -1,6 +1,7 @@
 """Events: function and training preserved, moments carried, nothing ever lost."""
 
 import dataclasses
+import functools
 import json
 import re
 
@@ -272,6 +273,119 @@ def test_on_a_mesh_the_devices_share_the_decompositions(count, monkeypatch):
     assert used == 3 * [(each, x) for x in devices[: -(-5 // each)]]
     for leaf in jax.tree.leaves(actual[0]):
         assert leaf.sharding.is_equivalent_to(everywhere, leaf.ndim)
+
+
+@pytest.mark.parametrize("shape", [(40, 12), (12, 40), (2, 12, 40)])
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+def test_by_the_gram_matrix_what_is_kept_is_as_good_as_by_the_svd(shape, scale):
+    """And squares neither overflow nor vanish."""
+    matrix = normal(0, *shape)
+    u, sigma, vt = map(np.asarray, lowrank.gram_svd(scale * matrix, 5))
+    true_u, true, true_vt = np.linalg.svd(np.asarray(matrix), full_matrices=False)
+    assert u.shape == (*shape[:-1], 5)
+    assert vt.shape == (*shape[:-2], 5, shape[-1])
+    np.testing.assert_allclose(sigma / scale, true, rtol=2e-5)
+    alone = np.asarray(lowrank.gram_singular_values(scale * matrix))
+    np.testing.assert_allclose(alone / scale, true, rtol=2e-5)
+    kept = (u * (sigma / scale)[..., None, :5]) @ vt
+    best = (true_u[..., :5] * true[..., None, :5]) @ true_vt[..., :5, :]
+    np.testing.assert_allclose(kept, best, atol=2e-5)
+    np.testing.assert_allclose(np.swapaxes(u, -1, -2) @ u, eyes(u), atol=1e-5)
+    np.testing.assert_allclose(vt @ np.swapaxes(vt, -1, -2), eyes(u), atol=1e-5)
+
+
+def eyes(u):
+    return np.broadcast_to(np.eye(u.shape[-1]), (*u.shape[:-2], *2 * u.shape[-1:]))
+
+
+@pytest.mark.parametrize("matrix", ["zeros", "one", "not finite"])
+def test_the_gram_matrix_of_what_has_no_rank(matrix):
+    """Bases are orthonormal even of zeros, values descend, and NaN marks the rest."""
+    of = {
+        "zeros": jnp.zeros((8, 20)),
+        "one": jnp.outer(jnp.arange(8.0), jnp.ones(20)),
+        "not finite": jnp.ones((8, 20)).at[3, 4].set(jnp.inf),
+    }
+    u, sigma, vt = map(np.asarray, lowrank.gram_svd(of[matrix], 3))
+    alone = np.asarray(lowrank.gram_singular_values(of[matrix]))
+    if matrix == "not finite":
+        assert all(np.isnan(x).all() for x in (u, sigma, vt, alone))
+        return
+    np.testing.assert_allclose(u.T @ u, np.eye(3), atol=1e-6)
+    np.testing.assert_allclose(vt @ vt.T, np.eye(3), atol=1e-6)
+    assert (np.diff(sigma) <= 0).all()
+    assert (sigma >= 0).all()
+    np.testing.assert_allclose((u * sigma[:3]) @ vt, of[matrix], atol=1e-5)
+
+
+@pytest.fixture
+def how(monkeypatch):
+    """What each decomposition was asked for: the side, vectors or not, and the rank."""
+    asked = []
+    real = decompose._solved_group
+
+    def spy(arrays, axes, vectors, rank):
+        asked.append((arrays[0].shape, vectors, rank))
+        return real(arrays, axes=axes, vectors=vectors, rank=rank)
+
+    monkeypatch.setattr(decompose, "_solved_group", spy)
+    return asked
+
+
+def long_one(sigma, m=8, n=20):
+    u, _ = np.linalg.qr(np.asarray(normal(0, m, m)))
+    v, _ = np.linalg.qr(np.asarray(normal(1, n, m)))
+    return jnp.asarray((u * np.asarray(sigma)) @ v.T, jnp.float32)
+
+
+def matrix_of(m, n, name="w"):
+    return oialr.Matrix(name, oialr.Axes((m, n), (), (0,), (1,)), rows=1, kind="dot")
+
+
+def test_long_matrices_that_are_cut_go_by_their_gram_matrix(how):
+    sigma = np.geomspace(1, 0.05, 8)
+    params = {"w": long_one(sigma), "short": long_one(sigma, 8, 11)}
+    matrices = [matrix_of(8, 20), matrix_of(8, 11, "short")]
+    tx = oialr.freeze_bases(optax.adam(0.1))
+    state = tx.init(params)
+
+    def asked(call, *args, **options):
+        how.clear()
+        call(*args, **options)
+        return sorted(how, key=str)
+
+    cut = {"w": 3, "short": 3}
+    factorize = functools.partial(oialr.factorize, params, state, matrices, tx=tx)
+    assert asked(factorize, rank=cut) == [((8, 11), True, None), ((8, 20), True, 3)]
+    whole = [((8, 11), True, None), ((8, 20), True, None)]
+    assert asked(factorize) == whole  # the function must not change
+
+    low, _, report = factorize(rank=cut)
+    u, values, vt = np.linalg.svd(np.asarray(params["w"]), full_matrices=False)
+    best = (u[:, :3] * values[:3]) @ vt[:3]
+    np.testing.assert_allclose(low["w"].materialize(), best, atol=1e-6)
+    np.testing.assert_allclose(report.layers[0].sigma[0], sigma, rtol=1e-5)
+
+    for rule, rank in [
+        (oialr.RankRule(cutoff=0.1), 1),
+        (oialr.RankRule(cutoff=1e-3), None),
+        (oialr.RankRule(budget=200), None),
+    ]:
+        values = asked(surgery.choose, params, rule, matrices)
+        assert values == [((8, 11), False, None), ((8, 20), False, rank)]
+
+
+def test_directions_that_a_gram_matrix_does_not_show_come_from_the_svd(how):
+    sigma = np.geomspace(1, 1e-6, 8)
+    params = {"w": long_one(sigma), "clear": long_one(np.geomspace(1, 0.5, 8))}
+    matrices = [matrix_of(8, 20), matrix_of(8, 20, "clear")]
+    tx = oialr.freeze_bases(optax.adam(0.1))
+    low, _, _ = oialr.factorize(params, tx.init(params), matrices, tx=tx, rank=7)
+    assert how == [((8, 20), True, 7), ((8, 20), True, None)]
+    u, values, vt = np.linalg.svd(np.asarray(params["w"]), full_matrices=False)
+    best = (u[:, :7] * values[:7]) @ vt[:7]
+    np.testing.assert_allclose(low["w"].materialize(), best, atol=3e-7)
+    assert low["w"].s[6, 6] == pytest.approx(sigma[6], rel=0.05)
 
 
 def test_a_stack_shares_its_largest_rank():

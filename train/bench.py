@@ -7,17 +7,19 @@ run      the same training run dense and in low rank, wall time in its parts
 orthogonal  polar factors by every method, and what they add to a step of a small
          convolutional network; with OPENBLAS_NUM_THREADS=1, or SVDs are slower
 tracking  an epoch of the digits preset with and without a record of its bases
+decompositions  singular values and vectors of matrices to be converted, by every route
 
 No data is needed. Everything runs in one process; whatever is compared is timed in
 turn, once per round, after one untimed step, and the medians are reported.
 
 Wall time: two CPU cores, float32: steps 15 min, events 3 min, layers 3 min, run 10 min,
-           orthogonal 1 min, tracking 2 min
+           orthogonal 1 min, tracking 2 min, decompositions 1 min
 Results:   train/results/
 """
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -41,7 +43,7 @@ from flax.training.train_state import TrainState
 from jaxtyping import Array
 
 import oialr_jax as oialr
-from oialr_jax import cost, surgery
+from oialr_jax import cost, lowrank, surgery
 from train import images, names, peers, process, recipe
 from train.models.basic_cnn import BasicCNN
 from train.models.mlp import MLP
@@ -56,9 +58,15 @@ Row = dict[str, Any]
 class Settings:
     """What is measured."""
 
-    suite: Literal["steps", "events", "layers", "run", "orthogonal", "tracking"] = (
-        "steps"
-    )
+    suite: Literal[
+        "steps",
+        "events",
+        "layers",
+        "run",
+        "orthogonal",
+        "tracking",
+        "decompositions",
+    ] = "steps"
     """Which table."""
     models: tuple[str, ...] = ("mini-vit", "resnet18", "mlp")
     """Of the suite steps; events takes the first."""
@@ -979,6 +987,77 @@ def _tracking(settings: Settings, low: bool) -> list[Row]:
 # The command
 
 
+# Suite: decompositions
+
+SHAPES = ((4, 768, 768), (4, 768, 1152), (4, 768, 3072), (4, 4608, 512), (24, 192, 192))
+"""Matrices of a shape, as a vision transformer, ResNet-18 and cores have them."""
+SPREAD = 1e-4
+"""The least singular value of those matrices over the largest, evenly in logarithms."""
+
+
+def decompositions(settings: Settings) -> list[Row]:
+    """Host side: a row for each route to the values, or to the vectors to keep.
+
+    `values_error` is the largest relative error of the singular values above
+    `lowrank.RESOLVED` of the largest; `excess` what the matrix of the kept vectors is
+    farther from W than the best one of its rank, over the norm of W.
+    """
+    rows = []
+    for count, m, n in SHAPES:
+        k = min(m, n)
+        sigma = np.geomspace(1, SPREAD, k)
+        w = _of_spectrum(count, m, n, sigma)
+        routes: dict[str, tuple[int, Callable[[Array], Any]]] = {
+            "svd": (k, lowrank.svd),
+            "qdwh": (k, _qdwh_svd),
+            "values: svd": (0, lambda x: (lowrank.singular_values(x),)),
+            "values: gram": (0, lambda x: (lowrank.gram_singular_values(x),)),
+        }
+        for part in (2, 8):
+            r = k // part
+            name = f"gram, 1/{part} of the vectors"
+            routes[name] = r, functools.partial(lowrank.gram_svd, rank=r)
+        compiled = {x: jax.jit(fn).lower(w).compile() for x, (_, fn) in routes.items()}
+        runs = {
+            x: functools.partial(lambda fn, w: jax.block_until_ready(fn(w)), fn, w)
+            for x, fn in compiled.items()
+        }
+        found = _compared(f"{count} of {m}x{n}", runs, settings.repeats)
+        for row, (r, _) in zip(found, routes.values(), strict=True):
+            parts = [np.asarray(x, np.float64) for x in compiled[row["method"]](w)]
+            values, clear = parts[len(parts) // 2], sigma >= lowrank.RESOLVED
+            row["values_error"] = float(np.max(abs(values / sigma - 1)[:, clear]))
+            if r:
+                left, _, right = parts
+                kept = (left[..., :r] * values[:, None, :r]) @ right[:, :r]
+                error = np.linalg.norm(np.asarray(w, np.float64) - kept, axis=(1, 2))
+                best, norm = np.linalg.norm(sigma[r:]), np.linalg.norm(sigma)
+                row["excess"] = float(np.max(error - best) / norm)
+        rows += found
+    return rows
+
+
+def _of_spectrum(count: int, m: int, n: int, sigma: np.ndarray) -> Array:
+    """Matrices with these singular values in float64, and random vectors."""
+    rng = np.random.default_rng(0)
+
+    def basis(side: int) -> np.ndarray:
+        return np.linalg.qr(rng.standard_normal((count, side, len(sigma))))[0]
+
+    return jnp.asarray((basis(m) * sigma) @ basis(n).swapaxes(1, 2), jnp.float32)
+
+
+def _qdwh_svd(w: Array) -> tuple[Array, Array, Array]:
+    """W = U H by polar iterations, and H = V Σ Vᵀ."""
+    tall = w if w.shape[-2] >= w.shape[-1] else w.mT
+    with jax.default_matmul_precision("highest"):
+        u, h = jax.vmap(lambda x: jax.lax.linalg.qdwh(x)[:2])(tall)
+        values, v = jnp.linalg.eigh(h)
+        values, v = values[:, ::-1], v[..., ::-1]
+        left = u @ v
+    return (left, values, v.mT) if tall is w else (v, values, left.mT)
+
+
 SUITES: Mapping[str, Callable[[Settings], list[Row]]] = {
     "steps": steps,
     "events": events,
@@ -986,6 +1065,7 @@ SUITES: Mapping[str, Callable[[Settings], list[Row]]] = {
     "run": run,
     "orthogonal": orthogonal,
     "tracking": tracking,
+    "decompositions": decompositions,
 }
 
 
