@@ -345,8 +345,9 @@ def _ranks_applied(
     run: "Run",
 ) -> tuple[PyTree, PyTree, list[Report]]:
     leaves = named_leaves(params)
-    low = {path: r for path, r in ranks.items() if is_low_rank(leaves.get(path))}
-    dense = [x for x in matrices if x.path in ranks and x.path not in low]
+    chosen = [x for x in matrices if x.path in ranks]  # in one order: one program
+    low = {x.path: ranks[x.path] for x in chosen if is_low_rank(leaves.get(x.path))}
+    dense = [x for x in chosen if x.path not in low]
     reports = []
     if dense:
         wanted = {x.path: ranks[x.path] for x in dense}
