@@ -135,8 +135,8 @@ class Solved(NamedTuple):
 def by_gram(axes: Axes, kept: int) -> bool:
     """Whether a dense matrix that is cut to `kept` is decomposed by its Gram matrix.
 
-    From one and a half times as long as wide it is the cheaper way (on a CPU by 1.8 to
-    4, `train/results/README.md`). At full rank all of W has to stay, which needs `svd`.
+    From one and a half times as long as wide it is the cheaper way (on a CPU by 2.4 to
+    6, `train/results/README.md`). At full rank all of W has to stay, which needs `svd`.
     """
     short, long = sorted((axes.m, axes.n))
     return kept < short and 2 * long >= 3 * short
