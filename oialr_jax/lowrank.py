@@ -242,7 +242,7 @@ def _gram_eigh(matrix: Array) -> tuple[Array, Array]:
 
 
 def signed_qr(matrix: Float[Array, "*l m r"]) -> tuple[Array, Array]:
-    """QR with a diagonal that is not negative: Q is a basis itself that has no drift."""
+    """QR, the diagonal not negative: of a basis that has no drift, Q is it itself."""
     q, r = jnp.linalg.qr(matrix)
     sign = jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1, 1).astype(q.dtype)
     return q * sign[..., None, :], sign[..., :, None] * r
