@@ -377,6 +377,16 @@ def test_long_matrices_that_are_cut_go_by_their_gram_matrix(how):
         assert values == [((8, 11), False, None), ((8, 20), False, rank)]
 
 
+def test_long_matrices_of_a_shape_are_one_program_whatever_their_ranks(how):
+    params = {name: long_one(np.geomspace(1, 0.05, 8)) for name in "vw"}
+    matrices = [matrix_of(8, 20, name) for name in "vw"]
+    tx = oialr.freeze_bases(optax.adam(0.1))
+    ranks = {"v": 3, "w": 5}
+    low, _, _ = oialr.factorize(params, tx.init(params), matrices, tx=tx, rank=ranks)
+    assert how == [((8, 20), True, 5)]
+    assert {name: node.rank for name, node in low.items()} == ranks
+
+
 def test_directions_that_a_gram_matrix_does_not_show_come_from_the_svd(how):
     sigma = np.geomspace(1, 1e-6, 8)
     params = {"w": long_one(sigma), "clear": long_one(np.geomspace(1, 0.5, 8))}
@@ -422,15 +432,16 @@ def test_a_leaf_that_is_not_finite_stays_dense_and_the_others_convert():
     assert jax.tree.structure(tx.init(low)) == jax.tree.structure(state)
 
 
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
 @pytest.mark.parametrize("factor", ["u", "s", "vt"])
-def test_a_core_or_base_that_is_not_finite_is_left_as_it_was(factor):
+def test_a_core_or_base_that_is_not_finite_is_left_as_it_was(factor, value):
     params = in_low_rank(
         {"a": normal(0, 6, 6), "b": normal(1, 6, 6)},
         [oialr.Matrix(n, oialr.Axes((6, 6), (), (0,), (1,)), 1, "dot") for n in "ab"],
         fraction=1.0,
     )
     a = params["a"]
-    bad = getattr(a, factor).at[2, 1].set(jnp.nan)
+    bad = getattr(a, factor).at[2, 1].set(value)
     params["a"] = dataclasses.replace(a, **{factor: bad})
     tx = oialr.freeze_bases(optax.sgd(0.1, momentum=0.9))
     state = jax.tree.map(lambda x: x + 1, tx.init(params))
