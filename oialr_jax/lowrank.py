@@ -203,8 +203,8 @@ def gram_svd(
     Gram matrix G, and a QR of W times the first of them, whose diagonal are the values.
     Bases are orthonormal whatever the spectrum, and the part of W that is cut off is
     the least possible to the rounding of G. Values below `RESOLVED` of the largest are
-    not accurate; nor is, where the cut keeps some of those, U Σ Vᵀ. What is not finite
-    gives NaN, as in `svd`.
+    not accurate, and neither is U Σ Vᵀ where `rank` keeps such values. What is not
+    finite gives NaN, as in `svd`.
     """
     matrix, finite = _harmless(matrix)
     wide = matrix.shape[-2] <= matrix.shape[-1]
