@@ -167,17 +167,17 @@ def decomposed(
     views = [None if is_low_rank(x) else a for x, a in zip(leaves, axes, strict=True)]
     for i, (array, view) in enumerate(zip(middle, views, strict=True)):
         side = array.shape[-2:] if view is None else (view.m, view.n)
-        short = view is not None and kept is not None and by_gram(view, kept[i])
-        groups[side, array.dtype, short].append(i)
+        cut = view is not None and kept is not None and by_gram(view, kept[i])
+        groups[side, array.dtype, cut].append(i)
     mesh = mesh_of(middle)
     load = [0] * (1 if mesh is None else mesh.size)
     results: dict[int, Solved] = {}
-    for (side, _, short), group in sorted(
+    for (side, _, cut), group in sorted(
         groups.items(), key=lambda x: -math.prod(x[0][0]) * min(x[0][0])
     ):
         arrays = [middle[i] for i in group]
         shapes = tuple(views[i] for i in group)
-        rank = max(kept[i] for i in group) if short and kept else None
+        rank = max(kept[i] for i in group) if cut and kept else None
         how = {"vectors": vectors, "rank": rank}
         start = 0
         if mesh is None:

@@ -185,7 +185,7 @@ def choose(
 
 
 def _kept_of(rule: RankRule, axes: Sequence[Axes]) -> list[int] | None:
-    """What `decomposed` needs to know to choose ranks: None where all values count."""
+    """The `kept` of values to choose by: None where small ones count, or the least."""
     exact = rule.budget is not None or rule.cutoff < RESOLVED
     return None if exact else [1] * len(axes)
 

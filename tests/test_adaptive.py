@@ -350,6 +350,41 @@ def test_nor_where_the_state_has_a_fixed_place_as_after_a_restore(place):
     assert step.compilations == 3
 
 
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_nor_where_long_matrices_go_by_their_gram_matrix(count):
+    """On one device and on several, which come to the same."""
+    jax.clear_caches()
+    axes = oialr.Axes((12, 40), (), (0,), (1,))
+    names = [f"w{i}" for i in range(5)]
+    matrices = [oialr.Matrix(name, axes, rows=1, kind="dot") for name in names]
+    params = {name: normal(i, 12, 40) for i, name in enumerate(names)}
+    ranks = {name: 3 + i % 2 for i, name in enumerate(names)}
+    tx = oialr.freeze_bases(optax.adam(0.1))
+    state = tx.init(params)
+    expected, _, _ = surgery.apply_ranks(params, state, matrices, ranks, tx=tx)
+    jax.clear_caches()
+    mesh = jax.make_mesh(
+        (count,), ("x",), (AxisType.Auto,), devices=jax.devices()[:count]
+    )
+    params, state = jax.device_put(
+        (params, state), NamedSharding(mesh, PartitionSpec())
+    )
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+        (params, state),
+    )
+    surgery.compile_ahead(*shapes, matrices, ranks, (), tx=tx)
+
+    def event():
+        nonlocal params
+        params, *rest = surgery.apply_ranks(params, state, matrices, ranks, tx=tx)
+        jax.block_until_ready((params, rest[0]))
+
+    assert compiled_by_main_thread(event) == 0
+    assert {name: node.rank for name, node in params.items()} == ranks
+    assert_close(params, expected, 1e-5)
+
+
 def test_without_a_lag_the_event_compiles():
     jax.clear_caches()
     state, step, _ = problem()
