@@ -1,6 +1,7 @@
 """Eight fake CPU devices, strict promotion, runtime types: set before JAX starts."""
 
 import os
+import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
@@ -19,8 +20,24 @@ threadpool_limits(1, user_api="blas")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-with install_import_hook("oialr_jax", "beartype.beartype"):
+PLAIN = ("cost", "schedule")
+"""Rooms of plain integers, called so often that runtime types cost minutes there; they
+are as strictly typed as the others, which mypy checks."""
+
+LIBRARY = pathlib.Path(__file__).parent.parent / "oialr_jax"
+ROOMS = [f"oialr_jax.{x.stem}" for x in LIBRARY.glob("*.py") if x.stem not in PLAIN]
+
+with install_import_hook(ROOMS, "beartype.beartype"):
     import oialr_jax  # noqa: F401 -- imported here so that every test runs it typed
+
+SLOWEST = ("test_durability", "test_presets", "test_notebooks", "test_adaptive")
+"""Files that begin first: one worker has all tests of a file."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow files first, so that no worker has one left when the others are done."""
+    place = {name: i for i, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -29,5 +46,5 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
     Before the fixtures of a module, in which the long runs train.
     """
-    long = item.get_closest_marker("long") is not None
-    jax.config.update("jax_disable_most_optimizations", not long)
+    fast = any(item.get_closest_marker(x) for x in ("long", "optimized"))
+    jax.config.update("jax_disable_most_optimizations", not fast)

@@ -1,5 +1,6 @@
 """Orthogonal gradients: against numpy, on cores as on W, and laws of every recipe."""
 
+import importlib
 import re
 
 import jax
@@ -494,10 +495,11 @@ def test_orthogonal_sgd_is_orthogonalise_then_decay_then_momentum(momentum):
         np.testing.assert_allclose(actual[name], x, atol=EXACT)
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("fill", [True, False], ids=["paper", "canonical"])
 def test_orthogonal_sgd_is_the_paper_in_torch(fill):
     """Filters are rows there; rank-deficient gradients only where zeros stay zero."""
-    torch = pytest.importorskip("torch")
+    torch = importlib.import_module("torch")
     sigma = None if fill else np.array([1, 0.5, 0.2, 0, 0])
     shapes = {"conv": (3, 2, 2, 5), "dense": (9, 5), "bias": (5,)}
     params = {k: normal(i, *shape) for i, (k, shape) in enumerate(shapes.items())}

@@ -16,7 +16,7 @@ from train import forecast, loop, recipe
 from train.data import prepare, series
 from train.models.autoformer import Autoformer
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 ORIGINALS = pathlib.Path(os.environ.get("OIALR_DATA", ROOT / ".." / "shared" / "data"))
 
 

@@ -1,6 +1,7 @@
 """Augmentation on the device: a function of its key, and timm's formulas."""
 
 import functools
+import importlib
 import math
 
 import jax
@@ -209,10 +210,11 @@ def test_mixing_is_one_or_the_other():
     assert 70 < cut.sum() < 130
 
 
+@pytest.mark.peers
 def test_timm_mixes_the_same(monkeypatch):
     """Where timm is installed, and drew what we drew."""
-    mixup = pytest.importorskip("timm.data.mixup")
-    torch = pytest.importorskip("torch")
+    mixup = importlib.import_module("timm.data.mixup")
+    torch = importlib.import_module("torch")
     images = torch.tensor(FLOATS.transpose(0, 3, 1, 2))
     make = functools.partial(mixup.Mixup, label_smoothing=0.1, num_classes=8)
     mixed, target = augment.mixup(jax.random.key(4), FLOATS, TARGET, 0.8)

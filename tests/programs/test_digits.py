@@ -1,4 +1,4 @@
-"""Minutes of training: what the README promises of the main job, measured again."""
+"""What the README promises of the main job, measured again: one seed, or all six."""
 
 import json
 import statistics
@@ -10,18 +10,31 @@ from train import images
 SEEDS = range(2, 8)  # the recipe was tuned on seeds 0 and 1
 
 
+def trained(method, seed, out):
+    """The summary of one run."""
+    name = f"{method}-{seed}"
+    arguments = ["--method", method, "--seed", str(seed), "--name", name]
+    images.main(["digits", *arguments, "--mesh", "data=1", "--out", str(out)])
+    return json.loads((out / name / "summary.json").read_text())
+
+
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
-    runs = {}
-    for method in ("dense", "oialr"):
-        for seed in SEEDS:
-            name = f"{method}-{seed}"
-            arguments = ["--method", method, "--seed", str(seed), "--name", name]
-            arguments += ["--mesh", "data=1", "--out", str(out)]
-            images.main(["digits", *arguments])
-            runs[method, seed] = json.loads((out / name / "summary.json").read_text())
-    return runs
+    return {
+        (method, seed): trained(method, seed, out)
+        for method in ("dense", "oialr")
+        for seed in SEEDS
+    }
+
+
+@pytest.mark.optimized
+def test_one_seed_of_digits_in_low_rank(tmp_path):
+    """Six seeds: 97.8 ± .3 % at 30 % of the weights."""
+    run = trained("oialr", SEEDS[0], tmp_path)
+    assert run["test_accuracy"] >= 0.965
+    assert run["stored_fraction"] <= 0.35
+    assert run["trainable_fraction"] <= 0.12
 
 
 def mean(digits, method, key):

@@ -17,8 +17,6 @@ import pytest
 import oialr_jax as oialr
 from train import loop
 
-pytestmark = pytest.mark.long
-
 STEPS = 60  # decisions at 20, 32 and 44, their events four steps later
 RUN = [
     *("digits", "--steps", str(STEPS), "--batch", "32", "--cutoff", "0.6"),
@@ -135,18 +133,29 @@ def whole(tmp_path_factory):
     return folder
 
 
-def test_after_every_kill_a_run_goes_on_bit_for_bit(whole, tmp_path):
+def kills(*, full):
+    """Where processes die one after the other: function, call, seconds after it."""
     chance = random.Random(time.time_ns())
 
     def somewhere():
         return STEP, chance.randint(1, 5), round(chance.uniform(0, 0.5), 3)
 
-    kills = [
+    if not full:
+        return [
+            (
+                "oialr_jax.checkpoint:Checkpoints.save",
+                2,
+                0.0,
+            ),  # files are being written
+            ("oialr_jax.adaptive:choose", 1, chance.uniform(0.3, 0.6)),  # ranks wait
+            somewhere(),
+        ]
+    return [
         somewhere(),
-        ("oialr_jax.checkpoint:Checkpoints.save", 2, 0.0),  # files are being written
+        ("oialr_jax.checkpoint:Checkpoints.save", 2, 0.0),
         ("orbax.checkpoint:CheckpointManager.save", 1, chance.uniform(0.0, 0.05)),
         ("oialr_jax.adaptive:choose", 1, -1),
-        ("oialr_jax.adaptive:choose", 1, chance.uniform(0.3, 0.6)),  # ranks wait
+        ("oialr_jax.adaptive:choose", 1, chance.uniform(0.3, 0.6)),
         ("oialr_jax.adaptive:compile_ahead", 1, -1),
         ("oialr_jax.adaptive:apply_ranks", 1, 0.0),  # its result is lost
         somewhere(),
@@ -155,10 +164,14 @@ def test_after_every_kill_a_run_goes_on_bit_for_bit(whole, tmp_path):
         somewhere(),
         ("train.loop:finish", 1, -1),
     ]
+
+
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_after_every_kill_a_run_goes_on_bit_for_bit(full, whole, tmp_path):
     arguments = [*RUN, "--out", tmp_path, "--resume"]
     arguments += ["--compilation-cache", whole.parent / "cache"]
     reached = []
-    for kill in kills:
+    for kill in kills(full=full):
         end(start(KILLED, *kill, *arguments), -signal.SIGKILL)
         found = [x.name for x in (tmp_path / whole.name / loop.CHECKPOINTS).iterdir()]
         reached.append((kill, sorted(found)))
@@ -169,6 +182,7 @@ def test_after_every_kill_a_run_goes_on_bit_for_bit(whole, tmp_path):
     assert final(folder) == final(whole), reached
 
 
+@pytest.mark.long
 def test_a_signal_from_outside_saves_and_the_run_goes_on(whole, tmp_path):
     arguments = [*RUN, "--out", tmp_path, "--resume"]
     arguments += ["--compilation-cache", whole.parent / "cache"]
@@ -186,6 +200,7 @@ def test_a_signal_from_outside_saves_and_the_run_goes_on(whole, tmp_path):
     assert final(record.parent) == final(whole)
 
 
+@pytest.mark.long
 def test_a_second_interrupt_quits_at_once(tmp_path):
     process = start(ASLEEP + PROGRAM, *RUN, "--out", tmp_path)
     assert process.stdout.readline() == "asleep\n"
@@ -199,6 +214,7 @@ def test_a_second_interrupt_quits_at_once(tmp_path):
     assert time.monotonic() - began < 60
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not OLDER_PYTHON, reason="OLDER_PYTHON is not set")
 @pytest.mark.parametrize("event", [1, 3], ids=["dense", "low-rank"])
 def test_a_checkpoint_of_an_older_jax_restores(event, whole, tmp_path):
@@ -241,6 +257,7 @@ def test_two_processes_are_one(whole, tmp_path):
     assert records(tmp_path / whole.name) == two
 
 
+@pytest.mark.long
 def test_processes_that_do_not_agree_say_so(tmp_path):
     """Other ranks in one of them would have all wait for each other for ever."""
     lazy = ["0" if x == "4" and y == "--lag" else x for y, x in pairwise(["", *RUN])]

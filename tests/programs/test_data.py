@@ -30,7 +30,7 @@ from train.data import (
     text,
 )
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 ORIGINALS = pathlib.Path(os.environ.get("OIALR_DATA", ROOT / ".." / "shared" / "data"))
 # Sum of the pixels and label of the first and the last image.
 FASHION_RECORDS = {

@@ -13,7 +13,7 @@ import nbclient
 import nbformat
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LARGEST = 150_000  # bytes: notebooks are read on the web and kept in the history
 SECONDS = 300  # for one cell; a notebook takes less than a minute on two idle cores

@@ -1,5 +1,6 @@
 """Learning rates: timm's formulas, rates that rise, and the way back after events."""
 
+import importlib
 import math
 
 import jax
@@ -60,11 +61,12 @@ def test_the_cosine_is_that_of_timm(name):
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-9)
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("name", CASES)
 def test_the_cosine_is_what_timm_computes(name):
     """Where timm is installed."""
-    scheduler = pytest.importorskip("timm.scheduler")
-    torch = pytest.importorskip("torch")
+    scheduler = importlib.import_module("timm.scheduler")
+    torch = importlib.import_module("torch")
     fields = dict(CASES[name])
     theirs = scheduler.CosineLRScheduler(
         torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=BASE),

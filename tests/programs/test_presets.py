@@ -1,4 +1,4 @@
-"""The small form of every preset: a conversion, a truncation, a save, a resumed run."""
+"""Every preset, in its small form: run through all events, or checked by its shapes."""
 
 import dataclasses
 import json
@@ -6,18 +6,28 @@ import json
 import jax
 import pytest
 
+import oialr_jax as oialr
 from train import forecast, images, loop, selfsup, text
 
 PROGRAMS = {"images": images, "text": text, "selfsup": selfsup, "forecast": forecast}
 PRESETS = [
-    (program, name)
-    for program, module in PROGRAMS.items()
-    for name in module.PRESETS
-    # The small forms of the forecasters differ in the number of time marks alone; those
-    # of hourly series are in test_forecast.py.
-    if program != "forecast" or name in ("ettm2-720", "etth2-192-short")
+    (program, name) for program, module in PROGRAMS.items() for name in module.PRESETS
 ]
-IDS = [f"{program}-{preset}" for program, preset in PRESETS]
+RUN = {  # one of each architecture and each way through the program
+    ("images", "digits"),
+    ("images", "fashion-cnn"),  # a budget, projections
+    ("images", "cifar10-resnet20"),
+    ("text", "sonnets"),
+    ("selfsup", "digits"),
+    ("forecast", "etth2-192-short"),
+}
+
+
+def presets(chosen, *, marks=()):
+    return [
+        pytest.param(*x, id="-".join(x), marks=() if x in chosen else marks)
+        for x in PRESETS
+    ]
 
 
 def records(folder):
@@ -40,7 +50,7 @@ def stop_after(monkeypatch, step):
     monkeypatch.setattr(loop, "train", stopped)
 
 
-@pytest.mark.parametrize(("program", "preset"), PRESETS, ids=IDS)
+@pytest.mark.parametrize(("program", "preset"), presets(RUN, marks=pytest.mark.long))
 def test_the_small_form_meets_every_event_stops_and_resumes(
     program, preset, tmp_path, monkeypatch
 ):
@@ -66,7 +76,7 @@ def test_the_small_form_meets_every_event_stops_and_resumes(
     assert [x["step"] for x in lines if x["kind"] == "train"] == [4, 8, 12]
 
 
-@pytest.mark.parametrize(("program", "preset"), PRESETS, ids=IDS)
+@pytest.mark.parametrize(("program", "preset"), presets(RUN, marks=pytest.mark.long))
 def test_the_dense_twin_of_the_small_form_runs(program, preset, tmp_path):
     module = PROGRAMS[program]
     settings = dataclasses.replace(
@@ -80,3 +90,38 @@ def test_the_dense_twin_of_the_small_form_runs(program, preset, tmp_path):
     assert summary["stored_fraction"] == 1.0
     assert summary["ranks"] == {}
     assert jax.tree.leaves(summary["best"])
+
+
+class ReachedError(Exception):
+    """A run is about to take its first step."""
+
+
+@pytest.mark.parametrize(("program", "preset"), presets(PRESETS))
+def test_the_step_of_the_small_form_fits_its_state(
+    program, preset, tmp_path, monkeypatch
+):
+    """By shapes: everything up to the first step is built and nothing is compiled."""
+
+    def reached(state, step, batch, evaluate, **options):
+        new, metrics = jax.eval_shape(step._jitted, state, batch(0))
+        shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), y) for y in (new, state)]
+        assert shapes[0] == shapes[1]
+        assert metrics["loss"].shape == ()
+        raise ReachedError
+
+    module = PROGRAMS[program]
+    settings = dataclasses.replace(
+        module.PRESETS[preset][1],
+        smoke=True,
+        method="oialr",
+        mesh="data=1",
+        out=tmp_path,
+    )
+    monkeypatch.setattr(loop, "train", reached)
+    monkeypatch.setattr(
+        oialr.Layout,
+        "initialize",
+        lambda layout, create, *args: jax.eval_shape(create, *args),
+    )
+    with pytest.raises(ReachedError):
+        module.run(settings, name="run")
