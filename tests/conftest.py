@@ -1,12 +1,25 @@
 """Eight fake CPU devices, strict promotion, runtime types: set before JAX starts."""
 
+import atexit
 import os
 import pathlib
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
+if "PYTEST_XDIST_WORKER" not in os.environ:  # whose environment is this one
+    # A CPU with AMX cannot load what was compiled for it (JAX issue 38445).
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "")
+        + " --xla_force_host_platform_device_count=8 --xla_cpu_max_isa=AVX2"
+    )
+    # Many tests compile the same small programs: half of the suite's time.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="oialr_tests_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    atexit.register(
+        shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True
+    )
 
 import jax
 import numpy  # noqa: F401 -- its BLAS must be loaded to be limited
