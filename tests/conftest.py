@@ -27,7 +27,8 @@ with install_import_hook("oialr_jax", "beartype.beartype"):
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Most of the time goes into XLA compiling what runs a few times; not in training.
 
-    Before the fixtures of a module, in which the long runs train.
+    Nor where the compiler itself is tested. Before the fixtures of a module, in which
+    the long runs train.
     """
-    long = item.get_closest_marker("long") is not None
-    jax.config.update("jax_disable_most_optimizations", not long)
+    as_users_do = {"long", "optimized"} & {mark.name for mark in item.iter_markers()}
+    jax.config.update("jax_disable_most_optimizations", not as_users_do)
