@@ -4,8 +4,6 @@ Elsewhere the suite compiles with most optimizations off, so that no kernel is f
 the tests marked `optimized` compile as users do, at sizes that fuse.
 """
 
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +20,7 @@ from oialr_jax.versions import CURE, fault
 
 ROUNDING = 2e-5  # float32, relative to the largest entry of the reference
 ORDERS = ("chain", "merged", "rebuilt", "dense")
-SHAPES = ((128, 384, 16), (128, 512, 64), (512, 128, 32))  # m, n, rank
+SHAPES = ((128, 384, 16), (128, 512, 64))  # m, n, rank
 
 
 def centred(x):
@@ -134,11 +132,12 @@ def test_products_after_a_normalisation(norm):
     given = {name: tuple(rest) for name, (_, *rest) in args.items()}
     alone = {name: value[:1] for name, value in desired.items()}
     assert wrong(jax.jit(forward)(given), alone) == {}
-    assert wrong(jax.jit(both)(given), desired) == {}
+    few = {name: value for name, value in given.items() if "512" in name}
+    assert wrong(jax.jit(both)(few), desired) == {}
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("shape", [(64, 64, 128), (4096, 128), (12000, 128)], ids=str)
+@pytest.mark.parametrize("shape", [(64, 64, 128), (12000, 128)], ids=str)
 def test_products_of_the_users_own(shape):
     """No library in it: factors that a user multiplies himself, in both orders."""
     rng = np.random.default_rng(1)
@@ -151,9 +150,10 @@ def test_products_of_the_users_own(shape):
     found = jax.jit(fn)(x, a, b)
     alone = [jax.jit(lambda x, a, b: centred(x) @ (a @ b))(x, a, b)]
     desired = fn(*double(x, a, b))
-    assert wrong(
-        {"all": found, "alone": alone}, {"all": desired, "alone": desired[:1]}
-    ) == {}
+    assert (
+        wrong({"all": found, "alone": alone}, {"all": desired, "alone": desired[:1]})
+        == {}
+    )
 
 
 def convolved(x, w):
@@ -235,7 +235,7 @@ def test_chains_of_orthogonalisations(method):
         "polar_express": ((*polar._POLAR_EXPRESS, *(polar._CLASSIC,) * 2), 8),
         "short": (polar._SHORT, 8),
     }[method]
-    shapes = [(1, 128, 384), (2, 512, 128), (3, 64, 64)]
+    shapes = [(1, 128, 384), (2, 256, 64)]
     given = [
         (normal(rng, b, 2048, m), normal(rng, b, 2048, n) / 64) for b, m, n in shapes
     ]
@@ -257,31 +257,62 @@ def test_chains_of_orthogonalisations(method):
     assert max(errors) < 1e-3, errors  # coefficients reach 577
 
 
+def taken_apart(tree):
+    """The arrays of a tree, and what puts others in their places."""
+    leaves, structure = jax.tree.flatten(tree)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
+
+    def rebuilt(arrays):
+        given = dict(zip(places, arrays, strict=True))
+        return jax.tree.unflatten(
+            structure, [given.get(i, leaf) for i, leaf in enumerate(leaves)]
+        )
+
+    return [leaves[i] for i in places], rebuilt
+
+
+def outputs_and_gradient(fn, params, x):
+    """Compiled as one program, of params that may have functions among their leaves."""
+    arrays, rebuilt = taken_apart(params)
+
+    def loss(arrays, x):
+        out = fn(rebuilt(arrays), x)
+        return scalar_loss(lambda out: out)(out), out
+
+    @jax.jit
+    def both(arrays, x):
+        gradient, out = jax.grad(loss, has_aux=True)(arrays, x)
+        return out, gradient
+
+    out, gradient = both(arrays, x)
+    return out, rebuilt(gradient)
+
+
 @pytest.mark.optimized
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.filterwarnings("ignore:.*is materialised:UserWarning")
 def test_the_table_of_cases_compiled_as_users_do(case):
-    """Forward and gradient in the order that `factored` picks, and rebuilt."""
+    """Against the dense function compiled without optimizations."""
     fn, params, x = low_rank_case(case)
-    arrays, structure = jax.tree.flatten(params)  # a whole model has functions in it
-    places = [i for i, leaf in enumerate(arrays) if isinstance(leaf, jax.Array)]
-
-    def whole(given):
-        leaves = list(arrays)
-        for i, leaf in zip(places, given, strict=True):
-            leaves[i] = leaf
-        return jax.tree.unflatten(structure, leaves)
-
-    def run(given, x):
-        outputs = []
-        for order in (None, "rebuilt"):
-            apply = oialr.factored(fn, order=order)
-            loss = scalar_loss(lambda p, x, f=apply: f(whole(p), x))
-            outputs.append((apply(whole(given), x), jax.grad(loss)(given, x)))
-        return outputs
-
-    outputs = jax.jit(run)([arrays[i] for i in places], x)
-    del outputs
+    out, gradient = outputs_and_gradient(oialr.factored(fn), params, x)
+    try:
+        jax.config.update("jax_disable_most_optimizations", True)
+        desired, dense = outputs_and_gradient(fn, oialr.materialize(params), x)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+    tolerance = TOLERANCE[jnp.dtype(case.dtype)]
+    assert_close(out, desired, tolerance)
+    actual = {
+        name: leaf.s if oialr.is_low_rank(leaf) else leaf
+        for name, leaf in named_leaves(gradient).items()
+    }
+    expected = projected(dense, params)
+    arrays = [x for x in expected if isinstance(expected[x], jax.Array)]
+    assert_close(
+        {x: actual[x] for x in arrays},
+        {x: expected[x] for x in arrays},
+        GRADIENT_TOLERANCE * tolerance,
+    )
 
 
 SAID = {
