@@ -4,6 +4,9 @@ Elsewhere the suite compiles with most optimizations off, so that no kernel is f
 the tests marked `optimized` compile as users do, at sizes that fuse.
 """
 
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -347,3 +350,34 @@ def test_a_wrong_compiler_is_named(given):
 @pytest.mark.parametrize("given", SILENT.values(), ids=SILENT)
 def test_a_right_compiler_or_a_cured_one_is_not(given):
     assert fault(*given) is None
+
+
+IMPORTED = """
+import sys, warnings
+import jax, jaxlib
+jaxlib.__version__ = "0.10.2"
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import oialr_jax
+    import oialr_jax.lowrank
+said = [w for w in caught if "jaxlib 0.10.2" in str(w.message)]
+print(len(said), said[0].filename, said[0].category.__name__)
+jax.config.update("jax_platforms", "nowhere")
+try:
+    print(jax.devices())
+except RuntimeError:
+    print("no backend was started")
+"""
+
+
+def test_it_is_said_once_at_the_users_import_and_starts_no_backend():
+    """Backends must not start before `jax.distributed.initialize`."""
+    environment = dict(os.environ, XLA_FLAGS="")
+    command = [sys.executable, "-c", IMPORTED]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [
+        "1 <string> UserWarning",
+        "no backend was started",
+    ]
