@@ -56,6 +56,7 @@ from oialr_jax.transform import (
     value_and_grad,
     with_trainable,
 )
+from oialr_jax.versions import warn_of_faults as _warn_of_faults
 
 __version__ = "0.1.0"
 
@@ -116,3 +117,5 @@ __all__ = [
     "value_and_grad",
     "with_trainable",
 ]
+
+_warn_of_faults()

@@ -13,6 +13,7 @@ FLOORS = {
     "cost": 1,
     "schedule": 1,
     "interpret": 1,
+    "versions": 1,
     "matrices": 2,
     "contract": 2,
     "transform": 2,

@@ -130,7 +130,10 @@ class Settings:
     out: pathlib.Path = pathlib.Path("runs")
     """Runs go to folders in here."""
     compilation_cache: pathlib.Path | None = None
-    """Folder in which JAX keeps compiled programs for the next run."""
+    """Folder in which JAX keeps compiled programs for the next run. On some CPUs jaxlib
+    0.10.1 logs an error for each that it loads, "Target machine feature
+    +prefer-no-gather is not supported" (jax issue 38445): a hint for tuning, no missing
+    instruction. The program is loaded and computes the same; nothing is lost."""
     name: str | None = None
     """Folder of this run; by default from preset, method, optimizer and seed."""
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -177,15 +178,22 @@ def test_the_same_seed_gives_the_same_record(low_rank, tmp_path):
 
 
 def test_a_restart_finds_its_programs_compiled_and_does_the_same(tmp_path):
-    """Two processes: the second finds every program that the first one kept."""
+    """Two processes: the second finds every program that the first one kept.
+
+    jaxlib 0.10.1 logs an error when it loads one on a CPU for which LLVM prefers not
+    to gather (jax issue 38445): a hint for tuning, no instruction that is missing. It
+    loads it all the same, so that is the one error that may be said.
+    """
     cache = tmp_path / "cache"
+    harmless = re.compile(r".*cpu_aot_loader.* feature \+prefer-no-(gather|scatter) ")
     kept, hits = [], []
     for name in ("first", "second"):
         command = [sys.executable, "-c", COUNTED, "digits", *SHORT, *LOW_RANK]
         command += ["--lag", "2", "--out", str(tmp_path), "--name", name]
         command += ["--compilation-cache", str(cache), "--mesh", "data=1"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert "rror" not in done.stderr
+        said = [x for x in done.stderr.splitlines() if not harmless.match(x)]
+        assert not [x for x in said if "rror" in x]
         kept.append(len([x for x in cache.iterdir() if "cache" in x.name]))
         hits.append(done.stdout.splitlines()[-1].count("cache_hits"))
     assert kept[0] > 3
