@@ -9,8 +9,11 @@ change its description and never its data.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -18,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 from jaxtyping import Array
+
+from oialr_jax import effects
 
 
 class Atom(NamedTuple):
@@ -135,6 +140,17 @@ def evaluate(
         if all(known):
             data.update(eqn.outvars)
     return [read(var) for var in body.outvars]
+
+
+def is_same(value: Any, view: Any) -> bool:
+    """Whether a value is a view that was not changed."""
+    if not isinstance(value, View):
+        return False
+    return (
+        (value.path, value.dims, value.dtype) == (view.path, view.dims, view.dtype)
+        and value.taken == view.taken
+        and all(map(operator.is_, value.data, view.data))
+    )
 
 
 def as_array(value: Any, handler: Handler, primitive: str) -> Any:
@@ -421,11 +437,24 @@ def _arrays(
 def _remat(
     eqn: Any, values: list[Any], handler: Handler, fixed: Sequence[bool]
 ) -> list[Any]:
-    body = functools.partial(
-        _arrays, eqn.params["jaxpr"], handler=handler, at="remat", fixed=fixed
-    )
+    body = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
+    given = dict(zip(body.invars, values, strict=True))
+    through = {  # views that the body hands on as they are
+        i: given[var]
+        for i, var in enumerate(body.outvars)
+        if not isinstance(var, jex.Literal) and isinstance(given.get(var), View)
+    }
+
+    def run(values: list[Any]) -> list[Any]:
+        outputs = evaluate(eqn.params["jaxpr"], values, handler, fixed)
+        return [
+            None if i in through else as_array(out, handler, "output of remat")
+            for i, out in enumerate(outputs)
+        ]
+
     prevent_cse, policy = eqn.params["prevent_cse"], eqn.params["policy"]
-    return jax.checkpoint(body, prevent_cse=prevent_cse, policy=policy)(values)
+    outputs = jax.checkpoint(run, prevent_cse=prevent_cse, policy=policy)(values)
+    return [through.get(i, out) for i, out in enumerate(outputs)]
 
 
 def _cond(
@@ -525,12 +554,17 @@ class Traced(NamedTuple):
 
     `leaves` are the array arguments in order, LowRank-like nodes as they came, each
     with its path in (args, kwargs); `rebuild` gives the function's result from the
-    jaxpr's outputs.
+    jaxpr's outputs. Where the function changes its arguments in place, `arguments`
+    gives (args, kwargs) as they are afterwards, from the same outputs; else it is None.
+    `replaced` tells which of these outputs, by position, stand in the place of which
+    leaf. Nothing is written into the arguments themselves.
     """
 
     jaxpr: Any
     leaves: tuple[tuple[tuple[Any, ...], Any], ...]
     rebuild: Callable[[Sequence[Any]], Any]
+    arguments: Callable[[Sequence[Any]], Any] | None
+    replaced: dict[int, int]
 
 
 def trace(
@@ -538,18 +572,22 @@ def trace(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     is_node: Callable[[Any], bool],
+    *,
+    share: bool = False,
 ) -> Traced:
     """The jaxpr of fn(*args, **kwargs) with dense abstract values in place of nodes.
 
     Arrays, tracers and `jax.ShapeDtypeStruct` are traced; every other argument (flags,
-    strings, functions, None) is closed over, as a static argument of `jax.jit` is.
+    strings, functions, None) is closed over, as a static argument of `jax.jit` is. With
+    `share`, an object that is in the arguments twice is one object for the function.
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(
         (args, kwargs), is_leaf=is_node
     )
     is_traced = [is_node(leaf) or _is_array(leaf) for _, leaf in flat]
     leaves = tuple(item for item, keep in zip(flat, is_traced, strict=True) if keep)
-    result: list[Any] = []
+    traced: list[_Template] = []
+    changed: list[tuple[Any, ...]] = []
 
     def on_arrays(*arrays: Any) -> list[Any]:
         remaining = iter(arrays)
@@ -557,34 +595,79 @@ def trace(
             next(remaining) if keep else leaf
             for (_, leaf), keep in zip(flat, is_traced, strict=True)
         ]
-        out_args, out_kwargs = jax.tree.unflatten(treedef, full)
-        out_flat, out_tree = jax.tree.flatten(fn(*out_args, **out_kwargs))
-        is_output = [_is_array(out) or isinstance(out, _SCALARS) for out in out_flat]
-        result[:] = [out_tree, is_output, out_flat]
-        return [out for out, keep in zip(out_flat, is_output, strict=True) if keep]
+        copies = jax.tree.unflatten(treedef, full)
+        if share:
+            effects.share((args, kwargs), copies)
+        before = jax.tree.structure(copies)
+        out = fn(*copies[0], **copies[1])
+        result, outputs = _Template.of(out, (*_ARRAYS, *_SCALARS))
+        origin = {id(x): leaf for x, (_, leaf) in zip(full, flat, strict=True)}
+        after, changes = _Template.of(copies, _ARRAYS, origin, len(outputs))
+        now = jax.tree.leaves(copies)
+        traced[:] = [result, after]
+        if after.tree == before and all(map(operator.is_, now, full)):
+            return outputs  # nothing was changed in place
+        changed[:] = [path for path, _ in jax.tree_util.tree_leaves_with_path(copies)]
+        return [*outputs, *changes]
 
     abstract = [
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_node(leaf) else leaf
         for _, leaf in leaves
     ]
     jaxpr = jax.make_jaxpr(on_arrays)(*abstract)
-    out_tree, is_output, out_flat = result
-    statics = [None if keep else o for o, keep in zip(out_flat, is_output, strict=True)]
-    result.clear()  # holds tracers of the finished trace
+    result, after = traced
+    nodes = {path: i for i, (path, leaf) in enumerate(leaves) if is_node(leaf)}
+    replaced = {
+        output: nodes[path]
+        for path, output, keep in zip(changed, after.leaves, after.is_output)
+        if keep and path in nodes
+    }
+    return Traced(
+        jaxpr, leaves, result.fill, after.fill if changed else None, replaced
+    )
 
-    def rebuild(outputs: Sequence[Any]) -> Any:
-        remaining = iter(outputs)
-        full = [
-            next(remaining) if keep else static
-            for static, keep in zip(statics, is_output, strict=True)
+
+class _Template(NamedTuple):
+    """A pytree whose arrays are outputs, by position, and whose other leaves stay."""
+
+    tree: Any
+    leaves: list[Any]  # a leaf, or the position of an output
+    is_output: list[bool]
+
+    @classmethod
+    def of(
+        cls,
+        tree: Any,
+        kinds: tuple[type, ...],
+        origin: Mapping[int, Any] = MappingProxyType({}),
+        start: int = 0,
+    ) -> "tuple[_Template, list[Any]]":
+        """The template of a tree and its leaves of some kinds, numbered from `start`.
+
+        In the place of a leaf whose id is in `origin` stands what is there.
+        """
+        flat, treedef = jax.tree.flatten(tree)
+        is_output = [id(x) not in origin and isinstance(x, kinds) for x in flat]
+        arrays = [leaf for leaf, keep in zip(flat, is_output, strict=True) if keep]
+        position = itertools.count(start)
+        leaves = [
+            next(position) if keep else origin.get(id(leaf), leaf)
+            for leaf, keep in zip(flat, is_output, strict=True)
         ]
-        return jax.tree.unflatten(out_tree, full)
+        return cls(treedef, leaves, is_output), arrays
 
-    return Traced(jaxpr, leaves, rebuild)
+    def fill(self, outputs: Sequence[Any]) -> Any:
+        """The tree with all outputs of the jaxpr in their places."""
+        full = [
+            outputs[leaf] if keep else leaf
+            for leaf, keep in zip(self.leaves, self.is_output, strict=True)
+        ]
+        return jax.tree.unflatten(self.tree, full)
 
 
+_ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 _SCALARS = (bool, int, float, complex, np.generic)
 
 
 def _is_array(x: Any) -> bool:
-    return isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
+    return isinstance(x, _ARRAYS)

@@ -9,6 +9,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 LIBRARY = ROOT / "oialr_jax"
 
 FLOORS = {
+    "effects": 0,
     "lowrank": 1,
     "cost": 1,
     "schedule": 1,
