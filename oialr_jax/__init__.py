@@ -16,7 +16,7 @@ from oialr_jax.lowrank import (
     orthogonality_error,
     ranks,
 )
-from oialr_jax.matrices import Matrix, find_matrices, select
+from oialr_jax.matrices import Matrices, Matrix, Skipped, find_matrices, select
 from oialr_jax.moments import MomentRule
 from oialr_jax.orthogonal import (
     core_muon,
@@ -69,6 +69,7 @@ __all__ = [
     "LayerReport",
     "Layout",
     "LowRank",
+    "Matrices",
     "Matrix",
     "MomentRule",
     "Portrait",
@@ -78,6 +79,7 @@ __all__ = [
     "Restored",
     "Rules",
     "Schedule",
+    "Skipped",
     "Spectrum",
     "Stability",
     "Subspaces",

@@ -164,9 +164,11 @@ class _Contraction:
     def materialize(self, view: interpret.View) -> Array:
         return contract.materialize(view, self.axes[view.path])
 
-    def scale(self, view: interpret.View, factor: Any) -> interpret.View:
+    def scale(
+        self, view: interpret.View, times: Callable[[Array], Array]
+    ) -> interpret.View:
         u, s, vt = view.data
-        return view.replace(data=(u, s * jnp.asarray(factor, s.dtype), vt))
+        return view.replace(data=(u, times(s), vt))
 
     def unstack(self, view: interpret.View, axis: int) -> tuple[Array, ...] | None:
         return contract.unstack(view, self.axes[view.path], axis)

@@ -97,8 +97,8 @@ class Handler(Protocol):
         """The present value as an array."""
         ...
 
-    def scale(self, view: View, factor: Any) -> View:
-        """The view times a scalar."""
+    def scale(self, view: View, times: Callable[[Array], Array]) -> View:
+        """The view times a scalar, which `times` multiplies an array by."""
         ...
 
     def unstack(self, view: View, axis: int) -> tuple[Array, ...] | None:
@@ -345,7 +345,7 @@ def _each(eqn: Any, values: list[Any], handler: Handler) -> View | None:
 def _scale(eqn: Any, values: list[Any], handler: Handler) -> View | None:
     name = eqn.primitive.name
     if name == "neg":
-        return handler.scale(values[0], jnp.asarray(-1, values[0].dtype))
+        return handler.scale(values[0], jnp.negative)
     position = 0 if isinstance(values[0], View) else 1
     factor = values[1 - position]
     if (
@@ -358,7 +358,9 @@ def _scale(eqn: Any, values: list[Any], handler: Handler) -> View | None:
         if position == 1:
             return None
         factor = 1 / factor
-    return handler.scale(values[position], factor)
+    return handler.scale(
+        values[position], lambda array: array * jnp.asarray(factor, array.dtype)
+    )
 
 
 def _slice(eqn: Any, values: list[Any], handler: Handler) -> View | None:
@@ -379,9 +381,9 @@ def _slice(eqn: Any, values: list[Any], handler: Handler) -> View | None:
     if moved is None or axis is None:
         return None
     index = starts[cut[0]]
-    data = tuple(
-        jax.lax.dynamic_index_in_dim(array, index, keepdims=False) for array in moved
-    )
+    fixed = eqn.primitive.name == "slice"
+    pick = jax.lax.index_in_dim if fixed else jax.lax.dynamic_index_in_dim
+    data = tuple(pick(array, index, keepdims=False) for array in moved)
     dims = tuple(() if d == cut[0] else dim for d, dim in enumerate(view.dims))
     return view.replace(data=data, dims=dims, taken=(*view.taken, axis))
 
@@ -574,12 +576,14 @@ def trace(
     is_node: Callable[[Any], bool],
     *,
     share: bool = False,
+    axis_env: Sequence[tuple[str, int]] = (),
 ) -> Traced:
     """The jaxpr of fn(*args, **kwargs) with dense abstract values in place of nodes.
 
     Arrays, tracers and `jax.ShapeDtypeStruct` are traced; every other argument (flags,
     strings, functions, None) is closed over, as a static argument of `jax.jit` is. With
     `share`, an object that is in the arguments twice is one object for the function.
+    `axis_env` has mapped axes, names and sizes, beside those that are bound already.
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(
         (args, kwargs), is_leaf=is_node
@@ -614,7 +618,7 @@ def trace(
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_node(leaf) else leaf
         for _, leaf in leaves
     ]
-    jaxpr = jax.make_jaxpr(on_arrays)(*abstract)
+    jaxpr = jax.make_jaxpr(on_arrays, axis_env=axis_env)(*abstract)
     result, after = traced
     nodes = {path: i for i, (path, leaf) in enumerate(leaves) if is_node(leaf)}
     replaced = {
@@ -625,6 +629,20 @@ def trace(
     return Traced(
         jaxpr, leaves, result.fill, after.fill if changed else None, replaced
     )
+
+
+@contextlib.contextmanager
+def axis_names(axis_env: Sequence[tuple[str, int]]) -> Iterator[None]:
+    """Names `axis_env` in the error of a function that uses an axis not in it."""
+    try:
+        yield
+    except NameError as error:
+        if "axis name" not in str(error):
+            raise
+        raise ValueError(
+            f"the function uses a mapped axis that is not in axis_env={[*axis_env]}: "
+            f'pass axis_env=[(name, size)], say axis_env=[("batch", 8)] ({error})'
+        ) from error
 
 
 class _Template(NamedTuple):
