@@ -5,13 +5,54 @@ modules do with batch statistics and random counters, the copies tell what to wr
 """
 
 import dataclasses
-from collections.abc import MutableMapping, MutableSequence
-from typing import Any
+import itertools
+from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 
 Path = tuple[Any, ...]
 Children = list[tuple[Any, Any]]  # of a pytree node: keys and values
+
+
+class Template(NamedTuple):
+    """A pytree whose arrays are outputs, by position, and whose other leaves stay."""
+
+    tree: Any
+    leaves: list[Any]  # a leaf, or the position of an output
+    is_output: list[bool]
+
+    @classmethod
+    def of(
+        cls,
+        tree: Any,
+        kinds: tuple[type, ...],
+        origin: Mapping[int, Any] = MappingProxyType({}),
+        start: int = 0,
+        is_leaf: Callable[[Any], bool] | None = None,
+    ) -> "tuple[Template, list[Any]]":
+        """The template of a tree and its leaves of some kinds, numbered from `start`.
+
+        In the place of a leaf whose id is in `origin` stands what is there.
+        """
+        flat, treedef = jax.tree.flatten(tree, is_leaf=is_leaf)
+        is_output = [id(x) not in origin and isinstance(x, kinds) for x in flat]
+        arrays = [leaf for leaf, keep in zip(flat, is_output, strict=True) if keep]
+        position = itertools.count(start)
+        leaves = [
+            next(position) if keep else origin.get(id(leaf), leaf)
+            for leaf, keep in zip(flat, is_output, strict=True)
+        ]
+        return cls(treedef, leaves, is_output), arrays
+
+    def fill(self, outputs: Sequence[Any]) -> Any:
+        """The tree with all outputs of the jaxpr in their places."""
+        full = [
+            outputs[leaf] if keep else leaf
+            for leaf, keep in zip(self.leaves, self.is_output, strict=True)
+        ]
+        return jax.tree.unflatten(self.tree, full)
 
 
 def write(old: Any, new: Any, *, dry: bool = False) -> None:

@@ -62,7 +62,9 @@ def factored(
             return traced.rebuild(evaluate(leaves))
         if traced.replaced:  # an error comes before anything runs
             jax.eval_shape(evaluate, leaves)
-        effects.write((args, kwargs), traced.arguments(traced.jaxpr.out_avals), dry=True)
+        effects.write(
+            (args, kwargs), traced.arguments(traced.jaxpr.out_avals), dry=True
+        )
         outputs = evaluate(leaves)
         effects.write((args, kwargs), traced.arguments(outputs))
         return traced.rebuild(outputs)

@@ -9,11 +9,9 @@ change its description and never its data.
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -590,7 +588,7 @@ def trace(
     )
     is_traced = [is_node(leaf) or _is_array(leaf) for _, leaf in flat]
     leaves = tuple(item for item, keep in zip(flat, is_traced, strict=True) if keep)
-    traced: list[_Template] = []
+    traced: list[effects.Template] = []
     changed: list[tuple[Any, ...]] = []
 
     def on_arrays(*arrays: Any) -> list[Any]:
@@ -604,9 +602,9 @@ def trace(
             effects.share((args, kwargs), copies)
         before = jax.tree.structure(copies)
         out = fn(*copies[0], **copies[1])
-        result, outputs = _Template.of(out, (*_ARRAYS, *_SCALARS))
+        result, outputs = effects.Template.of(out, (*_ARRAYS, *_SCALARS))
         origin = {id(x): leaf for x, (_, leaf) in zip(full, flat, strict=True)}
-        after, changes = _Template.of(copies, _ARRAYS, origin, len(outputs))
+        after, changes = effects.Template.of(copies, _ARRAYS, origin, len(outputs))
         now = jax.tree.leaves(copies)
         traced[:] = [result, after]
         if after.tree == before and all(map(operator.is_, now, full)):
@@ -626,9 +624,7 @@ def trace(
         for path, output, keep in zip(changed, after.leaves, after.is_output)
         if keep and path in nodes
     }
-    return Traced(
-        jaxpr, leaves, result.fill, after.fill if changed else None, replaced
-    )
+    return Traced(jaxpr, leaves, result.fill, after.fill if changed else None, replaced)
 
 
 @contextlib.contextmanager
@@ -643,44 +639,6 @@ def axis_names(axis_env: Sequence[tuple[str, int]]) -> Iterator[None]:
             f"the function uses a mapped axis that is not in axis_env={[*axis_env]}: "
             f'pass axis_env=[(name, size)], say axis_env=[("batch", 8)] ({error})'
         ) from error
-
-
-class _Template(NamedTuple):
-    """A pytree whose arrays are outputs, by position, and whose other leaves stay."""
-
-    tree: Any
-    leaves: list[Any]  # a leaf, or the position of an output
-    is_output: list[bool]
-
-    @classmethod
-    def of(
-        cls,
-        tree: Any,
-        kinds: tuple[type, ...],
-        origin: Mapping[int, Any] = MappingProxyType({}),
-        start: int = 0,
-    ) -> "tuple[_Template, list[Any]]":
-        """The template of a tree and its leaves of some kinds, numbered from `start`.
-
-        In the place of a leaf whose id is in `origin` stands what is there.
-        """
-        flat, treedef = jax.tree.flatten(tree)
-        is_output = [id(x) not in origin and isinstance(x, kinds) for x in flat]
-        arrays = [leaf for leaf, keep in zip(flat, is_output, strict=True) if keep]
-        position = itertools.count(start)
-        leaves = [
-            next(position) if keep else origin.get(id(leaf), leaf)
-            for leaf, keep in zip(flat, is_output, strict=True)
-        ]
-        return cls(treedef, leaves, is_output), arrays
-
-    def fill(self, outputs: Sequence[Any]) -> Any:
-        """The tree with all outputs of the jaxpr in their places."""
-        full = [
-            outputs[leaf] if keep else leaf
-            for leaf, keep in zip(self.leaves, self.is_output, strict=True)
-        ]
-        return jax.tree.unflatten(self.tree, full)
 
 
 _ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
