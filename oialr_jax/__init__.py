@@ -11,6 +11,7 @@ from oialr_jax.lowrank import (
     LowRank,
     counts,
     factor,
+    global_norm,
     is_low_rank,
     materialize,
     orthogonality_error,
@@ -29,6 +30,7 @@ from oialr_jax.orthogonal import (
     swan,
 )
 from oialr_jax.schedule import RankRule, Schedule
+from oialr_jax.serialization import register
 from oialr_jax.sharding import Layout, Rules, make_mesh
 from oialr_jax.stability import (
     Portrait,
@@ -56,6 +58,8 @@ from oialr_jax.transform import (
     value_and_grad,
     with_trainable,
 )
+
+register()
 
 __version__ = "0.1.0"
 
@@ -95,6 +99,7 @@ __all__ = [
     "factorize",
     "find_matrices",
     "freeze_bases",
+    "global_norm",
     "is_low_rank",
     "make_mesh",
     "materialize",

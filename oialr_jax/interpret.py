@@ -619,9 +619,10 @@ def trace(
     jaxpr = jax.make_jaxpr(on_arrays, axis_env=axis_env)(*abstract)
     result, after = traced
     nodes = {path: i for i, (path, leaf) in enumerate(leaves) if is_node(leaf)}
+    aligned = (changed, after.leaves, after.is_output) if changed else ((), (), ())
     replaced = {
         output: nodes[path]
-        for path, output, keep in zip(changed, after.leaves, after.is_output)
+        for path, output, keep in zip(*aligned, strict=True)
         if keep and path in nodes
     }
     return Traced(jaxpr, leaves, result.fill, after.fill if changed else None, replaced)

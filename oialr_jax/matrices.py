@@ -74,6 +74,7 @@ class Matrices(tuple[Matrix, ...]):
     def __new__(
         cls, matrices: Iterable[Matrix] = (), skipped: Iterable[Skipped] = ()
     ) -> "Matrices":
+        """The matrices in the order of their execution, and other leaves."""
         self = super().__new__(cls, matrices)
         self.skipped = tuple(skipped)
         return self

@@ -113,7 +113,8 @@ def freeze_bases(
     Wrap the whole chain, outermost: clipping then sees the norm of the trained leaves
     only, weight decay acts on the core (which is decay of W, linear in S), and state
     exists for cores and dense leaves alone. Updates of bases are zeros, so
-    `optax.apply_updates` and `TrainState.apply_gradients` work as they are.
+    `optax.apply_updates` and `TrainState.apply_gradients` work as they are. The norm of
+    params or gradients is `global_norm`; `optax.global_norm` outside counts the bases.
 
     Takes gradients of `jax.grad` (LowRank nodes) or of `oialr_jax.value_and_grad`
     (arrays in the place of cores); the latter need `params` in `update`.
@@ -174,10 +175,9 @@ def value_and_grad(
               and gradients are averaged over it. Under `jax.jit` the compiler does it.
     """
 
-    def run(*args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
-        given = (args, kwargs)
+    def run(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
+        given = ((params, *args), kwargs)
         originals = jax.tree.leaves(given, is_leaf=is_low_rank)
-        params, *others = args
         trained, treedef = jax.tree.flatten(trainable(params))
         is_trained = [_has_gradient(x) for x in trained]
         changed: list[effects.Template] = []
@@ -185,7 +185,7 @@ def value_and_grad(
         def of_trained(arrays: list[Any]) -> Any:
             full = _merged(trained, is_trained, arrays)
             tree = with_trainable(params, jax.tree.unflatten(treedef, full))
-            copy = jax.tree.map(lambda x: x, ((tree, *others), kwargs))
+            copy = jax.tree.map(lambda x: x, ((tree, *args), kwargs))
             leaves = jax.tree.leaves(copy, is_leaf=is_low_rank)
             before = jax.tree.structure(copy, is_leaf=is_low_rank)
             origin = dict(zip(map(id, leaves), originals, strict=True))
