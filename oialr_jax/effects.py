@@ -84,6 +84,24 @@ def share(old: Any, new: Any) -> None:
     walk(old, new)
 
 
+def refuse_shared(tree: Any) -> None:
+    """Raise where an object that can be changed in place is in a tree twice.
+
+    Raises:   TypeError: with both paths.
+    """
+    seen: dict[int, tuple[Any, Path]] = {}
+
+    def walk(tree: Any, path: Path) -> None:
+        for key, child in _children(tree) or ():
+            if not _is_fixed(child) and _children(child):
+                _, first = seen.setdefault(id(child), (child, (*path, key)))
+                if first != (*path, key):
+                    raise _cannot(first, tree, f"the object is also {key}")
+            walk(child, (*path, key))
+
+    walk(tree, ())
+
+
 def _written(old: Any, new: Any, path: Path, dry: bool) -> bool:
     """Whether `old` is `new`, or was made it; False asks the parent to set it."""
     if old is new:

@@ -60,7 +60,9 @@ def factored(
         evaluate = functools.partial(contracted, traced, pick=pick, reported=reported)
         if traced.arguments is None:
             return traced.rebuild(evaluate(leaves))
-        if traced.replaced:  # an error comes before anything runs
+        if any(
+            is_low_rank(leaves[i]) for i in traced.replaced.values()
+        ):  # an error comes before anything runs
             jax.eval_shape(evaluate, leaves)
         effects.write(
             (args, kwargs), traced.arguments(traced.jaxpr.out_avals), dry=True
@@ -133,7 +135,14 @@ def contracted(
     fixed = [tuple(path[:2]) not in trained for path, _ in traced.leaves]
     outputs = interpret.evaluate(traced.jaxpr, values, handler, fixed)
     for output, leaf in traced.replaced.items():
-        if not interpret.is_same(outputs[output], values[leaf]):
+        if not is_low_rank(leaves[leaf]):
+            continue
+        same = [  # an object that is in the arguments twice was one for the function
+            value
+            for value, (_, given) in zip(values, traced.leaves, strict=True)
+            if given is traced.leaves[leaf][1]
+        ]
+        if not any(interpret.is_same(outputs[output], value) for value in same):
             raise TypeError(
                 f"{_shown(names[leaf])} is in low rank and the function replaces it in "
                 "place: name it in `exclude` of `select`, or in a loss compute from it "

@@ -618,12 +618,12 @@ def trace(
     ]
     jaxpr = jax.make_jaxpr(on_arrays, axis_env=axis_env)(*abstract)
     result, after = traced
-    nodes = {path: i for i, (path, leaf) in enumerate(leaves) if is_node(leaf)}
+    places = {path: i for i, (path, _) in enumerate(leaves)}
     aligned = (changed, after.leaves, after.is_output) if changed else ((), (), ())
     replaced = {
-        output: nodes[path]
+        output: places[path]
         for path, output, keep in zip(*aligned, strict=True)
-        if keep and path in nodes
+        if keep and path in places
     }
     return Traced(jaxpr, leaves, result.fill, after.fill if changed else None, replaced)
 

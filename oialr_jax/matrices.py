@@ -306,7 +306,7 @@ class _Probe:
     def scale(
         self, view: interpret.View, times: Callable[[Array], Array]
     ) -> interpret.View:
-        return view
+        return view.replace(data=(times(view.data[0]),))
 
     def unstack(self, view: interpret.View, axis: int) -> tuple[Array, ...]:
         left = [a for a in range(len(view.leaf_shape)) if a not in view.taken]

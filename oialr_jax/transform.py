@@ -195,6 +195,7 @@ def value_and_grad(
             )
             now = jax.tree.leaves(copy, is_leaf=is_low_rank)
             if after.tree != before or not all(map(operator.is_, now, leaves)):
+                effects.refuse_shared(given)
                 effects.write(given, after.fill(changes), dry=True)
                 changed[:] = [after]
             return (out[0], (out[1], changes)) if has_aux else (out, (None, changes))
