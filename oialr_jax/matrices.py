@@ -142,10 +142,13 @@ def find_matrices(
         ]
         outputs = interpret.evaluate(traced.jaxpr, values, probe)
         for output, leaf in traced.replaced.items():
-            if interpret.is_same(outputs[output], values[leaf]):
+            view = values[leaf]
+            if not isinstance(view, interpret.View):
+                continue
+            if interpret.is_same(outputs[output], view):
                 outputs[output] = arrays[leaf]
-            elif isinstance(values[leaf], interpret.View):
-                probe.unknown(values[leaf], "replaced in place")
+            else:
+                probe.unknown(view, "replaced in place")
         return [
             probe.output(out) if isinstance(out, interpret.View) else out
             for out in outputs

@@ -167,9 +167,10 @@ def value_and_grad(
 
     The gradient has an array in the place of each core and of each dense leaf, and
     nothing for the bases: what is averaged over devices is r x r, not (m + n) x r.
-    Leaves that have no gradient (integers, keys, functions, strings) get None. What the
-    loss changes in its arguments in place, as modules with batch statistics do, is
-    changed in the caller's objects.
+    Leaves that are no float arrays (integers, keys, Python numbers, functions) get
+    None.
+    What the loss changes in its arguments in place, as modules with batch statistics
+    do, is changed in the caller's objects.
 
     Args:     axis_name: under `jax.pmap` or `jax.shard_map`, the mapped axis: loss, aux
               and gradients are averaged over it. Under `jax.jit` the compiler does it.
@@ -213,10 +214,8 @@ def value_and_grad(
 
 
 def _has_gradient(leaf: Any) -> bool:
-    dtype = getattr(leaf, "dtype", None)
-    if dtype is None:
-        return isinstance(leaf, (float, complex))
-    return not isinstance(leaf, jax.Ref) and bool(jnp.issubdtype(dtype, jnp.inexact))
+    kinds = (jax.Array, np.ndarray, np.generic)
+    return isinstance(leaf, kinds) and bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
 
 
 def _merged(leaves: list[Any], replaced: list[bool], new: list[Any]) -> list[Any]:
