@@ -11,12 +11,13 @@ from oialr_jax.lowrank import (
     LowRank,
     counts,
     factor,
+    global_norm,
     is_low_rank,
     materialize,
     orthogonality_error,
     ranks,
 )
-from oialr_jax.matrices import Matrix, find_matrices, select
+from oialr_jax.matrices import Matrices, Matrix, Skipped, find_matrices, select
 from oialr_jax.moments import MomentRule
 from oialr_jax.orthogonal import (
     core_muon,
@@ -29,6 +30,7 @@ from oialr_jax.orthogonal import (
     swan,
 )
 from oialr_jax.schedule import RankRule, Schedule
+from oialr_jax.serialization import register
 from oialr_jax.sharding import Layout, Rules, make_mesh
 from oialr_jax.stability import (
     Portrait,
@@ -58,6 +60,8 @@ from oialr_jax.transform import (
 )
 from oialr_jax.versions import warn_of_faults as _warn_of_faults
 
+register()
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -70,6 +74,7 @@ __all__ = [
     "LayerReport",
     "Layout",
     "LowRank",
+    "Matrices",
     "Matrix",
     "MomentRule",
     "Portrait",
@@ -79,6 +84,7 @@ __all__ = [
     "Restored",
     "Rules",
     "Schedule",
+    "Skipped",
     "Spectrum",
     "Stability",
     "Subspaces",
@@ -94,6 +100,7 @@ __all__ = [
     "factorize",
     "find_matrices",
     "freeze_bases",
+    "global_norm",
     "is_low_rank",
     "make_mesh",
     "materialize",

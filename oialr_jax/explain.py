@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ import jax
 from oialr_jax import cost, interpret
 from oialr_jax.factored import Choice, contracted, picker
 from oialr_jax.lowrank import Axes, LowRank, is_low_rank, named_leaves, path_name
-from oialr_jax.matrices import find_matrices
+from oialr_jax.matrices import Skipped, find_matrices, skipped_lines
 
 
 class Line(NamedTuple):
@@ -36,9 +36,14 @@ class Line(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """The matrices of a function in the order of their use; prints as a table."""
+    """The matrices of a function in the order of their use; prints as a table.
+
+    `skipped` are the leaves of two or more axes that are no matrices, as
+    `find_matrices` tells them.
+    """
 
     lines: tuple[Line, ...]
+    skipped: tuple[Skipped, ...] = ()
 
     @property
     def flops(self) -> int:
@@ -63,7 +68,7 @@ class Explanation:
             )
         share = self.flops / max(1, self.dense_flops)
         table.append(f"{self.flops / 1e9:.3f} GFLOP a step, {share:.1%} of dense")
-        return "\n".join(table)
+        return "\n".join([*table, *skipped_lines(self.skipped)])
 
 
 def explain(
@@ -72,6 +77,7 @@ def explain(
     *args: Any,
     order: cost.Order | str | None = None,
     rates: cost.Rates | None = None,
+    axis_env: Iterable[tuple[str, int]] = (),
     **kwargs: Any,
 ) -> Explanation:
     """What `factored(fn)` does with each matrix of fn(params, *args), and why.
@@ -80,25 +86,28 @@ def explain(
     within LowRank nodes. Matrices alone are counted; a body of a scan counts once. An
     argument without a low-rank or trained matrix is data and gets no gradient.
 
-    Args:     order, rates: as for `factored`.
-    Raises:   ValueError: an `order` that is none of a low-rank leaf.
+    Args:     order, rates: as for `factored`. axis_env: as for `find_matrices`.
+    Raises:   ValueError: an `order` that is none of a low-rank leaf; a mapped axis that
+              `axis_env` does not name.
     """
     pick = picker(order, rates)
     if rates is None:
         rates = cost.RATES.get(jax.default_backend())
     leaves = named_leaves(params)
+    axes = tuple(dict(axis_env).items())
+    matrices = find_matrices(fn, params, *args, axis_env=axes, **kwargs)
     dense = {
         found.path: found.axes
-        for found in find_matrices(fn, params, *args, **kwargs)
+        for found in matrices
         if not is_low_rank(leaves[found.path])
     }
 
     def at_full_rank(path: Any, leaf: Any) -> Any:
-        axes = dense.get(path_name(path))
-        return leaf if axes is None else _full_rank(leaf, axes)
+        found = dense.get(path_name(path))
+        return leaf if found is None else _full_rank(leaf, found)
 
     params = jax.tree_util.tree_map_with_path(at_full_rank, params, is_leaf=is_low_rank)
-    traced = interpret.trace(fn, (params, *args), kwargs, is_low_rank)
+    traced = interpret.trace(fn, (params, *args), kwargs, is_low_rank, axis_env=axes)
     choices: list[Choice] = []
 
     def walk(leaves: list[Any]) -> list[Any]:
@@ -106,9 +115,10 @@ def explain(
 
     with warnings.catch_warnings():  # of leaves that no rule contracts: `factored` says
         warnings.simplefilter("ignore")
-        jax.eval_shape(walk, [leaf for _, leaf in traced.leaves])
+        jax.make_jaxpr(walk, axis_env=axes)([leaf for _, leaf in traced.leaves])
     once = {(choice.path, id(choice.eqn)): choice for choice in choices}
-    return Explanation(tuple(_line(x, dense, rates) for x in once.values()))
+    lines = tuple(_line(x, dense, rates) for x in once.values())
+    return Explanation(lines, matrices.skipped)
 
 
 def _line(choice: Choice, dense: Collection[str], rates: cost.Rates | None) -> Line:

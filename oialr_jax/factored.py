@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from oialr_jax import contract, cost, interpret
+from oialr_jax import contract, cost, effects, interpret
 from oialr_jax.lowrank import Axes, is_low_rank, unique_names
 
 
@@ -55,10 +55,20 @@ def factored(
             map(is_low_rank, jax.tree.leaves((args, kwargs), is_leaf=is_low_rank))
         ):
             return fn(*args, **kwargs)
-        traced = interpret.trace(fn, args, kwargs, is_low_rank)
-        outputs = contracted(
-            traced, [leaf for _, leaf in traced.leaves], pick, reported
+        traced = interpret.trace(fn, args, kwargs, is_low_rank, share=True)
+        leaves = [leaf for _, leaf in traced.leaves]
+        evaluate = functools.partial(contracted, traced, pick=pick, reported=reported)
+        if traced.arguments is None:
+            return traced.rebuild(evaluate(leaves))
+        if any(
+            is_low_rank(leaves[i]) for i in traced.replaced.values()
+        ):  # an error comes before anything runs
+            jax.eval_shape(evaluate, leaves)
+        effects.write(
+            (args, kwargs), traced.arguments(traced.jaxpr.out_avals), dry=True
         )
+        outputs = evaluate(leaves)
+        effects.write((args, kwargs), traced.arguments(outputs))
         return traced.rebuild(outputs)
 
     return run
@@ -124,7 +134,27 @@ def contracted(
     ]
     fixed = [tuple(path[:2]) not in trained for path, _ in traced.leaves]
     outputs = interpret.evaluate(traced.jaxpr, values, handler, fixed)
+    for output, leaf in traced.replaced.items():
+        if not is_low_rank(leaves[leaf]):
+            continue
+        same = [  # an object that is in the arguments twice was one for the function
+            value
+            for value, (_, given) in zip(values, traced.leaves, strict=True)
+            if given is traced.leaves[leaf][1]
+        ]
+        if not any(interpret.is_same(outputs[output], value) for value in same):
+            raise TypeError(
+                f"{_shown(names[leaf])} is in low rank and the function replaces it in "
+                "place: name it in `exclude` of `select`, or in a loss compute from it "
+                "and leave it as it is"
+            )
+        outputs[output] = leaves[leaf]
     return [interpret.as_array(out, handler, "output") for out in outputs]
+
+
+def _shown(name: str) -> str:
+    """A leaf as the user calls it, without its place in (args, kwargs)."""
+    return name.split("/", 2)[-1]
 
 
 class _Contraction:
@@ -145,9 +175,11 @@ class _Contraction:
     def materialize(self, view: interpret.View) -> Array:
         return contract.materialize(view, self.axes[view.path])
 
-    def scale(self, view: interpret.View, factor: Any) -> interpret.View:
+    def scale(
+        self, view: interpret.View, times: Callable[[Array], Array]
+    ) -> interpret.View:
         u, s, vt = view.data
-        return view.replace(data=(u, s * jnp.asarray(factor, s.dtype), vt))
+        return view.replace(data=(u, times(s), vt))
 
     def unstack(self, view: interpret.View, axis: int) -> tuple[Array, ...] | None:
         return contract.unstack(view, self.axes[view.path], axis)
@@ -171,7 +203,7 @@ class _Contraction:
         if (view.path, primitive) not in self.reported:
             self.reported.add((view.path, primitive))
             warnings.warn(
-                f"{view.path.split('/', 2)[-1]} is materialised to its dense shape "
+                f"{_shown(view.path)} is materialised to its dense shape "
                 f"{view.leaf_shape}: "
                 f"no low-rank rule for `{primitive}`",
                 stacklevel=2,

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -18,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 from jaxtyping import Array
+
+from oialr_jax import effects
 
 
 class Atom(NamedTuple):
@@ -92,8 +95,8 @@ class Handler(Protocol):
         """The present value as an array."""
         ...
 
-    def scale(self, view: View, factor: Any) -> View:
-        """The view times a scalar."""
+    def scale(self, view: View, times: Callable[[Array], Array]) -> View:
+        """The view times a scalar, which `times` multiplies an array by."""
         ...
 
     def unstack(self, view: View, axis: int) -> tuple[Array, ...] | None:
@@ -135,6 +138,17 @@ def evaluate(
         if all(known):
             data.update(eqn.outvars)
     return [read(var) for var in body.outvars]
+
+
+def is_same(value: Any, view: Any) -> bool:
+    """Whether a value is a view that was not changed."""
+    if not isinstance(value, View):
+        return False
+    return (
+        (value.path, value.dims, value.dtype) == (view.path, view.dims, view.dtype)
+        and value.taken == view.taken
+        and all(map(operator.is_, value.data, view.data))
+    )
 
 
 def as_array(value: Any, handler: Handler, primitive: str) -> Any:
@@ -329,7 +343,7 @@ def _each(eqn: Any, values: list[Any], handler: Handler) -> View | None:
 def _scale(eqn: Any, values: list[Any], handler: Handler) -> View | None:
     name = eqn.primitive.name
     if name == "neg":
-        return handler.scale(values[0], jnp.asarray(-1, values[0].dtype))
+        return handler.scale(values[0], jnp.negative)
     position = 0 if isinstance(values[0], View) else 1
     factor = values[1 - position]
     if (
@@ -342,7 +356,9 @@ def _scale(eqn: Any, values: list[Any], handler: Handler) -> View | None:
         if position == 1:
             return None
         factor = 1 / factor
-    return handler.scale(values[position], factor)
+    return handler.scale(
+        values[position], lambda array: array * jnp.asarray(factor, array.dtype)
+    )
 
 
 def _slice(eqn: Any, values: list[Any], handler: Handler) -> View | None:
@@ -363,9 +379,9 @@ def _slice(eqn: Any, values: list[Any], handler: Handler) -> View | None:
     if moved is None or axis is None:
         return None
     index = starts[cut[0]]
-    data = tuple(
-        jax.lax.dynamic_index_in_dim(array, index, keepdims=False) for array in moved
-    )
+    fixed = eqn.primitive.name == "slice"
+    pick = jax.lax.index_in_dim if fixed else jax.lax.dynamic_index_in_dim
+    data = tuple(pick(array, index, keepdims=False) for array in moved)
     dims = tuple(() if d == cut[0] else dim for d, dim in enumerate(view.dims))
     return view.replace(data=data, dims=dims, taken=(*view.taken, axis))
 
@@ -421,11 +437,24 @@ def _arrays(
 def _remat(
     eqn: Any, values: list[Any], handler: Handler, fixed: Sequence[bool]
 ) -> list[Any]:
-    body = functools.partial(
-        _arrays, eqn.params["jaxpr"], handler=handler, at="remat", fixed=fixed
-    )
+    body = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
+    given = dict(zip(body.invars, values, strict=True))
+    through = {  # views that the body hands on as they are
+        i: given[var]
+        for i, var in enumerate(body.outvars)
+        if not isinstance(var, jex.Literal) and isinstance(given.get(var), View)
+    }
+
+    def run(values: list[Any]) -> list[Any]:
+        outputs = evaluate(eqn.params["jaxpr"], values, handler, fixed)
+        return [
+            None if i in through else as_array(out, handler, "output of remat")
+            for i, out in enumerate(outputs)
+        ]
+
     prevent_cse, policy = eqn.params["prevent_cse"], eqn.params["policy"]
-    return jax.checkpoint(body, prevent_cse=prevent_cse, policy=policy)(values)
+    outputs = jax.checkpoint(run, prevent_cse=prevent_cse, policy=policy)(values)
+    return [through.get(i, out) for i, out in enumerate(outputs)]
 
 
 def _cond(
@@ -525,12 +554,17 @@ class Traced(NamedTuple):
 
     `leaves` are the array arguments in order, LowRank-like nodes as they came, each
     with its path in (args, kwargs); `rebuild` gives the function's result from the
-    jaxpr's outputs.
+    jaxpr's outputs. Where the function changes its arguments in place, `arguments`
+    gives (args, kwargs) as they are afterwards, from the same outputs; else it is None.
+    `replaced` tells which of these outputs, by position, stand in the place of which
+    leaf. Nothing is written into the arguments themselves.
     """
 
     jaxpr: Any
     leaves: tuple[tuple[tuple[Any, ...], Any], ...]
     rebuild: Callable[[Sequence[Any]], Any]
+    arguments: Callable[[Sequence[Any]], Any] | None
+    replaced: dict[int, int]
 
 
 def trace(
@@ -538,18 +572,24 @@ def trace(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     is_node: Callable[[Any], bool],
+    *,
+    share: bool = False,
+    axis_env: Sequence[tuple[str, int]] = (),
 ) -> Traced:
     """The jaxpr of fn(*args, **kwargs) with dense abstract values in place of nodes.
 
     Arrays, tracers and `jax.ShapeDtypeStruct` are traced; every other argument (flags,
-    strings, functions, None) is closed over, as a static argument of `jax.jit` is.
+    strings, functions, None) is closed over, as a static argument of `jax.jit` is. With
+    `share`, an object that is in the arguments twice is one object for the function.
+    `axis_env` has mapped axes, names and sizes, beside those that are bound already.
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(
         (args, kwargs), is_leaf=is_node
     )
     is_traced = [is_node(leaf) or _is_array(leaf) for _, leaf in flat]
     leaves = tuple(item for item, keep in zip(flat, is_traced, strict=True) if keep)
-    result: list[Any] = []
+    traced: list[effects.Template] = []
+    changed: list[tuple[Any, ...]] = []
 
     def on_arrays(*arrays: Any) -> list[Any]:
         remaining = iter(arrays)
@@ -557,34 +597,54 @@ def trace(
             next(remaining) if keep else leaf
             for (_, leaf), keep in zip(flat, is_traced, strict=True)
         ]
-        out_args, out_kwargs = jax.tree.unflatten(treedef, full)
-        out_flat, out_tree = jax.tree.flatten(fn(*out_args, **out_kwargs))
-        is_output = [_is_array(out) or isinstance(out, _SCALARS) for out in out_flat]
-        result[:] = [out_tree, is_output, out_flat]
-        return [out for out, keep in zip(out_flat, is_output, strict=True) if keep]
+        copies = jax.tree.unflatten(treedef, full)
+        if share:
+            effects.share((args, kwargs), copies)
+        before = jax.tree.structure(copies)
+        out = fn(*copies[0], **copies[1])
+        result, outputs = effects.Template.of(out, (*_ARRAYS, *_SCALARS))
+        origin = {id(x): leaf for x, (_, leaf) in zip(full, flat, strict=True)}
+        after, changes = effects.Template.of(copies, _ARRAYS, origin, len(outputs))
+        now = jax.tree.leaves(copies)
+        traced[:] = [result, after]
+        if after.tree == before and all(map(operator.is_, now, full)):
+            return outputs  # nothing was changed in place
+        changed[:] = [path for path, _ in jax.tree_util.tree_leaves_with_path(copies)]
+        return [*outputs, *changes]
 
     abstract = [
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_node(leaf) else leaf
         for _, leaf in leaves
     ]
-    jaxpr = jax.make_jaxpr(on_arrays)(*abstract)
-    out_tree, is_output, out_flat = result
-    statics = [None if keep else o for o, keep in zip(out_flat, is_output, strict=True)]
-    result.clear()  # holds tracers of the finished trace
-
-    def rebuild(outputs: Sequence[Any]) -> Any:
-        remaining = iter(outputs)
-        full = [
-            next(remaining) if keep else static
-            for static, keep in zip(statics, is_output, strict=True)
-        ]
-        return jax.tree.unflatten(out_tree, full)
-
-    return Traced(jaxpr, leaves, rebuild)
+    jaxpr = jax.make_jaxpr(on_arrays, axis_env=axis_env)(*abstract)
+    result, after = traced
+    places = {path: i for i, (path, _) in enumerate(leaves)}
+    aligned = (changed, after.leaves, after.is_output) if changed else ((), (), ())
+    replaced = {
+        output: places[path]
+        for path, output, keep in zip(*aligned, strict=True)
+        if keep and path in places
+    }
+    return Traced(jaxpr, leaves, result.fill, after.fill if changed else None, replaced)
 
 
+@contextlib.contextmanager
+def axis_names(axis_env: Sequence[tuple[str, int]]) -> Iterator[None]:
+    """Names `axis_env` in the error of a function that uses an axis not in it."""
+    try:
+        yield
+    except NameError as error:
+        if "axis name" not in str(error):
+            raise
+        raise ValueError(
+            f"the function uses a mapped axis that is not in axis_env={[*axis_env]}: "
+            f'pass axis_env=[(name, size)], say axis_env=[("batch", 8)] ({error})'
+        ) from error
+
+
+_ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 _SCALARS = (bool, int, float, complex, np.generic)
 
 
 def _is_array(x: Any) -> bool:
-    return isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
+    return isinstance(x, _ARRAYS)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,16 @@ class Axes:
         return jnp.transpose(matrix.reshape(sizes), inverse)
 
 
+_NO_ARRAY = (
+    "a LowRank node is no array: call the function as `factored(fn)`, or take the "
+    "dense array, `node.materialize()`"
+)
+
+
+class _NotAnArray(TypeError, AttributeError):
+    """An array's attribute that a node has not; `hasattr` says so."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class LowRank:
@@ -100,6 +110,30 @@ class LowRank:
         """Rank r, shared by all matrices of a stack."""
         return self.s.shape[-1]
 
+    @property
+    def size(self) -> int:
+        """Number of entries of the dense array; `counts` has those that are stored."""
+        return math.prod(self.axes.shape)
+
+    def _no_array(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError(_NO_ARRAY)
+
+    def __bool__(self) -> bool:  # that of an object, though it has a length
+        return True
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_") or not hasattr(jax.Array, name):
+            raise AttributeError(f"'LowRank' object has no attribute {name!r}")
+        raise _NotAnArray(f"`.{name}`: {_NO_ARRAY}")
+
+    __array__ = __array_ufunc__ = __jax_array__ = _no_array
+    __len__ = __getitem__ = _no_array
+    __float__ = __int__ = __complex__ = __neg__ = __abs__ = _no_array
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _no_array
+    __truediv__ = __rtruediv__ = __floordiv__ = __mod__ = _no_array
+    __pow__ = __rpow__ = __lt__ = __le__ = __gt__ = __ge__ = _no_array
+    __matmul__ = __rmatmul__ = _no_array
+
     def materialize(self) -> Array:
         """The dense array of shape `shape` and dtype `dtype`, in full precision."""
         u, vt = self.u.astype(self.dtype), self.vt.astype(self.dtype)
@@ -123,7 +157,10 @@ def map_low_rank(fn: Callable[[LowRank], Any], tree: PyTree) -> PyTree:
 
 
 def materialize(tree: PyTree) -> PyTree:
-    """The tree with every LowRank node replaced by its dense array."""
+    """The tree with every LowRank node replaced by its dense array.
+
+    The norm of what is trained needs no dense array: see `global_norm`.
+    """
     return map_low_rank(LowRank.materialize, tree)
 
 
@@ -299,7 +336,8 @@ class Counts(NamedTuple):
     """Numbers of weights of a params tree.
 
     `dense`: of the model with every matrix dense. `stored`: both bases, cores and every
-    other weight. `trainable`: cores and every other weight; alone it flatters.
+    other weight. `trainable`: cores and every other weight; alone it flatters. Their
+    norm is `global_norm`.
     """
 
     dense: int
@@ -320,6 +358,28 @@ def counts(params: PyTree) -> Counts:
             stored += math.prod(leaf.shape)
             trainable += math.prod(leaf.shape)
     return Counts(dense, stored, trainable)
+
+
+def global_norm(tree: PyTree) -> Float[Array, ""]:
+    """The norm over all leaves of params or gradients, a matrix counting as its W.
+
+    sqrt(Σ‖W‖²), where ‖U S Vᵀ‖ = ‖S‖ as bases are orthonormal: cores and dense leaves
+    alone, in float32 or wider. The same for params, for their gradients, with nodes or
+    without, and for `trainable(params)`; `optax.global_norm` counts the bases too.
+    Leaves that are no floats are left out.
+
+    >>> w = factor(2 * jnp.eye(4, 3), Axes((4, 3), (), (0,), (1,)))
+    >>> round(float(global_norm({"w": w, "b": jnp.ones(4)})), 4)
+    4.0
+    """
+    total = jnp.zeros((), jnp.float32)
+    for leaf in jax.tree.leaves(tree, is_leaf=is_low_rank):
+        array = leaf.s if is_low_rank(leaf) else leaf
+        if jnp.issubdtype(getattr(array, "dtype", type(array)), jnp.inexact):
+            magnitude = jnp.abs(jnp.asarray(array))
+            magnitude = magnitude.astype(compute_dtype(magnitude.dtype))
+            total = total + jnp.sum(jnp.square(magnitude))
+    return jnp.sqrt(total)
 
 
 def ranks(params: PyTree) -> dict[str, tuple[int, int, int]]:

@@ -1,9 +1,10 @@
 """Finds the matrices: the walk with leaves that record how they are used."""
 
 import dataclasses
+import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,14 @@ import numpy as np
 from jaxtyping import Array
 
 from oialr_jax import interpret
-from oialr_jax.lowrank import Axes, PyTree, is_low_rank, path_name, unique_names
+from oialr_jax.lowrank import (
+    Axes,
+    PyTree,
+    is_low_rank,
+    named_leaves,
+    path_name,
+    unique_names,
+)
 
 
 class Matrix(NamedTuple):
@@ -42,15 +50,73 @@ class Matrix(NamedTuple):
         return self.axes.n
 
 
+class Skipped(NamedTuple):
+    """One leaf of two or more axes that is no matrix.
+
+    `reason` names the primitives that use it otherwise, as JAX does, or says that it is
+    never used, has no entries or is no float.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+class Matrices(tuple[Matrix, ...]):
+    """What `find_matrices` gives: a tuple of `Matrix`, and the leaves it did not take.
+
+    Every leaf of two or more axes is either in the tuple or in `skipped`. Prints as a
+    table.
+    """
+
+    skipped: tuple[Skipped, ...]
+
+    def __new__(
+        cls, matrices: Iterable[Matrix] = (), skipped: Iterable[Skipped] = ()
+    ) -> "Matrices":
+        """The matrices in the order of their execution, and other leaves."""
+        self = super().__new__(cls, matrices)
+        self.skipped = tuple(skipped)
+        return self
+
+    def __str__(self) -> str:
+        width = max([len(x.path) for x in self] + [6])
+        lines = [f"{'matrix':<{width}}  kind     rows        shape  uses  other"]
+        lines += [
+            f"{x.path:<{width}}  {x.kind:<4} {x.rows:>8} {f'{x.m}x{x.n}':>12} "
+            f"{x.uses:>5}  {', '.join(x.other)}".rstrip()
+            for x in self
+        ]
+        return "\n".join([*lines, *skipped_lines(self.skipped)])
+
+
+def skipped_lines(skipped: Sequence[Skipped]) -> list[str]:
+    """The leaves that are no matrices as lines of a table."""
+    width = max([len(x.path) for x in skipped] + [0])
+    lines = [f"{x.path:<{width}}  {list(x.shape)}  {x.reason}" for x in skipped]
+    return ["no matrices:", *lines] if lines else []
+
+
 def find_matrices(
-    fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any
-) -> tuple[Matrix, ...]:
+    fn: Callable[..., Any],
+    params: PyTree,
+    *args: Any,
+    axis_env: Iterable[tuple[str, int]] = (),
+    **kwargs: Any,
+) -> Matrices:
     """The leaves of `params` that fn(params, *args, **kwargs) uses as matrices.
 
-    The function is traced, never run, so arguments may be `jax.ShapeDtypeStruct`. The
-    order is that of execution (of first use). A matrix is a leaf of two or more axes
-    that a dot product or a convolution contracts over some of its axes and keeps
-    others; what else happens to it is in `Matrix.other`.
+    The function is traced, never run, so arguments may be `jax.ShapeDtypeStruct`, and
+    what it changes in place stays as it is. The order is that of execution (of first
+    use). A matrix is a leaf of two or more axes that a dot product or a convolution
+    contracts over some of its axes and keeps others; what else happens to it is in
+    `Matrix.other`. Other leaves of two or more axes are in the result's `skipped`, each
+    with what stopped it; leaves that are no arrays (functions, strings, None) are left
+    alone.
+
+    Args:     axis_env: names and sizes of mapped axes that the function speaks of, as
+              `nn.BatchNorm(axis_name="batch")` does: [("batch", 8)].
+    Raises:   ValueError: the function uses an axis that `axis_env` does not name.
 
     >>> w = jax.ShapeDtypeStruct((8, 2, 4), jnp.float32)
     >>> x = jax.ShapeDtypeStruct((32, 8), jnp.float32)
@@ -59,7 +125,11 @@ def find_matrices(
     >>> q.path, q.m, q.n, q.rows
     ('q', 8, 8, 32)
     """
-    traced = interpret.trace(fn, (params, *args), kwargs, is_low_rank)
+    axes = tuple(dict(axis_env).items())
+    with interpret.axis_names(axes):
+        traced = interpret.trace(
+            fn, (params, *args), kwargs, is_low_rank, axis_env=axes
+        )
     unique_names(path[2:] for path, _ in traced.leaves if _in_params(path))
     probe = _Probe()
 
@@ -71,13 +141,22 @@ def find_matrices(
             for (path, _), array in zip(traced.leaves, arrays, strict=True)
         ]
         outputs = interpret.evaluate(traced.jaxpr, values, probe)
+        for output, leaf in traced.replaced.items():
+            view = values[leaf]
+            if not isinstance(view, interpret.View):
+                continue
+            if interpret.is_same(outputs[output], view):
+                outputs[output] = arrays[leaf]
+            else:
+                probe.unknown(view, "replaced in place")
         return [
-            probe.materialize(out) if isinstance(out, interpret.View) else out
+            probe.output(out) if isinstance(out, interpret.View) else out
             for out in outputs
         ]
 
-    jax.eval_shape(walk, *(_abstract(leaf) for _, leaf in traced.leaves))
-    return probe.matrices()
+    abstract = [_abstract(leaf) for _, leaf in traced.leaves]
+    jax.make_jaxpr(walk, axis_env=axes)(*abstract)
+    return probe.matrices(named_leaves(params))
 
 
 def select(
@@ -161,8 +240,16 @@ def _in_params(path: tuple[Any, ...]) -> bool:
 
 
 def _is_candidate(path: tuple[Any, ...], leaf: Any) -> bool:
-    is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
-    return _in_params(path) and leaf.ndim >= 2 and is_float
+    return _in_params(path) and leaf.ndim >= 2 and not _unfit(leaf)
+
+
+def _unfit(leaf: Any) -> str:
+    """Why a leaf cannot be a matrix, whatever is done with it."""
+    if isinstance(leaf, jax.Ref):
+        return "held in a jax.Ref"
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return f"{leaf.dtype}, no float"
+    return "" if math.prod(leaf.shape) else "no entries"
 
 
 @dataclasses.dataclass
@@ -185,9 +272,11 @@ class _Probe:
         self.records: dict[str, _Record] = {}
         self.seen: dict[tuple[str, int], Any] = {}
         self.other: dict[str, list[str]] = {}
+        self.outputs: set[str] = set()
+        self.detail = ""  # of the contraction that is about to be unknown
 
-    def matrices(self) -> tuple[Matrix, ...]:
-        return tuple(
+    def matrices(self, leaves: Mapping[str, Any]) -> Matrices:
+        matrices = (
             Matrix(
                 path=path,
                 axes=record.axes,
@@ -198,12 +287,29 @@ class _Probe:
             )
             for path, record in self.records.items()
         )
+        skipped = (
+            Skipped(path, tuple(leaf.shape), _unfit(leaf) or self.reason(path))
+            for path, leaf in leaves.items()
+            if len(getattr(leaf, "shape", ())) >= 2 and path not in self.records
+        )
+        return Matrices(matrices, skipped)
+
+    def reason(self, path: str) -> str:
+        """Why a leaf is no matrix."""
+        found = [*self.other.get(path, ()), *["output"] * (path in self.outputs)]
+        return ", ".join(dict.fromkeys(found)) or "never used"
+
+    def output(self, view: interpret.View) -> Array:
+        self.outputs.add(view.path)
+        return self.materialize(view)
 
     def materialize(self, view: interpret.View) -> Array:
         return interpret.arrange(view, view.data[0])
 
-    def scale(self, view: interpret.View, factor: Any) -> interpret.View:
-        return view
+    def scale(
+        self, view: interpret.View, times: Callable[[Array], Array]
+    ) -> interpret.View:
+        return view.replace(data=(times(view.data[0]),))
 
     def unstack(self, view: interpret.View, axis: int) -> tuple[Array, ...]:
         left = [a for a in range(len(view.leaf_shape)) if a not in view.taken]
@@ -213,7 +319,8 @@ class _Probe:
         self, view: interpret.View, x: Array, use: interpret.Use, eqn: Any
     ) -> Array | None:
         axes = _axes(view, use)
-        if axes is None:
+        if isinstance(axes, str):
+            self.detail = axes
             return None
         if (view.path, id(eqn)) not in self.seen:
             self.seen[view.path, id(eqn)] = eqn  # held, so that its id stays its own
@@ -233,11 +340,13 @@ class _Probe:
             record.other.append(f"{use.kind} over other axes")
 
     def unknown(self, view: interpret.View, primitive: str) -> None:
-        self.other.setdefault(view.path, []).append(primitive)
+        said = f"{primitive} {self.detail}".rstrip()
+        self.detail = ""
+        self.other.setdefault(view.path, []).append(said)
 
 
-def _axes(view: interpret.View, use: interpret.Use) -> Axes | None:
-    """Stack, inputs and outputs of the leaf under one use, if whole axes go to each.
+def _axes(view: interpret.View, use: interpret.Use) -> Axes | str:
+    """Stack, inputs and outputs of the leaf under one use, or why it has none.
 
     Axes of size one that a squeeze or reshape dropped count as outputs.
     """
@@ -247,14 +356,12 @@ def _axes(view: interpret.View, use: interpret.Use) -> Axes | None:
 
     stack = axes_of(use.batch).union(view.taken)
     inputs, outputs = axes_of(use.contracted), axes_of(use.free)
-    if (
-        not inputs
-        or not outputs
-        or stack & inputs
-        or stack & outputs
-        or inputs & outputs
-    ):
-        return None
+    if not inputs:
+        return "over no axis"
+    if not outputs:
+        return "over every axis"
+    if stack & inputs or stack & outputs or inputs & outputs:
+        return "over part of an axis"
     outputs |= set(range(len(view.leaf_shape))) - stack - inputs
     return Axes(view.leaf_shape, *(tuple(sorted(g)) for g in (stack, inputs, outputs)))
 

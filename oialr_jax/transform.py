@@ -1,5 +1,6 @@
 """Optax over cores: frozen bases have no optimizer state, no decay and no update."""
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
+from oialr_jax import effects
 from oialr_jax.lowrank import (
     LowRank,
     PyTree,
@@ -111,7 +113,8 @@ def freeze_bases(
     Wrap the whole chain, outermost: clipping then sees the norm of the trained leaves
     only, weight decay acts on the core (which is decay of W, linear in S), and state
     exists for cores and dense leaves alone. Updates of bases are zeros, so
-    `optax.apply_updates` and `TrainState.apply_gradients` work as they are.
+    `optax.apply_updates` and `TrainState.apply_gradients` work as they are. The norm of
+    params or gradients is `global_norm`; `optax.global_norm` outside counts the bases.
 
     Takes gradients of `jax.grad` (LowRank nodes) or of `oialr_jax.value_and_grad`
     (arrays in the place of cores); the latter need `params` in `update`.
@@ -164,20 +167,61 @@ def value_and_grad(
 
     The gradient has an array in the place of each core and of each dense leaf, and
     nothing for the bases: what is averaged over devices is r x r, not (m + n) x r.
+    Leaves that are no float arrays (integers, keys, Python numbers, functions) get
+    None.
+    What the loss changes in its arguments in place, as modules with batch statistics
+    do, is changed in the caller's objects.
 
     Args:     axis_name: under `jax.pmap` or `jax.shard_map`, the mapped axis: loss, aux
               and gradients are averaged over it. Under `jax.jit` the compiler does it.
     """
 
     def run(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
-        def of_trainable(trained: PyTree) -> Any:
-            return loss(with_trainable(params, trained), *args, **kwargs)
+        given = ((params, *args), kwargs)
+        originals = jax.tree.leaves(given, is_leaf=is_low_rank)
+        trained, treedef = jax.tree.flatten(trainable(params))
+        is_trained = [_has_gradient(x) for x in trained]
+        changed: list[effects.Template] = []
 
-        grad = jax.value_and_grad(of_trainable, has_aux=has_aux)
-        result = grad(trainable(params))
+        def of_trained(arrays: list[Any]) -> Any:
+            full = _merged(trained, is_trained, arrays)
+            tree = with_trainable(params, jax.tree.unflatten(treedef, full))
+            copy = jax.tree.map(lambda x: x, ((tree, *args), kwargs))
+            leaves = jax.tree.leaves(copy, is_leaf=is_low_rank)
+            before = jax.tree.structure(copy, is_leaf=is_low_rank)
+            origin = dict(zip(map(id, leaves), originals, strict=True))
+            out = loss(*copy[0], **copy[1])
+            after, changes = effects.Template.of(
+                copy, (jax.Array, np.ndarray), origin, is_leaf=is_low_rank
+            )
+            now = jax.tree.leaves(copy, is_leaf=is_low_rank)
+            if after.tree != before or not all(map(operator.is_, now, leaves)):
+                effects.refuse_shared(given)
+                effects.write(given, after.fill(changes), dry=True)
+                changed[:] = [after]
+            return (out[0], (out[1], changes)) if has_aux else (out, (None, changes))
+
+        arrays = [x for x, keep in zip(trained, is_trained, strict=True) if keep]
+        grad = jax.value_and_grad(of_trained, has_aux=True)
+        (value, (aux, changes)), grads = grad(arrays)
+        if changed:
+            effects.write(given, changed[0].fill(changes))
+        grads = _merged([None] * len(trained), is_trained, grads)
+        result = (value, aux) if has_aux else value, jax.tree.unflatten(treedef, grads)
         return result if axis_name is None else jax.lax.pmean(result, axis_name)
 
     return run
+
+
+def _has_gradient(leaf: Any) -> bool:
+    kinds = (jax.Array, np.ndarray, np.generic)
+    return isinstance(leaf, kinds) and bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
+
+
+def _merged(leaves: list[Any], replaced: list[bool], new: list[Any]) -> list[Any]:
+    """`leaves`, with those that are `replaced` taken from `new` in order."""
+    rest = iter(new)
+    return [next(rest) if x else y for y, x in zip(leaves, replaced, strict=True)]
 
 
 def _still(node: LowRank) -> LowRank:

@@ -3,24 +3,32 @@
 import itertools
 import re
 
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from cases import BY_NAME, CASES, plain
-from helpers import in_low_rank
+from cases import BY_NAME, CASES, normal, plain
+from helpers import assert_close, in_low_rank
 
 import oialr_jax as oialr
+from oialr_jax.lowrank import named_leaves
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_finds_every_matrix_in_execution_order(case):
     fn, params, x = case.build()
+    matrices = oialr.find_matrices(fn, params, x)
     found = tuple(
         (m.path, (m.axes.stack, m.axes.inputs, m.axes.outputs), m.rows, m.kind, m.uses)
-        for m in oialr.find_matrices(fn, params, x)
+        for m in matrices
     )
     assert found == case.found
+    listed = [m.path for m in matrices] + [x.path for x in matrices.skipped]
+    leaves = named_leaves(params).items()
+    every = {name for name, leaf in leaves if getattr(leaf, "ndim", 0) >= 2}
+    assert sorted(listed) == sorted(every)
 
 
 @pytest.mark.parametrize("name", ["dense", "attention", "nnx", "haiku"])
@@ -142,3 +150,189 @@ def test_two_leaves_of_one_name():
 
     with pytest.raises(ValueError, match="two leaves are called a/b: rename one"):
         oialr.find_matrices(fn, params, jnp.ones((2, 4)))
+
+
+# What is no matrix
+
+STOPPED = {
+    "gather": lambda w, x: w[jnp.arange(2)],
+    "sort": lambda w, x: x @ jnp.sort(w, axis=0),
+    "add": lambda w, x: x @ (w + 1),
+    "mul": lambda w, x: x.sum() + w * jnp.ones((4, 6)),
+    "exp": lambda w, x: x @ jnp.exp(w),
+    "reduce_sum": lambda w, x: x + w.sum(),
+    "slice": lambda w, x: x @ w[:, :3],
+    "reshape": lambda w, x: x[:, :3] @ w.reshape(3, 8),
+    "dot_general over every axis": lambda w, x: jnp.vdot(w, jnp.ones((4, 6))),
+    "dot_general over part of an axis": lambda w, x: jnp.einsum(
+        "bi,ijk->bjk", x[:, :2], w.reshape(2, 2, 6)
+    ),
+    "dot_general over no axis": lambda w, x: jnp.einsum("bi,ij->ij", x, w),
+    "conv_general_dilated": lambda w, x: jax.lax.conv(
+        w[None, None], jnp.ones((1, 1, 2, 2)), (1, 1), "SAME"
+    ),
+    "carry of while": lambda w, x: jax.lax.while_loop(
+        lambda w: w.sum() < 9, lambda w: w * 2, w
+    ),
+    "output": lambda w, x: (w, x),
+    "never used": lambda w, x: x,
+}
+
+
+@pytest.mark.parametrize("reason", STOPPED)
+def test_a_leaf_that_is_no_matrix_is_listed_with_what_stopped_it(reason):
+    params = {"w": jnp.ones((4, 6)), "v": jnp.ones((4, 5))}
+
+    def fn(params, x):
+        return STOPPED[reason](params["w"], x), x @ params["v"]
+
+    matrices = oialr.find_matrices(fn, params, jnp.ones((2, 4)))
+    assert [m.path for m in matrices] == ["v"]
+    assert matrices.skipped == (oialr.Skipped("w", (4, 6), reason),)
+    lines = str(matrices).splitlines()
+    assert lines[1].split() == ["v", "dot", "2", "4x5", "1"]
+    assert lines[2:] == ["no matrices:", f"w  [4, 6]  {reason}"]
+
+
+def test_the_result_is_a_tuple():
+    fn, params, x = BY_NAME["dense"].build()
+    matrices = oialr.find_matrices(fn, params, x)
+    assert matrices == tuple(matrices)
+    assert matrices[:1] + matrices[1:] == matrices
+    assert len(matrices) == 2
+    assert oialr.select(matrices, keep_last=0) == matrices
+
+
+def test_leaves_that_cannot_be_matrices_are_listed_and_those_that_are_no_arrays_not():
+    params = {
+        "w": normal(0, 4, 5),
+        "tall": jnp.ones((4, 0)),
+        "flat": jnp.ones((0, 5)),
+        "mask": jnp.ones((4, 5), bool),
+        "int8": jnp.ones((4, 5), jnp.int8),
+        "complex": jnp.ones((4, 5), jnp.complex64),
+        "ref": jax.new_ref(jnp.ones((4, 5))),
+        "numpy": np.ones((4, 5), np.float32),
+        "key": jax.random.key(0),
+        "scalar": jnp.ones(()),
+        "number": 2.0,
+        "function": jnp.tanh,
+        "none": None,
+        "name": "w",
+    }
+
+    def fn(p, x):
+        y = p["function"](x @ p["w"] * p["number"]) + p["scalar"] + p["ref"][...].sum()
+        masked = x @ jnp.where(p["mask"], p["numpy"], p["complex"].real)
+        return y + masked + (x @ p["tall"]) @ p["flat"] + p["int8"].sum()
+
+    matrices = oialr.find_matrices(fn, params, jnp.ones((2, 4)))
+    assert [m.path for m in matrices] == ["w"]
+    assert {x.path: x.reason for x in matrices.skipped} == {
+        "tall": "no entries",
+        "flat": "no entries",
+        "mask": "bool, no float",
+        "int8": "int8, no float",
+        "complex": "complex64, no float",
+        "ref": "held in a jax.Ref",
+        "numpy": "select_n",
+    }
+    low = {**params, "w": oialr.factor(params["w"], matrices[0].axes, 2)}
+    x = normal(1, 2, 4)
+    assert_close(
+        oialr.factored(fn)(low, x), fn({**low, "w": low["w"].materialize()}, x), 1e-5
+    )
+    told = oialr.explain(fn, low, x)
+    assert told.skipped == matrices.skipped
+    assert "\nnumpy    [4, 5]  select_n\n" in str(told)
+    assert oialr.ranks(low) == {"w": (4, 5, 2)}
+
+
+class Everything(eqx.Module):
+    """A module with fields of every kind, none of them marked static."""
+
+    conv: eqx.nn.Conv1d
+    attention: eqx.nn.MultiheadAttention
+    norm: eqx.nn.BatchNorm
+    mlp: eqx.nn.MLP
+    activation: object = jax.nn.relu
+    name: str = "everything"
+    nothing: object = None
+    number: int = 2
+
+    def __init__(self):
+        key = jax.random.key(0)
+        self.conv = eqx.nn.Conv1d(3, 8, 1, key=key)
+        self.attention = eqx.nn.MultiheadAttention(2, 8, key=key)
+        self.norm = eqx.nn.BatchNorm(8, axis_name="batch", mode="batch")
+        self.mlp = eqx.nn.MLP(8, 4, 6, 1, key=key)
+
+    def __call__(self, x, state):
+        x = self.activation(self.conv(x)).T
+        x = self.attention(x, x, x).mean(0)
+        x, state = self.norm(x, state)
+        return self.mlp(x) * self.number, state
+
+
+def test_a_whole_equinox_module_with_state():
+    model, state = eqx.nn.make_with_state(Everything)()
+
+    def fn(model, x, state):
+        mapped = jax.vmap(
+            model, axis_name="batch", in_axes=(0, None), out_axes=(0, None)
+        )
+        return mapped(x, state)
+
+    x = normal(1, 5, 3, 7)
+    matrices = oialr.find_matrices(fn, model, x, state)
+    assert len(matrices) == 7
+    assert [x.path for x in matrices.skipped] == ["conv/bias"]
+    low = in_low_rank(model, matrices)
+    dense = oialr.materialize(low)
+    actual, desired = oialr.factored(fn)(low, x, state), fn(dense, x, state)
+    assert_close(jax.tree.leaves(actual), jax.tree.leaves(desired), 1e-4)
+    assert len(oialr.explain(fn, low, x, state).lines) == 7
+    run = oialr.factored(lambda m, x, s: jnp.sum(fn(m, x, s)[0] ** 2))
+    value, grads = oialr.value_and_grad(run)(low, x, state)
+    assert np.isfinite(value)
+    assert grads.activation is None
+    assert grads.mlp.layers[0].weight.shape == low.mlp.layers[0].weight.s.shape
+    assert oialr.counts(low).dense == oialr.counts(model).dense
+
+
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=False, axis_name="batch")(nn.Dense(4)(x))
+        return jax.lax.pmean(nn.Dense(3)(x), "batch")
+
+
+def test_a_function_with_a_named_axis():
+    module, x = Normed(), normal(1, 2, 5, 6)
+    variables = jax.vmap(module.init, axis_name="batch", in_axes=(None, 0))(
+        jax.random.key(0), x
+    )
+    variables = jax.tree.map(lambda a: a[0], variables)
+    params, stats = variables["params"], variables["batch_stats"]
+
+    def fn(params, x):
+        variables = {"params": params, "batch_stats": stats}
+        return module.apply(variables, x, mutable=["batch_stats"])
+
+    for use in (oialr.find_matrices, oialr.explain):
+        with pytest.raises(ValueError, match=r"pass axis_env=.*batch"):
+            use(fn, params, x[0])
+    env = [("batch", 2)]
+    matrices = oialr.find_matrices(fn, params, x[0], axis_env=env)
+    assert [(m.path, m.rows) for m in matrices] == [
+        ("Dense_0/kernel", 5),
+        ("Dense_1/kernel", 5),
+    ]
+    low = in_low_rank(params, matrices)
+    told = oialr.explain(fn, low, x[0], axis_env=env)
+    assert [line.path for line in told.lines] == [m.path for m in matrices]
+    actual, desired = (
+        jax.vmap(f, in_axes=(None, 0), axis_name="batch")(p, x)
+        for f, p in ((oialr.factored(fn), low), (fn, oialr.materialize(low)))
+    )
+    assert_close(actual, desired, 1e-5)
