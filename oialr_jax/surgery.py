@@ -47,7 +47,7 @@ from oialr_jax.lowrank import (
 from oialr_jax.matrices import Matrix
 from oialr_jax.moments import MomentRule, Move
 from oialr_jax.schedule import RankRule
-from oialr_jax.sharding import Layout
+from oialr_jax.sharding import Layout, on_auto_axes
 from oialr_jax.transform import is_frozen, with_pending
 
 
@@ -104,6 +104,7 @@ class Report:
         return "\n".join(lines)
 
 
+@on_auto_axes
 def factorize(
     params: PyTree,
     opt_state: PyTree,
@@ -132,6 +133,7 @@ def factorize(
     return _factorized(params, opt_state, matrices, rank, tx, moment_rule, layout, NOW)
 
 
+@on_auto_axes
 def truncate(
     params: PyTree,
     opt_state: PyTree,
@@ -163,6 +165,7 @@ def truncate(
     return _truncated(params, opt_state, rule, paths, tx, moment_rule, layout, NOW)
 
 
+@on_auto_axes
 def choose(
     params: PyTree, rule: RankRule, matrices: Sequence[Matrix]
 ) -> dict[str, int]:
@@ -205,6 +208,7 @@ def _ranks(
     return ranks
 
 
+@on_auto_axes
 def project(params: PyTree, rule: RankRule, matrices: Sequence[Matrix]) -> PyTree:
     """Host side: params with the nearest matrices of the ranks that `rule` chooses.
 
@@ -286,6 +290,7 @@ def _part(
     ]
 
 
+@on_auto_axes
 def compile_ahead(
     params: PyTree,
     opt_state: PyTree,
@@ -315,6 +320,7 @@ def compile_ahead(
     return params, opt_state
 
 
+@on_auto_axes
 def apply_ranks(
     params: PyTree,
     opt_state: PyTree,
@@ -363,6 +369,7 @@ def _ranks_applied(
     return params, opt_state, reports
 
 
+@on_auto_axes
 def densify(
     params: PyTree,
     opt_state: PyTree | None = None,
