@@ -14,6 +14,7 @@ import pathlib
 import shutil
 import warnings
 import zlib
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Array, UInt32
 
 from oialr_jax.lowrank import Axes, LowRank, PyTree, is_low_rank, path_name
-from oialr_jax.sharding import Layout
+from oialr_jax.sharding import Layout, on_auto_axes
 
 _FORMAT = 1
 _ARRAYS, _CONTENTS = "arrays", "contents"
@@ -93,7 +94,7 @@ class Checkpoints:
 
         Raises:   ValueError: this step is there already.
         """
-        step = int(state.step)
+        step = int(jax.device_get(state.step))
         if step in self.steps:
             raise ValueError(f"step {step} is saved already in {self.folder}")
         nodes = {
@@ -331,14 +332,21 @@ def _is_key(x: Any) -> bool:
 
 
 def _data(x: Any) -> Array:
-    return jax.random.key_data(x) if _is_key(x) else jnp.asarray(x)
+    return jax.random.key_data(x) if _is_key(x) else jax.device_put(x)
 
 
 def _sums(arrays: Mapping[str, Array]) -> list[int]:
     """One checksum for each array, the same wherever its parts lie."""
-    return [int(x) for x in jax.device_get(_all_sums(list(arrays.values())))]
+    groups: dict[Any, list[str]] = defaultdict(list)  # one program for some devices
+    for name, x in arrays.items():
+        groups[frozenset(x.sharding.device_set), x.committed].append(name)
+    sums: dict[str, Any] = {}
+    for names in groups.values():
+        sums |= zip(names, _all_sums([arrays[k] for k in names]), strict=True)
+    return [int(x) for x in jax.device_get([sums[name] for name in arrays])]
 
 
+@on_auto_axes
 @jax.jit
 def _all_sums(arrays: list[Array]) -> list[UInt32[Array, ""]]:
     return [_checksum(x) for x in arrays]

@@ -90,7 +90,7 @@ class Layout:
 
     Hashable, so that it can be a static argument of `jax.jit`.
 
-    Raises:   on call, ValueError: a rule matches no leaf of the params first; a spec
+    Raises:   ValueError: the mesh has an Explicit axis `fsdp`. On call, ValueError: a rule matches no leaf of the params first; a spec
               has more entries than the leaf has axes, names an axis that the mesh has
               not, or does not divide the leaf.
     """
@@ -98,6 +98,10 @@ class Layout:
     mesh: Mesh
     rules: Rules = ()
     min_size: int = 2**12
+
+    def __post_init__(self) -> None:
+        """Refuse what would be divided behind the back of its types."""
+        _check_fsdp(self.mesh)
 
     def __call__(self, tree: PyTree) -> PyTree:
         """NamedShardings in the shape of `tree`: params, or a state with `.params`."""
@@ -125,6 +129,8 @@ class Layout:
         Over Explicit axes by `jax.sharding.reshard`, as their names are in the types.
         """
         places = self(tree)
+        if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree)):
+            return jax.device_put(tree, places)
         if AxisType.Explicit not in self.mesh.axis_types:
             return jax.lax.with_sharding_constraint(tree, places)
         return jax.tree.map(lambda x, where: _resharded(x, where=where), tree, places)
@@ -132,6 +138,16 @@ class Layout:
     def initialize(self, create: Callable[..., Any], *args: Any) -> Any:
         """Host side: create(*args), computed in place: no device holds the whole."""
         where = self(jax.eval_shape(create, *args))
+        everywhere = self._named(PartitionSpec())
+        if everywhere.is_fully_addressable:  # else the processes would compare them
+            args = jax.tree.map(
+                lambda x: (
+                    x
+                    if getattr(x, "committed", False)
+                    else jax.device_put(x, everywhere)
+                ),
+                args,
+            )
         return jax.jit(create, out_shardings=where)(*args)
 
     @property
@@ -304,18 +320,13 @@ def on_auto_axes(fn: Callable[Arguments, Result]) -> Callable[Arguments, Result]
     An event multiplies, stacks and divides matrices, and the types of Explicit axes
     would have to say where each result lies. So its arrays, shapes and Layouts come to
     a mesh of the same devices with Auto axes and go back after it: no data moves.
-
-    Raises:   TypeError: on call, an argument is traced.
     """
 
     @functools.wraps(fn)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         leaves = jax.tree.leaves((args, kwargs))
         if any(isinstance(x, jax.core.Tracer) for x in leaves):
-            raise TypeError(
-                f"`{fn.__name__}` works on the host, on values: call it between the "
-                "steps, outside of jax.jit, jax.grad, jax.vmap and jax.shard_map"
-            )
+            return fn(*args, **kwargs)
         context = jax.sharding.get_mesh()
         twins = {
             mesh: Mesh(
@@ -328,6 +339,8 @@ def on_auto_axes(fn: Callable[Arguments, Result]) -> Callable[Arguments, Result]
         }
         if not twins:
             return fn(*args, **kwargs)
+        for mesh in twins:
+            _check_fsdp(mesh)
         back = {twin: mesh for mesh, twin in twins.items()}
         args, kwargs = jax.tree.map(lambda x: _moved(x, twins), (args, kwargs))
         inside = twins.get(context)
@@ -336,6 +349,16 @@ def on_auto_axes(fn: Callable[Arguments, Result]) -> Callable[Arguments, Result]
         return jax.tree.map(lambda x: _moved(x, back), result)
 
     return run
+
+
+def _check_fsdp(mesh: Mesh) -> None:
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if kinds.get(FSDP, AxisType.Auto) != AxisType.Auto:
+        raise ValueError(
+            f"the axis {FSDP!r} of {mesh} is {kinds[FSDP]}: large leaves are divided "
+            "over it by themselves, which is the compiler's work; make the mesh by "
+            "oialr_jax.make_mesh, or with AxisType.Auto for this axis"
+        )
 
 
 def _mesh_of(x: Any) -> Mesh | None:

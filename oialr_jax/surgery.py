@@ -27,6 +27,7 @@ from oialr_jax.decompose import (
     Solved,
     by_gram,
     decomposed,
+    is_committed,
     mesh_of,
     on_host,
 )
@@ -241,8 +242,8 @@ def project(params: PyTree, rule: RankRule, matrices: Sequence[Matrix]) -> PyTre
         path: _recomposed(
             leaves[path],
             x.batch,
-            x.start,
-            r,
+            NOW.put(x.start, x.batch[0]),
+            NOW.put(r, x.batch[0]),
             stack=x.stack,
             axes=dense[path],
             where=_place(leaves[path]),
@@ -706,13 +707,18 @@ def _after(
     mesh = mesh_of(jax.tree.leaves(params))
     if layout is None and mesh is not None:
         layout = Layout(mesh)
+    beside = next((x for x in jax.tree.leaves(params) if mesh_of([x])), None)
+    opt_state = jax.tree.map(
+        lambda x: x if beside is None or is_committed(x) else run.put(x, beside),
+        opt_state,
+    )
     places = _places(params, plan, layout)
     moved = {
         cut.path: run.call(
             _rebased,
             leaves[cut.path],
             x.batch,
-            x.start,
+            run.put(x.start, x.batch[0]),
             stack=x.stack,
             rank=cut.rank,
             axes=cut.axes,
