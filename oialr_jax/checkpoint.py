@@ -166,6 +166,7 @@ class Checkpoints:
         Raises:   ValueError: the checkpoint does not fit the template (every path, with
                   both shapes and dtypes), or there are checkpoints and none is whole.
         """
+        self.wait()  # what is being written is not what was never finished
         for path in sorted(self.folder.glob("*.orbax-checkpoint-tmp*")):
             warnings.warn(f"{path} was never finished and is removed", stacklevel=2)
             if jax.process_index() == 0:

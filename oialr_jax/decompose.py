@@ -192,7 +192,15 @@ def decomposed(
     gets the same numbers. On a CPU one after the other: they use all threads anyway,
     and two solver calls at the same time, be it a QR beside an SVD in one program, have
     been seen to deadlock there.
+
+    Raises:   TypeError: a leaf is traced.
     """
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(list(leaves))):
+        raise TypeError(
+            "the params are traced, and matrices are decomposed on the host, by value: "
+            "call factorize, truncate, choose and project between the steps, outside "
+            "of jax.jit, jax.grad, jax.vmap and jax.shard_map"
+        )
     groups: dict[Any, list[int]] = defaultdict(list)
     middle = [x.s if is_low_rank(x) else x for x in leaves]
     views = [None if is_low_rank(x) else a for x, a in zip(leaves, axes, strict=True)]

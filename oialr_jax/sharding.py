@@ -90,9 +90,9 @@ class Layout:
 
     Hashable, so that it can be a static argument of `jax.jit`.
 
-    Raises:   ValueError: the mesh has an Explicit axis `fsdp`. On call, ValueError: a rule matches no leaf of the params first; a spec
-              has more entries than the leaf has axes, names an axis that the mesh has
-              not, or does not divide the leaf.
+    Raises:   ValueError: the mesh has an Explicit axis `fsdp`; on call, a rule matches
+              no leaf of the params first; a spec has more entries than the leaf has
+              axes, names an axis that the mesh has not, or does not divide the leaf.
     """
 
     mesh: Mesh
@@ -381,4 +381,8 @@ def _moved(x: Any, meshes: Mapping[Mesh, Mesh]) -> Any:
     where = NamedSharding(
         meshes[mesh], x.sharding.spec, memory_kind=x.sharding.memory_kind
     )
-    return x.update(sharding=where) if isinstance(x, jax.ShapeDtypeStruct) else jax.device_put(x, where)
+    return (
+        x.update(sharding=where)
+        if isinstance(x, jax.ShapeDtypeStruct)
+        else jax.device_put(x, where)
+    )
