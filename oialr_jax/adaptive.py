@@ -17,7 +17,7 @@ from oialr_jax.lowrank import PyTree, is_low_rank, named_leaves
 from oialr_jax.matrices import Matrix
 from oialr_jax.moments import MomentRule
 from oialr_jax.schedule import RankRule, Schedule
-from oialr_jax.sharding import Layout
+from oialr_jax.sharding import Layout, on_auto_axes
 from oialr_jax.stability import stability
 from oialr_jax.surgery import (
     Report,
@@ -171,7 +171,7 @@ class AdaptiveStep:
         """What the step returns: the new state, alone or first in a tuple."""
         known, number = self._last
         if state.step is not known:  # reading the step waits for the device
-            number = int(state.step)
+            number = int(jax.device_get(state.step))
             self._ahead = None
             if (
                 self._schedule.when == "stable"
@@ -196,11 +196,13 @@ class AdaptiveStep:
 
         out = self._jitted(state, *args, **kwargs)
         new_state = out[0] if _is_pair(out) else out
-        if self._last[0] is None and int(new_state.step) != number + self._stride:
-            raise ValueError(
-                f"one call took `state.step` from {number} to {int(new_state.step)}; "
-                f"`steps_per_call` is {self._stride}"
-            )
+        if self._last[0] is None:
+            reached = int(jax.device_get(new_state.step))
+            if reached != number + self._stride:
+                raise ValueError(
+                    f"one call took `state.step` from {number} to {reached}; "
+                    f"`steps_per_call` is {self._stride}"
+                )
         self._last = (new_state.step, number + self._stride)
         return out
 
@@ -323,6 +325,7 @@ class AdaptiveStep:
         return self._matrices[len(self._matrices) - count :]
 
 
+@on_auto_axes
 @functools.partial(jax.jit, static_argnames="matrices")
 def _stabilities(
     reference: PyTree, params: PyTree, matrices: tuple[Matrix, ...]

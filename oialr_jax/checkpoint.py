@@ -8,13 +8,17 @@ the step, so nothing else is needed to go on bit for bit.
 """
 
 import dataclasses
+import functools
 import json
 import math
+import os
 import pathlib
+import re
 import shutil
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +31,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Array, UInt32
 
 from oialr_jax.lowrank import Axes, LowRank, PyTree, is_low_rank, path_name
-from oialr_jax.sharding import Layout
+from oialr_jax.sharding import Layout, on_auto_axes
 
 _FORMAT = 1
 _ARRAYS, _CONTENTS = "arrays", "contents"
@@ -48,19 +52,21 @@ class Checkpoints:
     with the best `metric`. Every process of a run calls every method, on a folder that
     all of them see.
 
-    Args:     best: "max" or "min", which `metric` is best; None keeps the latest only.
-    Raises:   ValueError: `keep` below 1, or another `best`.
+    Args:     folder: on a file system of this machine; a leading ~ is expanded.
+              best: "max" or "min", which `metric` is best; None keeps the latest only.
+    Raises:   ValueError: `keep` below 1, another `best`, or a URL as `folder`.
+              NotADirectoryError: `folder`, or what it would be in, is a file.
     """
 
     def __init__(
-        self, folder: str | pathlib.Path, *, keep: int = 2, best: str | None = None
+        self, folder: str | os.PathLike[str], *, keep: int = 2, best: str | None = None
     ) -> None:
         """Open, or create, the folder."""
         if keep < 1:
             raise ValueError(f"`keep` must be at least 1, got {keep}")
         if best not in (None, "max", "min"):
             raise ValueError(f"`best` must be 'max', 'min' or None, got {best!r}")
-        self.folder = pathlib.Path(folder).absolute()
+        self.folder = _local(folder)
         self._policy = _LatestAndBest(keep, best, {})
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._policy,
@@ -84,49 +90,57 @@ class Checkpoints:
         state: PyTree,
         extra: Mapping[str, Any] | None = None,
         *,
-        metric: float | None = None,
+        metric: Any = None,
     ) -> None:
         """Save `state`, which has a `.step`, and `extra`, which JSON can hold.
 
         The state may be donated to the next step at once. What went wrong with the
         save before is raised here, or by `wait`.
 
-        Raises:   ValueError: this step is there already.
+        Args:     extra: dicts with strings as keys, lists, strings, numbers, booleans
+                  and None. Scalars of JAX and NumPy are numbers, too; numbers that are
+                  not finite are an error.
+                  metric: a number, or a scalar of JAX or NumPy. One that is not finite
+                  is that of a run which went wrong: never the best, and stored as None.
+        Raises:   ValueError: this step is there already; two arrays of the state have
+                  one name, or a name is too long for a file; a number in `extra` is not
+                  finite. TypeError: what `extra` has under a key, or `metric`, is of
+                  another kind. Nothing is written then.
         """
-        step = int(state.step)
+        step = int(jax.device_get(state.step))
         if step in self.steps:
             raise ValueError(f"step {step} is saved already in {self.folder}")
+        leaves = _leaves(state)
+        number = None if metric is None else _scalar(metric)
         nodes = {
-            path_name(path): dataclasses.asdict(leaf.axes)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(
-                state, is_leaf=is_low_rank
-            )
+            name: dataclasses.asdict(leaf.axes)
+            for name, leaf in _leaves(state, is_low_rank).items()
             if is_low_rank(leaf)
         }
-        leaves = _leaves(state)
         keys = {k: str(jax.random.key_impl(x)) for k, x in leaves.items() if _is_key(x)}
         arrays = {k: _data(x) for k, x in leaves.items()}
         contents: dict[str, Any] = {
             "format": _FORMAT,
             "step": step,
-            "metric": metric,
+            "metric": number,
             "low_rank": nodes,
             "keys": keys,
             "arrays": {
                 k: {"shape": list(x.shape), "dtype": str(x.dtype), "sum": total}
                 for (k, x), total in zip(arrays.items(), _sums(arrays), strict=True)
             },
-            "extra": dict(extra or {}),
+            "extra": _plain(dict(extra or {}), "extra"),
         }
         text = json.dumps(contents, allow_nan=False)
         contents = {"crc32": zlib.crc32(text.encode()), "text": text}
-        if metric is not None:
-            self._policy.metrics[step] = metric
+        self._policy.metrics[step] = number
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 **{
-                    _ARRAYS: ocp.args.StandardSave(arrays),
+                    _ARRAYS: ocp.args.StandardSave(
+                        {k: x for k, x in arrays.items() if x.size}  # Orbax has none
+                    ),
                     _CONTENTS: ocp.args.JsonSave(contents),
                 }
             ),
@@ -152,6 +166,7 @@ class Checkpoints:
         Raises:   ValueError: the checkpoint does not fit the template (every path, with
                   both shapes and dtypes), or there are checkpoints and none is whole.
         """
+        self.wait()  # what is being written is not what was never finished
         for path in sorted(self.folder.glob("*.orbax-checkpoint-tmp*")):
             warnings.warn(f"{path} was never finished and is removed", stacklevel=2)
             if jax.process_index() == 0:
@@ -226,8 +241,12 @@ class Checkpoints:
             )
             for name, entry in contents["arrays"].items()
         }
-        args = ocp.args.Composite(**{_ARRAYS: ocp.args.StandardRestore(wanted)})
-        arrays = self._manager.restore(step, args=args)[_ARRAYS]
+        full = {k: x for k, x in wanted.items() if x.size}
+        args = ocp.args.Composite(**{_ARRAYS: ocp.args.StandardRestore(full)})
+        arrays = dict(self._manager.restore(step, args=args)[_ARRAYS])
+        for name in wanted.keys() - full.keys():
+            x = wanted[name]
+            arrays[name] = jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
         sums = dict(zip(arrays, _sums(arrays), strict=True))
         for name, entry in contents["arrays"].items():
             if sums[name] != entry["sum"]:
@@ -252,6 +271,28 @@ class Checkpoints:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"checkpoint {step} set aside")
         self._manager.reload()
+
+
+def _local(folder: str | os.PathLike[str]) -> pathlib.Path:
+    """The absolute path of a folder.
+
+    Raises:   ValueError: it is a URL. NotADirectoryError: there is a file.
+    """
+    text = os.fspath(folder)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):  # a Path has made one / of two
+        raise ValueError(
+            f"`folder` must be on a file system of this machine, got the URL {text}: "
+            "mount it, or save to a local folder and copy that"
+        )
+    if not text:
+        raise ValueError("`folder` is empty: name one, . is the present one")
+    path = pathlib.Path(text).expanduser().absolute()
+    for place in (path, *path.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise NotADirectoryError(f"{place} is a file: name another `folder`")
+            break
+    return path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,6 +327,7 @@ def _abstract_state(
     Raises:   ValueError: the arrays of the checkpoint are others.
     """
     stored = contents["arrays"]
+    wrong = []
 
     def ranked(path: tuple[Any, ...], leaf: Any) -> Any:
         name = path_name(path)
@@ -299,19 +341,28 @@ def _abstract_state(
                 f"{name} has shape {np.shape(leaf)} in the model and {axes.shape} in "
                 f"the checkpoint {where}"
             )
+        for what, here, there in _dtypes(name, leaf, LowRank(u, s, vt, axes)):
+            if here != there:
+                wrong.append(
+                    f"{what} is {here} in the program and {there} in the checkpoint"
+                )
         return LowRank(u, s, vt, axes)
 
     abstract = jax.eval_shape(lambda: template)
     new = jax.tree_util.tree_map_with_path(ranked, abstract, is_leaf=is_low_rank)
     new = new.replace(opt_state=jax.eval_shape(tx.init, new.params))
-    wrong = []
-    leaves = {name: jax.eval_shape(_data, x) for name, x in _leaves(new).items()}
+    leaves = _leaves(new)
+    found = {
+        name: jax.ShapeDtypeStruct(x["shape"], x["dtype"]) for name, x in stored.items()
+    }
+    for name, impl in contents["keys"].items():
+        wrap = functools.partial(jax.random.wrap_key_data, impl=impl)
+        found[name] = jax.eval_shape(wrap, found[name])
     for name in sorted(leaves.keys() | stored.keys()):
-        here = there = "nothing"
-        if name in leaves:
-            here = f"{leaves[name].dtype}{tuple(leaves[name].shape)}"
-        if name in stored:
-            there = f"{stored[name]['dtype']}{tuple(stored[name]['shape'])}"
+        here, there = (
+            f"{x[name].dtype}{tuple(x[name].shape)}" if name in x else "nothing"
+            for x in (leaves, found)
+        )
         if here != there:
             wrong.append(
                 f"{name} is {here} in the program and {there} in the checkpoint"
@@ -321,9 +372,94 @@ def _abstract_state(
     return new
 
 
-def _leaves(tree: PyTree) -> dict[str, Any]:
-    """Every array by its path, those inside of LowRank nodes too."""
-    return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+def _dtypes(name: str, leaf: Any, node: LowRank) -> list[tuple[str, Any, Any]]:
+    """What has a dtype in the program, and in the checkpoint, of a low-rank leaf.
+
+    Bases may be narrower than their core, which a dense leaf does not tell.
+    """
+    if not is_low_rank(leaf):
+        return [(name, leaf.dtype, node.dtype)]
+    return [
+        (f"{name}/{part}", getattr(leaf, part).dtype, getattr(node, part).dtype)
+        for part in ("u", "s", "vt")
+    ]
+
+
+def _leaves(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> Any:
+    """Every array by its path, those inside of LowRank nodes too by default.
+
+    Raises:   ValueError: two have the same name, as in {"a/b": x, "a": {"b": y}}.
+    """
+    found: dict[str, Any] = {}
+    paths: dict[str, Any] = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf):
+        name = path_name(path)
+        if name in found:
+            first, second = (jax.tree_util.keystr(p) for p in (paths[name], path))
+            raise ValueError(
+                f"a checkpoint cannot tell {first} from {second}, both are called "
+                f"{name!r}: rename one of them"
+            )
+        found[name], paths[name] = x, path
+    return found
+
+
+def _scalar(metric: Any) -> float | None:
+    """A metric as a number; None, which is never the best, where it is not finite.
+
+    Raises:   TypeError: it is no real number.
+    """
+    value = np.asarray("" if _is_key(metric) else jax.device_get(metric))
+    if value.ndim or not _is_real(value.dtype):
+        raise TypeError(
+            "`metric` must be one real number, a scalar of Python, NumPy or JAX, got "
+            f"{_kind(metric)}"
+        )
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _plain(x: Any, name: str) -> Any:
+    """What JSON can hold, scalars of NumPy and JAX as numbers.
+
+    Raises:   TypeError: it is of another kind. ValueError: a number is not finite.
+    """
+    if isinstance(x, Mapping):
+        for key in x:
+            if not isinstance(key, str):
+                raise TypeError(
+                    f"{name} has the key {key!r}, and those of JSON are strings: "
+                    f"write {str(key)!r}"
+                )
+        return {key: _plain(value, f"{name}[{key!r}]") for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [_plain(value, f"{name}[{i}]") for i, value in enumerate(x)]
+    if isinstance(x, np.ndarray | np.generic | jax.Array) and not _is_key(x):
+        value = np.asarray(jax.device_get(x))
+        if _is_real(value.dtype):
+            if jnp.issubdtype(value.dtype, jnp.floating):
+                value = value.astype(np.float64)  # those of ml_dtypes, too
+            return _plain(value.tolist(), name)
+    if isinstance(x, float) and not math.isfinite(x):
+        raise ValueError(f"{name} is {x}, which JSON cannot hold: write None, or a str")
+    if x is None or isinstance(x, str | int | float):
+        return x
+    raise TypeError(
+        f"{name} is {_kind(x)}, which JSON cannot hold: give dicts, lists, strings, "
+        "numbers, booleans and None"
+    )
+
+
+def _is_real(dtype: Any) -> bool:
+    kinds = (jnp.integer, jnp.floating, jnp.bool_)
+    return any(jnp.issubdtype(dtype, kind) for kind in kinds)
+
+
+def _kind(x: Any) -> str:
+    """What something is, in an error."""
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return f"{x.dtype}{tuple(x.shape)} of {type(x).__module__}.{type(x).__name__}"
+    return f"{x!r:.60} of {type(x).__module__}.{type(x).__name__}"
 
 
 def _is_key(x: Any) -> bool:
@@ -331,14 +467,21 @@ def _is_key(x: Any) -> bool:
 
 
 def _data(x: Any) -> Array:
-    return jax.random.key_data(x) if _is_key(x) else jnp.asarray(x)
+    return jax.random.key_data(x) if _is_key(x) else jax.device_put(x)
 
 
 def _sums(arrays: Mapping[str, Array]) -> list[int]:
     """One checksum for each array, the same wherever its parts lie."""
-    return [int(x) for x in jax.device_get(_all_sums(list(arrays.values())))]
+    groups: dict[Any, list[str]] = defaultdict(list)  # one program for some devices
+    for name, x in arrays.items():
+        groups[frozenset(x.sharding.device_set), x.committed].append(name)
+    sums: dict[str, Any] = {}
+    for names in groups.values():
+        sums |= zip(names, _all_sums([arrays[k] for k in names]), strict=True)
+    return [int(x) for x in jax.device_get([sums[name] for name in arrays])]
 
 
+@on_auto_axes
 @jax.jit
 def _all_sums(arrays: list[Array]) -> list[UInt32[Array, ""]]:
     return [_checksum(x) for x in arrays]
@@ -355,6 +498,8 @@ def _checksum(x: Array) -> UInt32[Array, ""]:
     """
     if x.dtype == bool:
         x = x.astype(jnp.uint8)
+    if jnp.issubdtype(x.dtype, jnp.integer) and jnp.iinfo(x.dtype).bits < 8:
+        x = x.astype(jnp.int8)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         x = jnp.stack([x.real, x.imag], -1)
     bits = min(8 * x.dtype.itemsize, 32)

@@ -35,10 +35,15 @@ from oialr_jax.lowrank import (
 
 
 class Run(NamedTuple):
-    """How the parts of an event are called, brought to the host, and spread."""
+    """How the parts of an event are called, brought to the host, and spread.
+
+    `put` places what a program would move by itself where an array is, as an explicit
+    transfer: `jax.transfer_guard` can forbid others.
+    """
 
     call: Callable[..., Any]
     get: Callable[[Any], Any]
+    put: Callable[[Any, Any], Any]
     split: Callable[[Any, NamedSharding], list[Any]]
     join: Callable[[list[Any], NamedSharding], Any]
     agree: Callable[[Any], None]
@@ -48,17 +53,17 @@ def _compiled(fn: Any, *args: Any, **static: Any) -> Any:
     """Instead of fn(*args): its program compiled, and the shapes of the result."""
     program = fn.lower(*args, **static).compile()
     shapes = fn.eval_shape(*args, **static)
-    if not any(map(_is_committed, jax.tree.leaves(args))):
+    if not any(map(is_committed, jax.tree.leaves(args))):
         return shapes
     return jax.tree.map(_shape_in, shapes, program.output_shardings)
 
 
-def _is_committed(x: Any) -> bool:
+def is_committed(x: Any) -> bool:
     """Whether an array, or the array that a shape stands for, has a fixed place."""
     return getattr(x, "committed", getattr(x, "sharding", None) is not None)
 
 
-def _shape_in(x: Any, where: Sharding) -> jax.ShapeDtypeStruct:
+def _shape_in(x: Any, where: Sharding | None) -> jax.ShapeDtypeStruct:
     weak = getattr(x, "weak_type", False)
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where, weak_type=weak)
 
@@ -66,6 +71,29 @@ def _shape_in(x: Any, where: Sharding) -> jax.ShapeDtypeStruct:
 def _expected(shapes: Any) -> Any:
     """What an event without trouble brings to the host: True, and numbers of no use."""
     return jax.tree.map(lambda x: np.full(x.shape, x.dtype == bool, x.dtype), shapes)
+
+
+def _put(x: Any, beside: Any) -> Any:
+    """x, an integer or what nobody placed yet, whole wherever `beside` has a part."""
+    x = np.int32(x) if isinstance(x, int) else x
+    known, where = _whole(beside)
+    return jax.device_put(x, where) if known else x
+
+
+def _put_shape(x: Any, beside: Any) -> Any:
+    x = jax.ShapeDtypeStruct((), np.int32) if isinstance(x, int) else x
+    return _shape_in(x, _whole(beside)[1])
+
+
+def _whole(beside: Any) -> tuple[bool, Sharding | None]:
+    """Whether `_put` can place something without asking other processes, and where."""
+    where = beside.sharding if is_committed(beside) else None
+    if isinstance(where, NamedSharding):
+        where = NamedSharding(where.mesh, PartitionSpec())
+    elif not isinstance(where, SingleDeviceSharding | None):
+        return False, None
+    known = where is None or where.is_fully_addressable
+    return known, where if known else None
 
 
 def _split(array: Any, where: NamedSharding) -> list[Any]:
@@ -113,11 +141,14 @@ def _agree(plan: Any) -> None:
 NOW = Run(
     lambda fn, *args, **static: fn(*args, **static),
     jax.device_get,
+    _put,
     _split,
     _join,
     _agree,
 )
-AHEAD = Run(_compiled, _expected, _split_shapes, _join_shapes, lambda _: None)
+AHEAD = Run(
+    _compiled, _expected, _put_shape, _split_shapes, _join_shapes, lambda _: None
+)
 
 
 class Solved(NamedTuple):
@@ -161,7 +192,15 @@ def decomposed(
     gets the same numbers. On a CPU one after the other: they use all threads anyway,
     and two solver calls at the same time, be it a QR beside an SVD in one program, have
     been seen to deadlock there.
+
+    Raises:   TypeError: a leaf is traced.
     """
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(list(leaves))):
+        raise TypeError(
+            "the params are traced, and matrices are decomposed on the host, by value: "
+            "call factorize, truncate, choose and project between the steps, outside "
+            "of jax.jit, jax.grad, jax.vmap and jax.shard_map"
+        )
     groups: dict[Any, list[int]] = defaultdict(list)
     middle = [x.s if is_low_rank(x) else x for x in leaves]
     views = [None if is_low_rank(x) else a for x, a in zip(leaves, axes, strict=True)]

@@ -1,16 +1,21 @@
 """Where the leaves live: meshes, and a sharding for every dense and low-rank leaf."""
 
+import contextlib
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, final
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar, final
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from oialr_jax.lowrank import LowRank, PyTree, is_low_rank, path_name
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 Rules = tuple[tuple[str, PartitionSpec], ...]
 
@@ -85,14 +90,18 @@ class Layout:
 
     Hashable, so that it can be a static argument of `jax.jit`.
 
-    Raises:   on call, ValueError: a rule matches no leaf of the params first; a spec
-              has more entries than the leaf has axes, names an axis that the mesh has
-              not, or does not divide the leaf.
+    Raises:   ValueError: the mesh has an Explicit axis `fsdp`; on call, a rule matches
+              no leaf of the params first; a spec has more entries than the leaf has
+              axes, names an axis that the mesh has not, or does not divide the leaf.
     """
 
     mesh: Mesh
     rules: Rules = ()
     min_size: int = 2**12
+
+    def __post_init__(self) -> None:
+        """Refuse what would be divided behind the back of its types."""
+        _check_fsdp(self.mesh)
 
     def __call__(self, tree: PyTree) -> PyTree:
         """NamedShardings in the shape of `tree`: params, or a state with `.params`."""
@@ -115,12 +124,30 @@ class Layout:
         return self(_Pair(params, opt_state)).opt_state
 
     def constrain(self, tree: PyTree) -> PyTree:
-        """Traceable: `tree` with its arrays in their places."""
-        return jax.lax.with_sharding_constraint(tree, self(tree))
+        """Traceable: `tree` with its arrays in their places.
+
+        Over Explicit axes by `jax.sharding.reshard`, as their names are in the types.
+        """
+        places = self(tree)
+        if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree)):
+            return jax.device_put(tree, places)
+        if AxisType.Explicit not in self.mesh.axis_types:
+            return jax.lax.with_sharding_constraint(tree, places)
+        return jax.tree.map(lambda x, where: _resharded(x, where=where), tree, places)
 
     def initialize(self, create: Callable[..., Any], *args: Any) -> Any:
         """Host side: create(*args), computed in place: no device holds the whole."""
         where = self(jax.eval_shape(create, *args))
+        everywhere = self._named(PartitionSpec())
+        if everywhere.is_fully_addressable:  # else the processes would compare them
+            args = jax.tree.map(
+                lambda x: (
+                    x
+                    if getattr(x, "committed", False)
+                    else jax.device_put(x, everywhere)
+                ),
+                args,
+            )
         return jax.jit(create, out_shardings=where)(*args)
 
     @property
@@ -270,3 +297,92 @@ def _names(entry: Any) -> tuple[str, ...]:
     if entry is None:
         return ()
     return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+@functools.partial(jax.jit, static_argnames="where")
+def _resharded(x: jax.Array, where: NamedSharding) -> jax.Array:
+    """x in its place on a mesh with Explicit axes, and perhaps Auto ones."""
+    kinds = dict(zip(where.mesh.axis_names, where.mesh.axis_types, strict=True))
+
+    def over(kind: AxisType) -> NamedSharding:
+        names = [[a for a in _names(e) if kinds[a] == kind] for e in where.spec]
+        return NamedSharding(where.mesh, PartitionSpec(*[tuple(x) for x in names]))
+
+    x = jax.sharding.reshard(x, over(AxisType.Explicit))
+    if AxisType.Auto not in kinds.values():
+        return x
+    return jax.lax.with_sharding_constraint(x, over(AxisType.Auto))
+
+
+def on_auto_axes(fn: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Host side: fn, on meshes with Explicit axes as if they were Auto.
+
+    An event multiplies, stacks and divides matrices, and the types of Explicit axes
+    would have to say where each result lies. So its arrays, shapes and Layouts come to
+    a mesh of the same devices with Auto axes and go back after it: no data moves.
+    """
+
+    @functools.wraps(fn)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        leaves = jax.tree.leaves((args, kwargs))
+        if any(isinstance(x, jax.core.Tracer) for x in leaves):
+            return fn(*args, **kwargs)
+        context = jax.sharding.get_mesh()
+        twins = {
+            mesh: Mesh(
+                mesh.devices,
+                mesh.axis_names,
+                axis_types=(AxisType.Auto,) * len(mesh.axis_names),
+            )
+            for mesh in {context, *map(_mesh_of, leaves)}
+            if mesh is not None and set(mesh.axis_types) - {AxisType.Auto}
+        }
+        if not twins:
+            return fn(*args, **kwargs)
+        for mesh in twins:
+            _check_fsdp(mesh)
+        back = {twin: mesh for mesh, twin in twins.items()}
+        args, kwargs = jax.tree.map(lambda x: _moved(x, twins), (args, kwargs))
+        inside = twins.get(context)
+        with contextlib.nullcontext() if inside is None else jax.set_mesh(inside):
+            result = fn(*args, **kwargs)
+        return jax.tree.map(lambda x: _moved(x, back), result)
+
+    return run
+
+
+def _check_fsdp(mesh: Mesh) -> None:
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if kinds.get(FSDP, AxisType.Auto) != AxisType.Auto:
+        raise ValueError(
+            f"the axis {FSDP!r} of {mesh} is {kinds[FSDP]}: large leaves are divided "
+            "over it by themselves, which is the compiler's work; make the mesh by "
+            "oialr_jax.make_mesh, or with AxisType.Auto for this axis"
+        )
+
+
+def _mesh_of(x: Any) -> Mesh | None:
+    """The mesh that an array, a shape or a Layout is on, if it is on one."""
+    mesh = getattr(x if isinstance(x, Layout) else _sharding(x), "mesh", None)
+    return mesh if isinstance(mesh, Mesh) else None
+
+
+def _sharding(x: Any) -> Any:
+    return getattr(x, "sharding", None)
+
+
+def _moved(x: Any, meshes: Mapping[Mesh, Mesh]) -> Any:
+    """x with another mesh in the place of its own; anything else as it is."""
+    mesh = _mesh_of(x)
+    if mesh is None or mesh not in meshes:
+        return x
+    if isinstance(x, Layout):
+        return dataclasses.replace(x, mesh=meshes[mesh])
+    where = NamedSharding(
+        meshes[mesh], x.sharding.spec, memory_kind=x.sharding.memory_kind
+    )
+    return (
+        x.update(sharding=where)
+        if isinstance(x, jax.ShapeDtypeStruct)
+        else jax.device_put(x, where)
+    )

@@ -27,6 +27,7 @@ from oialr_jax.decompose import (
     Solved,
     by_gram,
     decomposed,
+    is_committed,
     mesh_of,
     on_host,
 )
@@ -47,7 +48,7 @@ from oialr_jax.lowrank import (
 from oialr_jax.matrices import Matrix
 from oialr_jax.moments import MomentRule, Move
 from oialr_jax.schedule import RankRule
-from oialr_jax.sharding import Layout
+from oialr_jax.sharding import Layout, on_auto_axes
 from oialr_jax.transform import is_frozen, with_pending
 
 
@@ -104,6 +105,7 @@ class Report:
         return "\n".join(lines)
 
 
+@on_auto_axes
 def factorize(
     params: PyTree,
     opt_state: PyTree,
@@ -132,6 +134,7 @@ def factorize(
     return _factorized(params, opt_state, matrices, rank, tx, moment_rule, layout, NOW)
 
 
+@on_auto_axes
 def truncate(
     params: PyTree,
     opt_state: PyTree,
@@ -163,6 +166,7 @@ def truncate(
     return _truncated(params, opt_state, rule, paths, tx, moment_rule, layout, NOW)
 
 
+@on_auto_axes
 def choose(
     params: PyTree, rule: RankRule, matrices: Sequence[Matrix]
 ) -> dict[str, int]:
@@ -205,6 +209,7 @@ def _ranks(
     return ranks
 
 
+@on_auto_axes
 def project(params: PyTree, rule: RankRule, matrices: Sequence[Matrix]) -> PyTree:
     """Host side: params with the nearest matrices of the ranks that `rule` chooses.
 
@@ -237,8 +242,8 @@ def project(params: PyTree, rule: RankRule, matrices: Sequence[Matrix]) -> PyTre
         path: _recomposed(
             leaves[path],
             x.batch,
-            x.start,
-            r,
+            NOW.put(x.start, x.batch[0]),
+            NOW.put(r, x.batch[0]),
             stack=x.stack,
             axes=dense[path],
             where=_place(leaves[path]),
@@ -286,6 +291,7 @@ def _part(
     ]
 
 
+@on_auto_axes
 def compile_ahead(
     params: PyTree,
     opt_state: PyTree,
@@ -315,6 +321,7 @@ def compile_ahead(
     return params, opt_state
 
 
+@on_auto_axes
 def apply_ranks(
     params: PyTree,
     opt_state: PyTree,
@@ -363,6 +370,7 @@ def _ranks_applied(
     return params, opt_state, reports
 
 
+@on_auto_axes
 def densify(
     params: PyTree,
     opt_state: PyTree | None = None,
@@ -699,13 +707,18 @@ def _after(
     mesh = mesh_of(jax.tree.leaves(params))
     if layout is None and mesh is not None:
         layout = Layout(mesh)
+    beside = next((x for x in jax.tree.leaves(params) if mesh_of([x])), None)
+    opt_state = jax.tree.map(
+        lambda x: x if beside is None or is_committed(x) else run.put(x, beside),
+        opt_state,
+    )
     places = _places(params, plan, layout)
     moved = {
         cut.path: run.call(
             _rebased,
             leaves[cut.path],
             x.batch,
-            x.start,
+            run.put(x.start, x.batch[0]),
             stack=x.stack,
             rank=cut.rank,
             axes=cut.axes,

@@ -3,6 +3,8 @@
 import functools
 import gc
 import json
+import math
+import pathlib
 import re
 import shutil
 
@@ -197,6 +199,50 @@ def test_the_latest_and_the_best_are_kept(tmp_path):
     assert last(tmp_path).state.step == 5
 
 
+@pytest.mark.parametrize(
+    "metric",
+    [
+        2,
+        2.0,
+        np.float32(2),
+        np.array(2),
+        jnp.bfloat16(2),
+        jnp.ones((), jnp.int8) * 2,
+        jnp.float32(2),
+    ],
+    ids=lambda x: f"{type(x).__name__}-{getattr(x, 'dtype', '')}",
+)
+def test_a_metric_is_a_scalar_of_any_kind(metric, tmp_path):
+    with oialr.Checkpoints(tmp_path, best="max") as saved:
+        saved.save(small({}), metric=metric)
+        assert saved._contents(0)["metric"] == 2
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, jnp.float32(math.nan)])
+@pytest.mark.parametrize("best", ["max", "min"])
+def test_a_metric_that_is_not_finite_is_saved_and_not_the_best(bad, best, tmp_path):
+    metrics, state = {1: bad, 2: 0.5, 3: bad, 4: bad, 5: bad}, small({})
+    for step, metric in metrics.items():  # every one by a process of its own
+        with oialr.Checkpoints(tmp_path, keep=2, best=best) as saved:
+            saved.save(state.replace(step=jnp.asarray(step)), metric=metric)
+            assert step in saved.steps
+    with oialr.Checkpoints(tmp_path, keep=2, best=best) as saved:
+        assert saved.steps == (2, 4, 5)
+        assert saved.restore(state, TX).state.step == 5
+
+
+@pytest.mark.parametrize(
+    "metric", ["good", np.ones(1), jnp.ones((2, 2)), [1.0], 1j, {}, jax.random.key(0)]
+)
+def test_a_metric_of_another_kind(metric, tmp_path):
+    with oialr.Checkpoints(tmp_path) as saved:
+        with pytest.raises(
+            TypeError, match=r"`metric` must be one real number, .* got"
+        ):
+            saved.save(small({}), metric=metric)
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_to_restore(tmp_path):
     assert last(tmp_path / "new") is None
 
@@ -359,6 +405,101 @@ def test_a_model_of_another_precision(tmp_path):
         last(tmp_path, template=template)
 
 
+def cast(params, dtype):
+    return jax.eval_shape(lambda p: jax.tree.map(lambda x: x.astype(dtype), p), params)
+
+
+def test_a_low_rank_leaf_of_another_precision(tmp_path):
+    """Every one is named, and nothing becomes float32 without a word."""
+    filled(tmp_path, 6)
+    template = jax.eval_shape(create)
+    dense = template.replace(params=cast(template.params, jnp.bfloat16))
+    with pytest.raises(ValueError, match="does not fit") as error:
+        last(tmp_path, template=dense)
+    for leaf in ("a/kernel", "b/kernel"):
+        assert f"params/{leaf} is bfloat16 in the program and float32 in the" in str(
+            error.value
+        )
+    assert "params/a/bias is bfloat16(16,) in the program" in str(error.value)
+    low = last(tmp_path).state
+    node = low.params["a"]["kernel"]
+    narrow = oialr.LowRank(
+        *cast((node.u, node.s, node.vt), jnp.float16), axes=node.axes
+    )
+    low = low.replace(params=low.params | {"a": low.params["a"] | {"kernel": narrow}})
+    with pytest.raises(ValueError, match=r"kernel/u is float16 .* float32 .*kernel/vt"):
+        last(tmp_path, template=low)
+
+
+def test_bases_narrower_than_their_core_fit_a_dense_program(tmp_path):
+    axes = oialr.Axes((6, 4), (), (0,), (1,))
+    node = oialr.factor(normal(0, 6, 4), axes, 2)
+    u, vt = node.u.astype(jnp.bfloat16), node.vt.astype(jnp.bfloat16)
+    state = small({"w": oialr.LowRank(u, node.s, vt, axes)})
+    with oialr.Checkpoints(tmp_path) as saved:
+        saved.save(state)
+        found = saved.restore(small({"w": normal(0, 6, 4)}), TX).state
+    assert found.params["w"].u.dtype == jnp.bfloat16
+    assert_same(found, state)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: jax.random.key_data(jax.random.key(3)),
+        lambda: jax.random.key(3, impl="rbg"),
+        lambda: jax.random.key(3, impl="unsafe_rbg"),
+    ],
+    ids=["uint32", "rbg", "unsafe_rbg"],
+)
+def test_a_key_of_another_kind(other, tmp_path):
+    saves = jax.random.key(3, impl="rbg") if "rbg" in str(other().dtype) else None
+    state = small({"w": normal(0, 6, 4)}, saves)
+    changed = jax.random.key(3) if other().dtype == state.key.dtype else other()
+    with oialr.Checkpoints(tmp_path) as saved:
+        saved.save(state)
+        with pytest.raises(ValueError, match=r"key is .* in the program and key<"):
+            saved.restore(state.replace(key=changed), TX)
+
+
+def small(params, key=None):
+    key = jax.random.key(3) if key is None else key
+    state = State.create(apply_fn=fn, params=params, tx=TX, key=key)
+    return state.replace(step=jnp.zeros((), jnp.int32))
+
+
+LOW = oialr.factor(normal(0, 6, 4), oialr.Axes((6, 4), (), (0,), (1,)), 2)
+COLLISIONS = {
+    "slash": ({"a/b": jnp.ones(2), "a": {"b": jnp.zeros(2)}}, "['a/b']", "['a']['b']"),
+    "list": ({"a/0": jnp.ones(2), "a": [jnp.zeros(2)]}, "['a/0']", "['a'][0]"),
+    "attribute": ({"a/u": jnp.ones(2), "a": LOW}, "['a/u']", "['a'].u"),
+    "node": ({"a/b": LOW, "a": {"b": jnp.zeros(2)}}, "['a/b']", "['a']['b']"),
+    "empty": ({"a/": jnp.ones(2), "a": {"": jnp.zeros(2)}}, "['a/']", "['a']['']"),
+}
+
+
+@pytest.mark.parametrize("case", COLLISIONS)
+def test_names_that_collide_are_refused(case, tmp_path):
+    params, *paths = COLLISIONS[case]
+    with oialr.Checkpoints(tmp_path) as saved:
+        with pytest.raises(ValueError, match="rename one of them") as error:
+            saved.save(State(0, fn, params, TX, (), jax.random.key(0)))
+        assert all(f".params{path}" in str(error.value) for path in paths)
+        assert list(tmp_path.iterdir()) == []
+        saved.save(small({"x": jnp.ones(2)}))
+        with pytest.raises(ValueError, match="rename one of them"):
+            saved.restore(State(0, fn, params, TX, (), jax.random.key(0)), TX)
+
+
+def test_names_of_any_kind(tmp_path):
+    names = ["a/b", "", ".", "..", "ü ☃\n", "x" * 300, "%2F[0]'\"\\:*?", "a\0b", "/"]
+    params = {name: jnp.full(3, i, float) for i, name in enumerate(names)}
+    state = small({"odd": params, "number": {1: jnp.ones(2), 2: jnp.zeros((0, 3))}})
+    with oialr.Checkpoints(tmp_path) as saved:
+        saved.save(state)
+    assert_same(last(tmp_path, template=state).state, state)
+
+
 def test_a_low_rank_leaf_of_another_shape(tmp_path):
     filled(tmp_path, 6)
     template = jax.eval_shape(lambda: create(width=12))
@@ -412,10 +553,68 @@ def test_settings_out_of_range(options, message, tmp_path):
         oialr.Checkpoints(tmp_path, **options)
 
 
-def test_contents_that_json_cannot_hold(tmp_path):
+@pytest.mark.parametrize(
+    ("extra", "error", "message"),
+    [
+        (
+            {"data": {"rng": jax.random.key(0)}},
+            TypeError,
+            "extra['data']['rng'] is key",
+        ),
+        ({"bad": [1, object()]}, TypeError, "extra['bad'][1] is <object"),
+        ({"bad": {1, 2}}, TypeError, "extra['bad'] is {1, 2} of builtins.set"),
+        ({"bad": b"x"}, TypeError, "extra['bad'] is b'x'"),
+        ({"bad": np.array(["x"])}, TypeError, "extra['bad'] is <U1(1,)"),
+        ({"a": {1: 2}}, TypeError, "extra['a'] has the key 1"),
+        ({"a": [math.nan]}, ValueError, "extra['a'][0] is nan"),
+        ({"a": jnp.array([1, math.inf])}, ValueError, "extra['a'][1] is inf"),
+    ],
+)
+def test_contents_that_json_cannot_hold(extra, error, message, tmp_path):
     with oialr.Checkpoints(tmp_path) as saved:
-        with pytest.raises(TypeError, match="not JSON serializable"):
-            saved.save(create(), {"bad": object()})
-        assert saved.steps == ()
-        saved.save(create(), {"good": json.loads("[1.5, null]")})
-    assert last(tmp_path).extra == {"good": [1.5, None]}
+        with pytest.raises(error, match=re.escape(message)):
+            saved.save(small({}), extra)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_contents_of_jax_and_numpy(tmp_path):
+    extra = {
+        "good": json.loads("[1.5, null]"),
+        "scalars": [jnp.bfloat16(1.5), np.int64(2), np.bool_(True), jnp.zeros(())],
+        "arrays": {"ids": np.arange(3), "x": jnp.ones((1, 2))},
+        "pair": (1, "a"),
+    }
+    with oialr.Checkpoints(tmp_path) as saved:
+        saved.save(small({}), extra)
+        assert saved.restore(small({}), TX).extra == {
+            "good": [1.5, None],
+            "scalars": [1.5, 2, True, 0.0],
+            "arrays": {"ids": [0, 1, 2], "x": [[1.0, 1.0]]},
+            "pair": [1, "a"],
+        }
+
+
+@pytest.mark.parametrize(
+    "folder",
+    ["gs://bucket/run", "s3://x", "file:///x", "HTTP://x/y", pathlib.Path("gs://x/y")],
+    ids=str,
+)
+def test_a_folder_that_is_a_url(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="on a file system of this machine, got the U"):
+        oialr.Checkpoints(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for folder, place in (("~/x", "home/x"), ("a/b", "a/b"), (pathlib.Path("c"), "c")):
+        with oialr.Checkpoints(folder) as saved:
+            assert saved.folder == tmp_path / place
+            saved.save(small({}))
+        assert (tmp_path / place / "0").is_dir()
+    (tmp_path / "file").write_text("")
+    for folder in ("file", "file/x"):
+        with pytest.raises(NotADirectoryError, match="/file is a file"):
+            oialr.Checkpoints(folder)

@@ -1,5 +1,6 @@
 """Meshes and layouts: every way of spreading a run over devices is the same run."""
 
+import contextlib
 import functools
 import math
 import re
@@ -12,7 +13,7 @@ import pytest
 from cases import normal
 from flax.training.train_state import TrainState
 from helpers import assert_close
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import oialr_jax as oialr
 from oialr_jax import decompose
@@ -20,6 +21,7 @@ from oialr_jax.lowrank import named_leaves
 from train.models.vit import VisionTransformer
 
 STEPS = 30
+P = PartitionSpec()
 SCHEDULE = oialr.Schedule(delay=6, every=7, layer_step=1.0, lag=3, stop=21)
 RULE = oialr.RankRule(cutoff=0.35, multiple=8)
 WIDTH, BATCH = 64, 32
@@ -77,9 +79,16 @@ def run(step, state, put):
     return state, step, np.array(losses)
 
 
-def run_jit(spec, rules=()):
+def mesh_of_kinds(spec, kinds):
+    """A mesh whose axes are Explicit (E), as `jax.make_mesh` makes them, or Auto."""
+    mesh, of = oialr.make_mesh(spec), {"E": AxisType.Explicit, "A": AxisType.Auto}
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=tuple(of[k] for k in kinds))
+
+
+def run_jit(spec, rules=(), kinds=None):
     tx, matrices, train_step = parts()
-    layout = oialr.Layout(oialr.make_mesh(spec), rules, min_size=512)
+    mesh = oialr.make_mesh(spec) if kinds is None else mesh_of_kinds(spec, kinds)
+    layout = oialr.Layout(mesh, rules, min_size=512)
     state = layout.initialize(functools.partial(create, tx))
     step = oialr.adaptive(train_step, tx, matrices, SCHEDULE, RULE, layout=layout)
     return run(step, state, lambda x: layout.put_batch(x, BATCH))
@@ -120,8 +129,16 @@ def on_one_device():
         functools.partial(run_jit, "data=4,model=2", RULES),
         functools.partial(run_jit, "fsdp=2,data=2,model=2", RULES),
         functools.partial(run_pmap, 8),
+        functools.partial(run_jit, "data=4,model=2", RULES, "EE"),
     ],
-    ids=["data", "fsdp", "data-model", "fsdp-data-model", "pmap"],
+    ids=[
+        "data",
+        "fsdp",
+        "data-model",
+        "fsdp-data-model",
+        "pmap",
+        "explicit",
+    ],
 )
 def test_every_way_over_eight_devices_is_the_run_on_one(start):
     one, one_step, expected = on_one_device()
@@ -482,3 +499,92 @@ def test_every_leaf_has_a_place():
     assert where["low"].s.spec == PartitionSpec("fsdp", None)
     assert where["low"].vt.spec == PartitionSpec("fsdp", None)
     assert where["cut"].s.spec == PartitionSpec()
+
+
+@pytest.mark.parametrize(("kinds", "set_mesh"), [("EE", False), ("AE", True)])
+def test_events_on_explicit_axes_are_those_on_auto_ones(kinds, set_mesh, tmp_path):
+    """Each alone, without a layout: the same numbers, on the mesh of the params."""
+    mesh = mesh_of_kinds("data=4,model=2", kinds)
+    axes = oialr.Axes((16, 24), (), (0,), (1,))
+    matrices = [oialr.Matrix("w", axes, 8, "dot")]
+    tx, rule = oialr.freeze_bases(optax.adam(1e-2)), oialr.RankRule(cutoff=0.4)
+
+    def events(params):
+        state = TrainState.create(apply_fn=None, params=params, tx=tx)
+        state = state.replace(step=jnp.zeros((), jnp.int32))
+        low, opt_state, _ = oialr.factorize(
+            params, state.opt_state, matrices, tx=tx, rank=12
+        )
+        cut, opt_state, _ = oialr.truncate(low, opt_state, rule, tx=tx)
+        with oialr.Checkpoints(tmp_path / str(len(list(tmp_path.iterdir())))) as saved:
+            saved.save(state.replace(params=cut, opt_state=opt_state))
+            found = saved.restore(state, tx, oialr.Layout(mesh)).state
+        assert_close(found.params, cut, 0)
+        dense, _ = oialr.densify(cut, opt_state, tx=tx)
+        return {
+            "projected": oialr.project(params, rule, matrices),
+            "cut": oialr.materialize(cut),
+            "dense": dense,
+            "moments": opt_state.inner_state[0].nu,
+        }, cut
+
+    params = {"w": normal(0, 16, 24), "b": normal(1, 24)}
+    expected, _ = events(params)
+    where = {
+        "w": NamedSharding(mesh, PartitionSpec(None, "model")),
+        "b": NamedSharding(mesh, PartitionSpec()),
+    }
+    params = jax.device_put(params, where)
+    with jax.set_mesh(mesh) if set_mesh else contextlib.nullcontext():
+        found, cut = events(params)
+    assert_close(found, expected, 1e-5)
+    for x in jax.tree.leaves((found, cut)):
+        assert x.sharding.mesh == mesh
+    assert found["projected"]["w"].sharding.spec == where["w"].spec
+
+
+@pytest.mark.parametrize("kinds", ["EE", "EA", "AE", "AA"])
+def test_constrained_and_initialized_on_axes_of_every_kind(kinds):
+    mesh = mesh_of_kinds("data=4,model=2", kinds)
+    layout = oialr.Layout(mesh, (("w", PartitionSpec("data", "model")), (".", P)))
+    tree = {"w": normal(0, 8, 6), "b": jnp.ones(3), "key": jax.random.key(0)}
+    places = layout(tree)
+    made = layout.initialize(lambda x: {**tree, "w": x["w"] + 1}, tree)
+    with jax.set_mesh(mesh):  # without it JAX asks for it
+        compiled = jax.jit(layout.constrain)(tree)
+    for new in (layout.constrain(tree), compiled, made):
+        for x, place in zip(jax.tree.leaves(new), jax.tree.leaves(places), strict=True):
+            assert x.sharding.is_equivalent_to(place, x.ndim)
+    np.testing.assert_array_equal(made["w"], tree["w"] + 1)
+
+
+def test_an_explicit_axis_of_large_leaves_is_refused():
+    mesh = mesh_of_kinds("fsdp=8", "E")
+    with pytest.raises(ValueError, match=r"'fsdp' of .* make the mesh by oialr_jax"):
+        oialr.Layout(mesh)
+    params = {"w": jax.device_put(normal(0, 16, 8), NamedSharding(mesh, P))}
+    matrices = [oialr.Matrix("w", oialr.Axes((16, 8), (), (0,), (1,)), 8, "dot")]
+    tx = oialr.freeze_bases(optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"'fsdp' of .* AxisType.Auto for this"):
+        oialr.factorize(params, tx.init(params), matrices, tx=tx)
+
+
+@pytest.mark.parametrize("wrap", ["jit", "shard_map", "vmap"])
+def test_events_inside_of_a_program_are_refused(wrap):
+    mesh = oialr.make_mesh("data=8")
+    matrices = [oialr.Matrix("w", oialr.Axes((16, 8), (), (0,), (1,)), 8, "dot")]
+    tx = oialr.freeze_bases(optax.sgd(0.1))
+
+    def inside(w):
+        params = {"w": w}
+        return oialr.factorize(params, tx.init(params), matrices, tx=tx)[0]["w"].u
+
+    w = normal(0, 16, 8)
+    if wrap == "jit":
+        outside = jax.jit(inside)
+    elif wrap == "vmap":
+        outside, w = jax.vmap(inside), w[None]
+    else:
+        outside = jax.shard_map(inside, mesh=mesh, in_specs=P, out_specs=P)
+    with pytest.raises(TypeError, match=r"on the host, .* outside of jax.jit"):
+        outside(w)

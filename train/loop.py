@@ -9,7 +9,8 @@ Order of operations, for every step t from `state.step` to the last:
    computed, and recorded by the next of 2, where it has an event, 4, 5 and 6;
 4. every `log_every` steps and after the last: losses are fetched, checked, recorded;
 5. every `eval_every` steps and after the last: the test set is evaluated, recorded,
-   and where it has not become better for too long the run is over;
+   and where it has not become better for too long the run is over; a number that is
+   not finite is no better than any, null in the record and named on the screen;
 6. every `save_every` steps, after the last, and when asked to stop: a checkpoint, with
    the length of the record, so that a resumed run cuts it there and writes on.
 
@@ -81,9 +82,12 @@ class Goal:
             raise ValueError(f"`patience` must be at least 1, got {self.patience}")
 
     def prefers(self, new: Mapping[str, float], old: Mapping[str, float]) -> bool:
-        """Whether an evaluation is better than another, or than none."""
-        if not old:
-            return True
+        """Whether an evaluation is better than another, or than none.
+
+        One that is not finite is no better than none.
+        """
+        if not old or not math.isfinite(new[self.metric]):
+            return math.isfinite(new[self.metric])
         a, b = new[self.metric], old[self.metric]
         return a > b if self.best == "max" else a < b
 
@@ -260,6 +264,11 @@ def train(
                 best = {"step": done, **evaluation} if better else best
                 waited = 0 if better or not counts else waited + 1
                 record("eval", {"step": done, **evaluation})
+                bad = [k for k, x in evaluation.items() if not math.isfinite(x)]
+                if bad and jax.process_index() == 0:
+                    bar.write(
+                        f"step {done}: {', '.join(bad)} of the evaluation not finite"
+                    )
                 view |= {goal.metric: f"{evaluation[goal.metric]:.4f}"}
             if saved or stop or (evaluated and hopeless()):
                 progress = Progress(
@@ -274,7 +283,7 @@ def train(
                 )
                 checkpoints.save(
                     state,
-                    {"progress": dataclasses.asdict(progress), "settings": settings},
+                    {"progress": _nulled(progress), "settings": settings},
                     metric=evaluation[goal.metric] if counts else None,
                 )
             bar.set_postfix(view, refresh=False)
@@ -296,10 +305,13 @@ def _anyone(asked: bool, *, at: bool) -> bool:
 
 
 def append(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-    """Host side: one JSON line at the end of `path`; process 0 alone writes."""
+    """Host side: one JSON line at the end of `path`; process 0 alone writes.
+
+    What is not finite is null: JSON has no such numbers.
+    """
     if jax.process_index() == 0:
         with path.open("a") as stream:
-            stream.write(json.dumps(values, allow_nan=False) + "\n")
+            stream.write(json.dumps(_nulled(values), allow_nan=False) + "\n")
 
 
 def begin(folder: pathlib.Path) -> None:
@@ -362,8 +374,19 @@ def _length(path: pathlib.Path) -> int:
 def finish(folder: pathlib.Path, summary: Mapping[str, Any]) -> None:
     """Host side: the result of the run, as `summary.json`."""
     if jax.process_index() == 0:
-        text = json.dumps(summary, indent=2, allow_nan=False)
+        text = json.dumps(_nulled(summary), indent=2, allow_nan=False)
         (folder / SUMMARY).write_text(text + "\n")
+
+
+def _nulled(x: Any) -> Any:
+    """x with None in the place of every number that is not finite."""
+    if isinstance(x, Progress):
+        x = dataclasses.asdict(x)
+    if isinstance(x, Mapping):
+        return {key: _nulled(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [_nulled(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def _on_host(
@@ -371,7 +394,7 @@ def _on_host(
 ) -> list[Mapping[str, float]]:
     """Metrics of the last steps as numbers, once every loss is known to be finite."""
     values: list[Mapping[str, float]] = [
-        {name: float(x) for name, x in each.items()}
+        {name: math.nan if x is None else float(x) for name, x in each.items()}
         for each in jax.device_get(list(window))
     ]
     for i, each in enumerate(values):

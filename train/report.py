@@ -96,7 +96,7 @@ def _over_steps(records: Sequence[Record], name: str, label: str) -> Figure:
     axes = figure.subplots()
     series = [("train", "training batches", BLUE, "-"), ("eval", "test", ORANGE, "o-")]
     for kind, title, color, style in series:
-        known = [r for r in records if r["kind"] == kind and name in r]
+        known = [r for r in records if r["kind"] == kind and r.get(name) is not None]
         points = [(r["step"], r[name]) for r in known]
         if points:
             x, y = zip(*points, strict=True)

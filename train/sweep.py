@@ -87,6 +87,8 @@ def search(settings: Settings) -> optuna.Study:
             summary = program.run(given, name=f"trial{trial.number}")
         except ValueError as error:  # a schedule that does not fit into the run
             raise optuna.TrialPruned(str(error)) from error
+        if not summary["best"]:
+            raise optuna.TrialPruned("no evaluation was finite")
         return summary["best"][summary["metric"]], summary["stored_fraction"]
 
     study.optimize(

@@ -32,9 +32,10 @@ def read(folders: Sequence[pathlib.Path]) -> dict[str, list[Summary]]:
 
 
 def metrics(groups: Mapping[str, Sequence[Summary]]) -> list[str]:
-    """What was measured on the test set, in every run."""
+    """What was measured on the test set, and finite, in every run."""
     runs = [x for group in groups.values() for x in group]
-    return [k for k in runs[0] if k.startswith("test_") and all(k in x for x in runs)]
+    names = [k for k in runs[0] if k.startswith("test_")]
+    return [k for k in names if all(x.get(k) is not None for x in runs)]
 
 
 def markdown(groups: Mapping[str, Sequence[Summary]]) -> str:

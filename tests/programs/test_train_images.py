@@ -325,6 +325,32 @@ def test_records_hold_means_since_the_last_one_and_the_last_step(tmp_path):
     assert [x["step"] for x in lines if x["kind"] == "eval"] == [5, 7]
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=["nan", "inf"])
+def test_an_evaluation_that_is_not_finite_is_recorded_saved_and_not_the_best(
+    tmp_path, capsys, bad
+):
+    scores = {2: bad, 4: 0.6, 6: bad, 8: bad}
+
+    def score(state):
+        return {"accuracy": scores[int(state.step)], "other": 1.0}
+
+    loop.begin(tmp_path)
+    state, progress = toy_run(
+        tmp_path, [1.0] * 8, loop.Pace(8, 5, 2, 2), evaluate=score, keep=1, best="max"
+    )
+    assert int(state.step) == 8
+    assert progress.best == {"step": 4, "accuracy": 0.6, "other": 1.0}
+    lines = [x for x in records(tmp_path) if x["kind"] == "eval"]
+    assert [x["accuracy"] for x in lines] == [None, 0.6, None, None]
+    assert "step 6: accuracy of the evaluation not finite" in capsys.readouterr().out
+    with oialr.Checkpoints(tmp_path / loop.CHECKPOINTS) as checkpoints:
+        assert checkpoints.steps == (4, 8)
+        found = checkpoints.restore(state, state.tx)
+    assert found.extra["progress"]["evaluation"] == {"accuracy": None, "other": 1.0}
+    loop.finish(tmp_path, {"test": progress.evaluation})
+    assert report.draw(tmp_path)
+
+
 def test_a_run_without_progress_ends_early_and_stays_so(tmp_path):
     scores = {2: 0.4, 4: 0.6, 6: 0.5, 8: 0.6, 10: 0.9}
     pace, goal = loop.Pace(10, 5, 2, 10), loop.Goal("accuracy", "max", patience=2)
