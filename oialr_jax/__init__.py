@@ -54,6 +54,7 @@ from oialr_jax.transform import (
     freeze_bases,
     trainable,
     value_and_grad,
+    value_and_grad_from_state,
     with_trainable,
 )
 
@@ -114,5 +115,6 @@ __all__ = [
     "trainable",
     "truncate",
     "value_and_grad",
+    "value_and_grad_from_state",
     "with_trainable",
 ]

@@ -189,11 +189,12 @@ def _seen_inside(name: str, extra: Any, params: PyTree | None) -> Any:
             f"`{name}` is a function of the params, so `update` needs them: "
             f"tx.update(grads, state, params, {name}=...)"
         )
-    leaves, structure = jax.tree.flatten(trainable(params))
-    shapes = list(map(jnp.shape, leaves))
+    trained = trainable(params)
+    structure: Any = jax.tree.structure(trained)
+    shapes = list(map(jnp.shape, jax.tree.leaves(trained)))
 
     def whole(x: Any) -> Any:
-        same: bool = jax.tree.structure(x) == structure
+        same = structure == jax.tree.structure(x)
         same = same and list(map(jnp.shape, jax.tree.leaves(x))) == shapes
         return with_trainable(params, x) if same else x
 
