@@ -86,7 +86,10 @@ def _through(eqn: Any, inputs: list[Fact]) -> list[Fact]:
         consts, carry = inputs[first : first + count], inputs[first + count :]
         return _repeated(params["body_jaxpr"], consts, carry)
     if name == "scan":
-        first, count = params["num_consts"], params["num_carry"]
+        if "num_consts" in params:
+            first, count = params["num_consts"], params["num_carry"]
+        else:  # jax >= 0.12 keeps the three groups of inputs as one flat tree
+            first, count = map(len, params["ft_in"].unpack()[:2])
         split = first + count
         carry = _repeated(
             params["jaxpr"], inputs[:first], inputs[first:split], inputs[split:]

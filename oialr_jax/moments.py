@@ -86,6 +86,10 @@ class MomentRule:
     Zeroing v is not offered: Optax counts steps once for all leaves, so a zeroed v is
     read as converged and the next steps are up to 1/sqrt(1 - b2) learning rates long.
 
+    What a state holds is known by its class, Optax's or your own: that says by a static
+    method `crosses()`, which maps its fields to "linear" (sums and averages of
+    gradients) or "params" (weights); see `oialr_jax.states`.
+
     `b1` and `b2` undo and redo Adam's bias correction in `variance`; they matter in the
     first 1/(1 - b2) steps only.
 
@@ -229,10 +233,10 @@ class _Carrier:
                 new.append(self.kept(whole, initial))
                 continue
             mine = below[:-1] if kind == COVER else below
-            exact = mine if mine in self.params else None
-            owner = self.owner(whole) if kind == RESET else exact or self.part(mine)
-            if exact == ():  # the one array that is all params
-                owner = exact
+            owner = self.owner(whole) if kind == RESET else self.part(mine)
+            if owner is None and self.doubtful(mine):
+                new.append(self.fresh_leaf(whole, initial))
+                continue
             if owner is None or owner not in self.moves:
                 new.append(self.kept(whole, initial))
             else:
@@ -243,10 +247,16 @@ class _Carrier:
         return jax.tree.unflatten(treedef, new)
 
     def part(self, below: Path) -> Path | None:
-        """The parameter of an optimizer that was given a part of the params."""
+        """The parameter with this path; or with this end, of an optimizer of a part."""
+        if below in self.params:
+            return below
         ends = [x for x in self.params if below and x[len(x) - len(below) :] == below]
-        moved = [x for x in ends if x in self.moves]
-        return ends[0] if len(ends) == 1 else next(iter(moved), None)
+        return ends[0] if len(ends) == 1 else None
+
+    def doubtful(self, below: Path) -> bool:
+        """Whether a path is the end of several parameters' and one of them moved."""
+        ends = (x for x in self.moves if below and x[len(x) - len(below) :] == below)
+        return any(ends)
 
     def kept(self, path: Path, initial: Array) -> Array:
         old = self.old.get(path)

@@ -275,10 +275,18 @@ def check_frozen(tx: Any, params: PyTree) -> None:
     zeros, by the jaxpr of `tx.update`: scales, clips, conditions.
 
     Raises:   ValueError: the update of a basis is not known to be zero, there is state
-              for bases, or `freeze_bases` has a part of the params alone.
+              for bases, or `freeze_bases` has a part of the params alone; the params
+              are those of Optax's lookahead.
     """
-    nodes = [x for x in leaves_of(params) if is_low_rank(x)]
-    if isinstance(tx, FrozenBases) or not nodes:
+    if not any(map(is_low_rank, leaves_of(params))):
+        return
+    if isinstance(params, optax.LookaheadParams):
+        raise ValueError(
+            "optax.LookaheadParams holds each matrix twice, with bases of its own, in "
+            "which fast and slow weights cannot be compared: use an optimizer that keeps "
+            "its averages in its state, such as optax.contrib.schedule_free"
+        )
+    if isinstance(tx, FrozenBases):
         return
     _check_traced(tx, by_shapes(params))
 

@@ -103,7 +103,7 @@ def test_a_field_is_carried_as_what_its_class_says(name):
 def test_states_of_adopt_have_no_mean_of_the_gradients():
     """`mu` averages g / sqrt(nu): as a mean of g it would raise `nu` a thousandfold."""
     carried, expected = gathered(contrib.adopt(1e-3))
-    got, wanted = (np.mean(x[0].nu["w"]) for x in (carried, expected))
+    got, wanted = (float(np.mean(x[0].nu["w"])) for x in (carried, expected))
     assert got == pytest.approx(wanted, rel=0.3)
 
 
@@ -255,6 +255,17 @@ def test_what_moves_bases_from_outside_is_refused_by_shapes_alone(name):
     said = r"(frozen bases( of w)?|alone): build it as oialr_jax\.freeze_bases\(tx\)"
     with pytest.raises(ValueError, match=said):
         check_optimizer(OUTSIDE[name], SMALL, [matrix("w", 6, 4)])
+
+
+def test_lookahead_whose_two_trees_would_get_bases_of_their_own_is_refused():
+    params = optax.LookaheadParams.init_synced({"w": normal(0, 6, 4)})
+    tx = oialr.freeze_bases(optax.lookahead(SGD, 5, 0.5))
+    state, matrices = (
+        tx.init(params),
+        [matrix(f"{x}/w", 6, 4) for x in ("fast", "slow")],
+    )
+    with pytest.raises(ValueError, match="LookaheadParams holds each matrix twice"):
+        oialr.factorize(params, state, matrices, tx=tx)
 
 
 @pytest.mark.parametrize("name", HARMLESS)
