@@ -65,7 +65,9 @@ def facts(jaxpr: Any, inputs: Sequence[Fact]) -> list[Fact]:
 
 
 def _of_value(value: Any) -> Fact:
-    if isinstance(value, jax.core.Tracer) or not hasattr(value, "dtype"):
+    if isinstance(value, jax.Array):  # on a device, where it stays
+        return Fact()
+    if not hasattr(value, "dtype"):
         numeric = isinstance(value, int | float)
         return Fact(float(value)) if numeric else Fact()
     real = jnp.issubdtype(value.dtype, jnp.floating)
@@ -77,7 +79,20 @@ def _of_value(value: Any) -> Fact:
 
 
 def _through(eqn: Any, inputs: list[Fact]) -> list[Fact]:
-    name, params = eqn.primitive.name, eqn.params
+    name = eqn.primitive.name
+    try:
+        found = _nested(name, eqn.params, inputs)
+    except (KeyError, TypeError, ValueError):  # not as this version of JAX has it
+        found = None
+    if found is not None and len(found) == len(eqn.outvars):
+        return found
+    value = _constant(name, eqn.params, inputs)
+    sources = _sources(name, inputs)
+    return [Fact(value, {} if value is not None else sources) for _ in eqn.outvars]
+
+
+def _nested(name: str, params: Any, inputs: list[Fact]) -> list[Fact] | None:
+    """The facts after a primitive that holds jaxprs; None of any other."""
     if name == "cond":  # which branch is no dependence
         branches = [facts(x, inputs[1:]) for x in params["branches"]]
         return [_either(x) for x in zip(*branches, strict=True)]
@@ -104,11 +119,7 @@ def _through(eqn: Any, inputs: list[Fact]) -> list[Fact]:
             inner = ClosedJaxpr(inner, ())
         if len(inner.jaxpr.invars) == len(inputs):
             return facts(inner, inputs)
-    if name == "optimization_barrier":
-        return inputs
-    value = _constant(name, params, inputs)
-    sources = _sources(name, inputs)
-    return [Fact(value, {} if value is not None else sources) for _ in eqn.outvars]
+    return inputs if name == "optimization_barrier" else None
 
 
 def _repeated(

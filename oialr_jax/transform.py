@@ -283,8 +283,8 @@ def check_frozen(tx: Any, params: PyTree) -> None:
     if isinstance(params, optax.LookaheadParams):
         raise ValueError(
             "optax.LookaheadParams holds each matrix twice, with bases of its own, in "
-            "which fast and slow weights cannot be compared: use an optimizer that keeps "
-            "its averages in its state, such as optax.contrib.schedule_free"
+            "which fast and slow weights cannot be compared: an optimizer may keep "
+            "averages in its state instead, as optax.contrib.schedule_free does"
         )
     if isinstance(tx, FrozenBases):
         return
