@@ -56,6 +56,7 @@ from oialr_jax.transform import (
     freeze_bases,
     trainable,
     value_and_grad,
+    value_and_grad_from_state,
     with_trainable,
 )
 from oialr_jax.versions import warn_of_faults as _warn_of_faults
@@ -122,6 +123,7 @@ __all__ = [
     "trainable",
     "truncate",
     "value_and_grad",
+    "value_and_grad_from_state",
     "with_trainable",
 ]
 

@@ -7,7 +7,10 @@ averages of squares by a rule, because the entries that would be needed were not
 """
 
 import dataclasses
+import functools
+import math
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,14 +18,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from oialr_jax.lowrank import Axes, PyTree, compute_dtype, is_low_rank, path_name
-
-# What Optax's states call their leaves, by how the leaf depends on the gradient.
-_LINEAR = frozenset(
-    {"mu", "trace", "ema", "acc_grads", "momentum", "velocity", "reference"}
+from oialr_jax.lowrank import Axes, PyTree, compute_dtype, path_name
+from oialr_jax.states import (
+    AFRESH,
+    COVER,
+    FACTORED,
+    KEEP_LABELS,
+    LINEAR,
+    MEMORY,
+    PARAMS,
+    RESET,
+    STATE,
+    Kind,
+    Second,
+    fields_of,
 )
-_QUADRATIC = frozenset({"nu", "nu_max", "sum_of_squares", "e_g", "e_x", "v"})
-_FACTORED = frozenset({"v_row", "v_col"})
+
+Path = tuple[Any, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -74,6 +86,10 @@ class MomentRule:
     Zeroing v is not offered: Optax counts steps once for all leaves, so a zeroed v is
     read as converged and the next steps are up to 1/sqrt(1 - b2) learning rates long.
 
+    What a state holds is known by its class, Optax's or your own: that says by a static
+    method `crosses()`, which maps its fields to "linear" (sums and averages of
+    gradients) or "params" (weights); see `oialr_jax.states`.
+
     `b1` and `b2` undo and redo Adam's bias correction in `variance`; they matter in the
     first 1/(1 - b2) steps only.
 
@@ -96,99 +112,262 @@ class MomentRule:
 def carry(
     opt_state: PyTree,
     fresh: PyTree,
-    moves: dict[tuple[Any, ...], Move],
+    moves: Mapping[Path, Move],
     rule: MomentRule,
+    *,
+    params: PyTree = None,
+    adam: Mapping[Path, Second] | None = None,
 ) -> PyTree:
     """The optimizer state after some leaves changed basis.
 
     `fresh` is the state that the optimizer initialises for the new params; it gives
-    every shape. A leaf of the state belongs to a parameter when its path ends with the
-    parameter's path, and is a first or second moment by the name of the field that it
-    sits in. Leaves of parameters that did not move, step counts and schedules are kept
-    bit for bit. What is not recognised, or has no counterpart, starts fresh, with a
-    warning that names it.
+    every shape. What a leaf means is known by the class of the state that holds it
+    (`states`), and whose it is by its path below the field: the path of a parameter.
+    Leaves of parameters that did not move, step counts and schedules are kept bit for
+    bit. What no class explains, or has no counterpart, starts fresh for the parameters
+    that moved, with a warning that names it. Weights in a state (slow ones, a start
+    point) keep what they have within the bases.
+
+    Args:     params: the new `trainable(params)`; what moved alone if it is not given.
+              adam: by the path of a state of Adam's class, what its `nu` is where it is
+              not Adam's: other optimizers use the class too.
+    Raises:   ValueError: a parameter that moved has state where it had none, or the
+              reverse: its optimizer has changed.
     """
-    old = dict(jax.tree_util.tree_leaves_with_path(opt_state))
-    flat, treedef = jax.tree_util.tree_flatten_with_path(fresh)
-    lost: list[str] = []
-    new = []
-    for path, initial in flat:
-        field, param = _owner(path, moves)
-        if param is None:
-            same = path in old and np.shape(old[path]) == np.shape(initial)
-            new.append(old[path] if same else initial)
-            if not same:
-                lost.append(path_name(path))
-            continue
-        moved = _moved(path, len(param), field, old, moves[param], initial, rule)
-        new.append(initial if moved is None else moved)
-        if moved is None:
-            lost.append(path_name(path))
-    if lost:
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    carrier = _Carrier(opt_state, fresh, moves, rule, {*paths, *moves}, adam or {})
+    carrier.check_places()
+    new = carrier.state(fresh, ())
+    if carrier.lost:
         warnings.warn(
             "optimizer state that no rule carries across the change of basis starts "
-            f"fresh: {', '.join(lost)}",
+            f"fresh: {', '.join(map(path_name, carrier.lost))}",
             stacklevel=3,
         )
-    return jax.tree.unflatten(treedef, new)
+    return new
 
 
-def holds_bases(opt_state: PyTree) -> bool:
-    """Whether a state has leaves for frozen bases: its optimizer was not wrapped."""
-    return any(map(is_low_rank, jax.tree.leaves(opt_state, is_leaf=is_low_rank)))
+def shapes_before(trained: PyTree, moves: Mapping[Path, Move]) -> PyTree:
+    """Of `trainable(params)` after some moves, the shapes that it had before them."""
+
+    def before(path: Path, leaf: Array) -> jax.ShapeDtypeStruct:
+        move = moves.get(path)
+        shape = leaf.shape if move is None else _side_shape(move)
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(before, trained)
 
 
-def _owner(
-    path: tuple[Any, ...], moves: dict[tuple[Any, ...], Move]
-) -> tuple[str, tuple[Any, ...] | None]:
-    """The field name and the moved parameter that a leaf of the state belongs to."""
-    for start in range(len(path) + 1):  # the longest suffix first
-        if path[start:] in moves:
-            field = path[start - 1] if start else None
-            return str(getattr(field, "name", "")), path[start:]
-    return "", None
+@dataclasses.dataclass
+class _Carrier:
+    """One walk through the fresh state; `lost` are the leaves that stay fresh."""
 
+    opt_state: dataclasses.InitVar[PyTree]
+    fresh: dataclasses.InitVar[PyTree]
+    moves: Mapping[Path, Move]
+    rule: MomentRule
+    params: set[Path]
+    adam: Mapping[Path, Second]
+    lost: list[Path] = dataclasses.field(default_factory=list)
 
-def _moved(
-    path: tuple[Any, ...],
-    length: int,
-    field: str,
-    old: dict[tuple[Any, ...], Array],
-    move: Move,
-    initial: Array,
-    rule: MomentRule,
-) -> Array | None:
-    stem = path[: len(path) - length - 1]
-    suffix = path[len(path) - length :]
-    attribute = jax.tree_util.GetAttrKey
+    def __post_init__(self, opt_state: PyTree, fresh: PyTree) -> None:
+        self.old = dict(jax.tree_util.tree_leaves_with_path(opt_state))
+        self.new = dict(jax.tree_util.tree_leaves_with_path(fresh))
 
-    def sibling(name: str) -> Array | None:
-        return old.get((*stem, attribute(name), *suffix))
+    def check_places(self) -> None:
+        """Raises where a moved leaf has state in other places than it had."""
 
-    if field in _FACTORED or (field == "v" and sibling("v_row") is not None):
-        matrix = _unfactored(sibling("v_row"), sibling("v_col"), sibling("v"), move)
-        if matrix is None:
+        def places(state: dict[Path, Any], owner: Path) -> set[Path]:
+            paths = [x for x in state if x[len(x) - len(owner) :] == owner]
+            return {x[: -len(owner)] for x in paths if self.owner(x) == owner}
+
+        for owner in filter(None, self.moves):
+            before, after = places(self.old, owner), places(self.new, owner)
+            if before != after:
+                raise ValueError(
+                    f"{path_name(owner)} changes its optimizer at this event: it had "
+                    f"{_listed(before - after)} of the state, which it has not, or it "
+                    f"has {_listed(after - before)}, which it had not. {KEEP_LABELS}"
+                )
+
+    def owner(self, path: Path) -> Path | None:
+        """The parameter with the longest path that `path` ends with."""
+        for start in range(len(path) + 1):
+            if path[start:] in self.params:
+                return path[start:]
+        return None
+
+    def state(self, fresh: PyTree, path: Path) -> PyTree:
+        """A state, or a container of states, with its leaves carried."""
+        fields = fields_of(fresh)
+        if fields is not None:
+            new = {}
+            for name in fresh._fields:
+                at = (*path, jax.tree_util.GetAttrKey(name))
+                kind = fields.get(name)
+                if kind is not None and path in self.adam and name == "nu":
+                    kind = self.adam[path]
+                new[name] = self.field(kind, getattr(fresh, name), at)
+            if MEMORY in fields.values():
+                new["weights_memory"] = self.weights(new, path)
+            return fresh._replace(**new)
+        parts, treedef = jax.tree_util.tree_flatten_with_path(
+            fresh, is_leaf=lambda x: x is not fresh
+        )
+        if len(parts) == 1 and not parts[0][0]:
+            return self.unknown(path, fresh)
+        children = [self.state(child, (*path, *key)) for key, child in parts]
+        return jax.tree.unflatten(treedef, children)
+
+    def field(self, kind: Kind | None, fresh: PyTree, path: Path) -> PyTree:
+        """A field of a state whose class is known."""
+        if kind == STATE:
+            return self.state(fresh, path)
+        if kind == AFRESH:
+            return fresh
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(fresh)
+        new = []
+        for below, initial in leaves:
+            whole = (*path, *below)
+            if kind is None:
+                new.append(self.kept(whole, initial))
+                continue
+            mine = below[:-1] if kind == COVER else below
+            owner = self.owner(whole) if kind == RESET else self.part(mine)
+            if owner is None and self.doubtful(mine):
+                new.append(self.fresh_leaf(whole, initial))
+                continue
+            if owner is None or owner not in self.moves:
+                new.append(self.kept(whole, initial))
+            else:
+                moved = None
+                if kind != RESET:
+                    moved = self.moved(kind, path, below, self.moves[owner], initial)
+                new.append(self.fresh_leaf(whole, initial) if moved is None else moved)
+        return jax.tree.unflatten(treedef, new)
+
+    def part(self, below: Path) -> Path | None:
+        """The parameter with this path; or with this end, of an optimizer of a part."""
+        if below in self.params:
+            return below
+        ends = [x for x in self.params if below and x[len(x) - len(below) :] == below]
+        return ends[0] if len(ends) == 1 else None
+
+    def doubtful(self, below: Path) -> bool:
+        """Whether a path is the end of several parameters' and one of them moved."""
+        ends = (x for x in self.moves if below and x[len(x) - len(below) :] == below)
+        return any(ends)
+
+    def kept(self, path: Path, initial: Array) -> Array:
+        old = self.old.get(path)
+        if old is None or np.shape(old) != np.shape(initial):
+            return self.fresh_leaf(path, initial)
+        return old
+
+    def fresh_leaf(self, path: Path, initial: Array) -> Array:
+        self.lost.append(path)
+        return initial
+
+    def unknown(self, path: Path, initial: Array) -> Array:
+        """A leaf that no class explains: fresh if it is of a parameter that moved."""
+        owner = self.owner(path)
+        if owner is None or owner not in self.moves:
+            return self.kept(path, initial)
+        side = _side_shape(self.moves[owner])
+
+        def fits(x: Path) -> bool:
+            shape = np.shape(self.old.get(x, ()))
+            if not owner:
+                return shape[len(shape) - len(side) :] == side
+            return math.prod(shape) > 1
+
+        unit = path[: -len(owner) - 1] if owner else path
+        others = [
+            x
+            for x in self.new
+            if x[: len(unit)] == unit and self.owner(x[len(unit) :]) == owner
+        ]
+        if any(map(fits, others)):
+            return self.fresh_leaf(path, initial)
+        return self.kept(path, initial)
+
+    def moved(
+        self, kind: Kind, field: Path, below: Path, move: Move, initial: Array
+    ) -> Array | None:
+        """A moved leaf in its new coordinates, or None where it has none."""
+        stem, shape = field[:-1], _side_shape(move)
+
+        def sibling(name: str | None, after: Path = below) -> Array | None:
+            return self.old.get((*stem, jax.tree_util.GetAttrKey(name), *after))
+
+        name = field[-1].name
+        if kind == FACTORED:
+            matrix = _unfactored(sibling("v_row"), sibling("v_col"), sibling("v"), move)
+            if matrix is None:
+                return None
+            full = move.leaf(_second(matrix, None, 1.0, 1.0, move, self.rule))
+            return _factored(name, full, initial)
+        if kind == COVER:
+            return _cover(field, below, self.old, move, self.rule, initial)
+        moment = sibling(name)
+        if kind == MEMORY and moment is not None and moment.shape[1:] == shape:
+            result = jax.vmap(lambda x: _turned(x, move))(moment)
+        elif moment is None or moment.shape != shape:
             return None
-        full = move.leaf(_second(matrix, None, 1.0, 1.0, move, rule))
-        return _factored(field, full, initial)
-    moment = sibling(field)
-    side = _side_shape(move)
-    if moment is None or moment.shape != side:
-        return None
-    if field in _LINEAR:
-        result = move.leaf(_conjugate(move.left, move.matrix(moment), move.right))
-    elif field in _QUADRATIC:
-        mean, count = sibling("mu"), old.get((*stem, attribute("count")))
-        c1 = c2 = jnp.ones(())
-        if count is not None and count.shape == ():
-            c1 = jnp.where(count > 0, 1 - rule.b1**count, 1.0)
-            c2 = jnp.where(count > 0, 1 - rule.b2**count, 1.0)
-        mean = None if mean is None else move.matrix(mean)
-        matrix = _second(move.matrix(moment), mean, c1, c2, move, rule)
-        result = move.leaf(matrix)
-    else:
-        return None
-    return result.astype(initial.dtype) if result.shape == initial.shape else None
+        elif kind in (LINEAR, PARAMS):
+            result = _turned(moment, move)
+        elif isinstance(kind, Second):
+            count = sibling(kind.count, ()) if kind.count else None
+            mean = sibling(kind.mean) if kind.mean else None
+            result = _squares(kind, moment, mean, count, move, self.rule)
+        else:
+            return None
+        same = result.shape == initial.shape
+        return result.astype(initial.dtype) if same else None
+
+    def weights(self, new: dict[str, Any], path: Path) -> Array:
+        """L-BFGS: 1/<s, y> of the carried pairs, 0 (no pair) where that is not > 0."""
+        old = self.old[(*path, jax.tree_util.GetAttrKey("weights_memory"))]
+        pairs = [
+            jax.tree.leaves(new[f"diff_{x}_memory"]) for x in ("params", "updates")
+        ]
+        products = [
+            jnp.sum((s * y).reshape(len(old), -1), axis=1)
+            for s, y in zip(*pairs, strict=True)
+        ]
+        total = functools.reduce(jnp.add, products, jnp.zeros_like(old))
+        good = (old != 0) & (total * old > 0)
+        return jnp.where(good, 1 / jnp.where(good, total, 1), 0).astype(old.dtype)
+
+
+def _listed(paths: set[Path]) -> str:
+    return ", ".join(sorted(map(path_name, paths))) or "nothing more"
+
+
+def _turned(moment: Array, move: Move) -> Array:
+    return move.leaf(_conjugate(move.left, move.matrix(moment), move.right))
+
+
+def _squares(
+    kind: Second,
+    moment: Array,
+    mean: Array | None,
+    count: Array | None,
+    move: Move,
+    rule: MomentRule,
+) -> Array:
+    """An average of squares in its new coordinates, by the rule."""
+    c1 = c2 = jnp.ones(())
+    if count is not None and count.shape == ():
+        b2 = rule.b1 if kind.alike else rule.b2
+        c1 = jnp.where(count > 0, 1 - rule.b1**count, 1.0)
+        if not kind.corrected and not kind.largest:
+            c2 = jnp.where(count > 0, 1 - b2**count, 1.0)
+    v = move.matrix(moment)
+    v = v**2 if kind.largest else v
+    mean = None if mean is None else move.matrix(mean)
+    new = _second(v, mean, c1, c2, move, rule)
+    return move.leaf(jnp.sqrt(new) if kind.largest else new)
 
 
 def _side_shape(move: Move) -> tuple[int, ...]:
@@ -256,3 +435,33 @@ def _factored(field: str, full: Array, initial: Array) -> Array:
         small, large = _factored_axes(full.shape)
         kept = jnp.mean(full, axis=large if field == "v_row" else small)
     return kept.astype(initial.dtype)
+
+
+# SM3: the largest sum of squares along each axis; an entry has at most the least one
+
+
+def _cover(
+    field: Path,
+    below: Path,
+    old: Mapping[Path, Array],
+    move: Move,
+    rule: MomentRule,
+    initial: Array,
+) -> Array | None:
+    shape = _side_shape(move)
+    full = None
+    for axis, size in enumerate(shape):
+        line = old.get((*field, *below[:-1], jax.tree_util.SequenceKey(axis)))
+        if line is None or line.shape != (size,):
+            return None
+        sides = [size if a == axis else 1 for a in range(len(shape))]
+        line = jnp.broadcast_to(line.reshape(sides), shape)
+        full = line if full is None else jnp.minimum(full, line)
+    if full is None:
+        return None
+    second = _second(move.matrix(full), None, 1.0, 1.0, move, rule)
+    new = move.leaf(second)
+    axis = below[-1].idx
+    result = jnp.max(new, axis=tuple(a for a in range(new.ndim) if a != axis))
+    same = result.shape == initial.shape
+    return result.astype(initial.dtype) if same else None

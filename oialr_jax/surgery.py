@@ -31,6 +31,7 @@ from oialr_jax.decompose import (
     mesh_of,
     on_host,
 )
+from oialr_jax.labels import check_labels
 from oialr_jax.lowrank import (
     RESOLVED,
     Axes,
@@ -49,7 +50,14 @@ from oialr_jax.matrices import Matrix
 from oialr_jax.moments import MomentRule, Move
 from oialr_jax.schedule import RankRule
 from oialr_jax.sharding import Layout, on_auto_axes
-from oialr_jax.transform import is_frozen, with_pending
+from oialr_jax.transform import (
+    UNWRAPPED,
+    adam_states,
+    check_frozen,
+    is_frozen,
+    trainable,
+    with_pending,
+)
 
 
 class LayerReport(NamedTuple):
@@ -111,7 +119,7 @@ def factorize(
     opt_state: PyTree,
     matrices: Sequence[Matrix],
     *,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformation | None = None,
     rank: int | Mapping[str, int] | None = None,
     moment_rule: MomentRule = MomentRule(),  # noqa: B008 -- frozen
     layout: Layout | None = None,
@@ -123,11 +131,13 @@ def factorize(
     projected on the bases. A leaf that is not finite stays dense and the report says
     so. Leaves that are LowRank already are left alone.
 
-    Args:     rank: one for all, or by path; None keeps min(m, n).
+    Args:     opt_state, tx: both, or None for params without an optimizer.
+              rank: one for all, or by path; None keeps min(m, n).
               layout: where the result lies; by default `Layout(mesh)` of the params'
               mesh, if they lie on one.
     Raises:   ValueError: a matrix names no leaf of `params`, or one of another shape; a
-              rank is outside [1, min(m, n)]; `tx` was not wrapped by `freeze_bases`.
+              rank is outside [1, min(m, n)]; `tx` moves bases (see `freeze_bases`), or
+              its masks or labels depend on the shape that a leaf has.
     Source:   OIALR, conversion; the authors' code zeroes the moments and keeps the step
               count, which makes Adam's next steps about three learning rates long.
     """
@@ -140,7 +150,7 @@ def truncate(
     opt_state: PyTree,
     rule: RankRule | Mapping[str, int],
     *,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformation | None = None,
     paths: Iterable[str] | None = None,
     moment_rule: MomentRule = MomentRule(),  # noqa: B008 -- frozen
     layout: Layout | None = None,
@@ -154,10 +164,11 @@ def truncate(
     repaired by a QR whose triangular part goes into the core, so W does not change. A
     leaf that is not finite stays as it was.
 
-    Args:     layout: where the result lies; by default `Layout(mesh)` of the params'
+    Args:     opt_state, tx: both, or None for params without an optimizer.
+              layout: where the result lies; by default `Layout(mesh)` of the params'
               mesh, if they lie on one.
     Raises:   ValueError: a path names no LowRank leaf; a named rank is outside [1, the
-              present one]; `tx` was not wrapped.
+              present one]; `tx` as in `factorize`.
     Source:   OIALR, update step; the authors' code turns bases and core but only slices
               the moments, which leaves them in axes that no longer exist.
     """
@@ -299,7 +310,7 @@ def compile_ahead(
     ranks: Mapping[str, int],
     then: Sequence[Matrix],
     *,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformation | None,
     moment_rule: MomentRule = MomentRule(),  # noqa: B008 -- frozen
     layout: Layout | None = None,
 ) -> tuple[PyTree, PyTree]:
@@ -328,7 +339,7 @@ def apply_ranks(
     matrices: Sequence[Matrix],
     ranks: Mapping[str, int],
     *,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformation | None,
     moment_rule: MomentRule = MomentRule(),  # noqa: B008 -- frozen
     layout: Layout | None = None,
 ) -> tuple[PyTree, PyTree, list[Report]]:
@@ -346,7 +357,7 @@ def _ranks_applied(
     opt_state: PyTree,
     matrices: Sequence[Matrix],
     ranks: Mapping[str, int],
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformation | None,
     moment_rule: MomentRule,
     layout: Layout | None,
     run: "Run",
@@ -398,7 +409,7 @@ def densify(
         )
         for node in nodes.values()
     ]
-    _check_wrapped(opt_state)
+    _check_wrapped(opt_state, tx)
     return dense, _carried(
         dense,
         opt_state,
@@ -415,7 +426,7 @@ def _factorized(
     opt_state: PyTree,
     matrices: Sequence[Matrix],
     rank: int | Mapping[str, int] | None,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformation | None,
     moment_rule: MomentRule,
     layout: Layout | None,
     run: "Run",
@@ -473,7 +484,7 @@ def _truncated(
     opt_state: PyTree,
     rule: RankRule | Mapping[str, int],
     paths: Iterable[str] | None,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformation | None,
     moment_rule: MomentRule,
     layout: Layout | None,
     run: "Run",
@@ -679,15 +690,14 @@ def _replaced(params: PyTree, new: Mapping[tuple[Any, ...], Any]) -> PyTree:
     )
 
 
-def _check_wrapped(opt_state: PyTree) -> None:
-    if not any(map(is_frozen, jax.tree.leaves(opt_state, is_leaf=is_frozen))):
-        raise ValueError(_UNWRAPPED)
-
-
-_UNWRAPPED = (
-    "the optimizer would move frozen bases: build it as oialr_jax.freeze_bases(tx), "
-    "with nothing outside it, and train with that"
-)
+def _check_wrapped(opt_state: PyTree, tx: optax.GradientTransformation | None) -> None:
+    if (opt_state is None) != (tx is None):
+        have, need = ("tx", "opt_state") if opt_state is None else ("opt_state", "tx")
+        raise ValueError(f"`{have}` without `{need}`: give both, or None for both")
+    if tx is not None and not any(
+        map(is_frozen, jax.tree.leaves(opt_state, is_leaf=is_frozen))
+    ):
+        raise ValueError(f"the optimizer would move frozen bases: {UNWRAPPED}")
 
 
 def _after(
@@ -695,13 +705,13 @@ def _after(
     opt_state: PyTree,
     solved: Sequence[Solved],
     plan: Sequence[_Cut],
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformation | None,
     rule: MomentRule,
     layout: Layout | None,
     run: Run,
 ) -> tuple[PyTree, PyTree]:
     """Params and state after an event."""
-    _check_wrapped(opt_state)
+    _check_wrapped(opt_state, tx)
     run.agree([(path_name(cut.path), cut.rank) for cut in plan])
     leaves = _leaves(params)
     mesh = mesh_of(jax.tree.leaves(params))
@@ -727,10 +737,12 @@ def _after(
         for x, cut in zip(solved, plan, strict=True)
         if cut.rank
     }
-    if not moved:
+    if not moved and tx is not None:
         return params, with_pending(params, opt_state, {})
     moves = [move for _, move in moved.values()]
     new_params = _replaced(params, {path: node for path, (node, _) in moved.items()})
+    if tx is None:
+        return new_params, None
     state = run.call(
         _carried,
         new_params,
@@ -774,10 +786,17 @@ def _carried(
     rule: MomentRule,
     layout: Layout | None,
 ) -> PyTree:
-    fresh = tx.init(new_params)
-    if moments.holds_bases(fresh):
-        raise ValueError(_UNWRAPPED)
-    new = moments.carry(opt_state, fresh, dict(zip(paths, moves, strict=True)), rule)
+    moved, trained = dict(zip(paths, moves, strict=True)), trainable(new_params)
+    check_frozen(tx, new_params)
+    check_labels(tx, moments.shapes_before(trained, moved), trained)
+    new = moments.carry(
+        opt_state,
+        tx.init(new_params),
+        moved,
+        rule,
+        params=trained,
+        adam=adam_states(tx, trained),
+    )
     new = jax.tree.map(
         lambda x: x._replace(pending=jnp.zeros_like(x.pending)) if is_frozen(x) else x,
         new,

@@ -1,5 +1,7 @@
 """Optax over cores: frozen bases have no optimizer state, no decay and no update."""
 
+import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,14 +12,17 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from oialr_jax import effects
+from oialr_jax import dataflow, effects
+from oialr_jax.dataflow import Known, abstract, by_shapes
 from oialr_jax.lowrank import (
     LowRank,
     PyTree,
     is_low_rank,
     map_low_rank,
     named_leaves,
+    path_name,
 )
+from oialr_jax.states import Second
 
 
 class FreezeBasesState(NamedTuple):
@@ -33,6 +38,15 @@ class FreezeBasesState(NamedTuple):
     inner_state: Any
     pending: Array
     reference: Any = ()
+
+    @staticmethod
+    def crosses() -> Mapping[str, str]:
+        """What the fields hold when bases turn."""
+        return {"inner_state": "state", "reference": "params"}
+
+
+class FrozenBases(optax.GradientTransformationExtraArgs):
+    """What `freeze_bases` returns: no update of it moves a basis."""
 
 
 def pending_ranks(params: PyTree, opt_state: PyTree) -> dict[str, int]:
@@ -95,7 +109,7 @@ def with_trainable(params: PyTree, trained: PyTree) -> PyTree:
     """`params` with cores and dense leaves from a tree shaped like `trainable`."""
     return jax.tree.map(
         lambda leaf, new: (
-            LowRank(leaf.u, new, leaf.vt, leaf.axes) if is_low_rank(leaf) else new
+            dataclasses.replace(leaf, s=new) if is_low_rank(leaf) else new
         ),
         params,
         trained,
@@ -107,7 +121,7 @@ def freeze_bases(
     inner: optax.GradientTransformation | optax.MultiSteps,
     *,
     reference: bool = False,
-) -> optax.GradientTransformationExtraArgs:
+) -> FrozenBases:
     """The inner transformation on cores and dense leaves; the bases never move.
 
     Wrap the whole chain, outermost: clipping then sees the norm of the trained leaves
@@ -117,7 +131,14 @@ def freeze_bases(
     params or gradients is `global_norm`; `optax.global_norm` outside counts the bases.
 
     Takes gradients of `jax.grad` (LowRank nodes) or of `oialr_jax.value_and_grad`
-    (arrays in the place of cores); the latter need `params` in `update`.
+    (arrays in the place of cores); the latter need `params` in `update`. What
+    line searches, SAM and the like ask for (`value`, `grad`, `value_fn`, `grad_fn`) is
+    given to `update` as for dense params: functions of the params tree, gradients with
+    or without bases. A line search that reuses values takes them from
+    `oialr_jax.value_and_grad_from_state`.
+
+    Masks and labels have to say the same of a core, which has two axes, as of its dense
+    matrix: give them as a tree, computed once from the dense params.
 
     Args:     reference: keep a copy of what is trained, as `Schedule(when="stable")`
               needs it: while matrices are dense as much memory as they take.
@@ -149,12 +170,47 @@ def freeze_bases(
             trainable(updates),
             state.inner_state,
             None if params is None else trainable(params),
-            **extra_args,
+            **{k: _seen_inside(k, x, params) for k, x in extra_args.items()},
         )
         frozen = map_low_rank(_still, updates if params is None else params)
         return with_trainable(frozen, cores), state._replace(inner_state=inner_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return FrozenBases(init, update)
+
+
+def _seen_inside(name: str, extra: Any, params: PyTree | None) -> Any:
+    """An extra argument of `update` as the inner transformation takes it.
+
+    That knows `trainable(params)` alone: a function of params is called with the nodes
+    around it, and what has nodes (gradients, an old tree) is given without bases.
+    """
+    if not callable(extra):
+        return trainable(extra)
+    if params is None:
+        raise ValueError(
+            f"`{name}` is a function of the params, so `update` needs them: "
+            f"tx.update(grads, state, params, {name}=...)"
+        )
+    trained = trainable(params)
+    structure: Any = jax.tree.structure(trained)
+    shapes = list(map(jnp.shape, jax.tree.leaves(trained)))
+
+    def whole(x: Any) -> Any:
+        same = structure == jax.tree.structure(x)
+        same = same and list(map(jnp.shape, jax.tree.leaves(x))) == shapes
+        return with_trainable(params, x) if same else x
+
+    @functools.wraps(extra, updated=())
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        kwargs = {k: whole(x) for k, x in kwargs.items()}
+        return trainable(extra(*map(whole, args), **kwargs))
+
+    return inside if any(map(is_low_rank, leaves_of(params))) else extra
+
+
+def leaves_of(tree: PyTree) -> list[Any]:
+    """The leaves, a LowRank node being one."""
+    return jax.tree.leaves(tree, is_leaf=is_low_rank)
 
 
 def value_and_grad(
@@ -224,5 +280,136 @@ def _merged(leaves: list[Any], replaced: list[bool], new: list[Any]) -> list[Any
     return [next(rest) if x else y for y, x in zip(leaves, replaced, strict=True)]
 
 
+def value_and_grad_from_state(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """Like `optax.value_and_grad_from_state(loss)`, for a state of `freeze_bases`.
+
+    The value and gradient that a line search found at these params, if it left them in
+    `state`, else computed, as after a rank event. The gradient is that of
+    `value_and_grad`: an array in the place of each core and dense leaf.
+    """
+
+    def run(params: PyTree, *args: Any, state: PyTree, **kwargs: Any) -> Any:
+        def of_trainable(trained: PyTree, *args: Any, **kwargs: Any) -> Any:
+            return loss(with_trainable(params, trained), *args, **kwargs)
+
+        of_state = optax.value_and_grad_from_state(of_trainable)
+        return of_state(trainable(params), *args, state=state, **kwargs)
+
+    return run
+
+
 def _still(node: LowRank) -> LowRank:
-    return LowRank(jnp.zeros_like(node.u), node.s, jnp.zeros_like(node.vt), node.axes)
+    u, vt = jnp.zeros_like(node.u), jnp.zeros_like(node.vt)
+    return dataclasses.replace(node, u=u, vt=vt)
+
+
+# Whether another optimizer keeps the bases, and who uses the state of Adam
+
+UNWRAPPED = (
+    "build it as oialr_jax.freeze_bases(tx), everything inside it and nothing outside: "
+    "freeze_bases(optax.chain(a, b)), not optax.chain(freeze_bases(a), b)"
+)
+
+
+def check_frozen(tx: Any, params: PyTree) -> None:
+    """Whether no update of `tx` moves a basis; params may be abstract.
+
+    What `freeze_bases` returns needs no look. Around it may stand what leaves zeros
+    zeros, by the jaxpr of `tx.update`: scales, clips, conditions.
+
+    Raises:   ValueError: the update of a basis is not known to be zero, there is state
+              for bases, or `freeze_bases` has a part of the params alone; the params
+              are those of Optax's lookahead.
+    """
+    if not any(map(is_low_rank, leaves_of(params))):
+        return
+    if isinstance(params, optax.LookaheadParams):
+        raise ValueError(
+            "optax.LookaheadParams holds each matrix twice, with bases of its own, in "
+            "which fast and slow weights cannot be compared: an optimizer may keep "
+            "averages in its state instead, as optax.contrib.schedule_free does"
+        )
+    if isinstance(tx, FrozenBases):
+        return
+    _check_traced(tx, by_shapes(params))
+
+
+@functools.lru_cache(maxsize=64)
+def _check_traced(tx: Any, shapes: Known) -> None:
+    params = shapes.tree
+    state = jax.eval_shape(tx.init, params)
+    frozen = [x for x in jax.tree.leaves(state, is_leaf=is_frozen) if is_frozen(x)]
+    if not frozen or any(map(is_low_rank, leaves_of(state))):
+        raise ValueError(f"the optimizer would move frozen bases: {UNWRAPPED}")
+    count = len(leaves_of(params))
+    if any(x.pending.shape != (count,) for x in frozen):
+        raise ValueError(
+            f"`freeze_bases` has a part of the {count} parameters alone: {UNWRAPPED}"
+        )
+    update = dataflow.trace_update(tx, params)
+    if isinstance(update, Exception):
+        raise ValueError(
+            f"whether the optimizer moves frozen bases cannot be seen ({update}): "
+            f"{UNWRAPPED}"
+        ) from update
+    facts = dataflow.facts(update.jaxpr, [dataflow.Fact() for _ in update.inputs])
+    still = {
+        path[1:]
+        for path, fact in zip(update.outputs, facts, strict=True)
+        if path[0] == 0 and fact.constant == 0
+    }
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_low_rank):
+        if not is_low_rank(leaf):
+            continue
+        for factor in ("u", "vt"):
+            if (*path, jax.tree_util.GetAttrKey(factor)) not in still:
+                raise ValueError(
+                    f"the optimizer would move the frozen bases of {path_name(path)}: "
+                    f"{UNWRAPPED}"
+                )
+
+
+def adam_states(tx: Any, params: PyTree) -> dict[tuple[Any, ...], Second]:
+    """Of which states of Adam's class `nu` is not what it is in Adam, by path.
+
+    Adamax keeps the largest entries there; ADOPT divides by it before it averages, so
+    that `mu` is no mean of the same gradients.
+    """
+    if "ScaleByAdamState" not in dir(optax):
+        return {}
+    shapes = jax.tree.map(abstract, params)
+    return _adam_states(tx, Known(jax.tree.structure(params), shapes))
+
+
+@functools.lru_cache(maxsize=64)
+def _adam_states(tx: Any, params: Known) -> dict[tuple[Any, ...], Second]:
+    def is_adam(x: object) -> bool:
+        return isinstance(x, optax.ScaleByAdamState)
+
+    field = jax.tree_util.GetAttrKey
+    state = jax.eval_shape(tx.init, params.tree)
+    places = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_adam):
+        leaves = jax.tree_util.tree_leaves_with_path(x.nu) if is_adam(x) else ()
+        if leaves:  # one leaf tells of all
+            places[path] = leaves[0][0]
+    update = dataflow.trace_update(tx, params.tree) if places else None
+    if not isinstance(update, dataflow.Update):
+        return {}
+    inputs = {path: dataflow.Fact() for path in update.inputs}
+    for i, (path, leaf) in enumerate(places.items()):
+        averaged = {i: dataflow.AVERAGED}
+        inputs[1, *path, field("nu"), *leaf] = dataflow.Fact(sources=averaged)
+    facts = dataflow.facts(update.jaxpr, list(inputs.values()))
+    outputs = dict(zip(update.outputs, facts, strict=True))
+    found = {}
+    for i, (path, leaf) in enumerate(places.items()):
+        mean, square = (
+            outputs[1, *path, field(name), *leaf].sources.get(i)
+            for name in ("mu", "nu")
+        )
+        if square == dataflow.LARGEST:
+            found[path] = Second("mu", "count", largest=True)
+        elif mean:
+            found[path] = Second()
+    return found

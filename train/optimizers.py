@@ -61,9 +61,14 @@ def build(
 
 
 class AverageWeightsState(NamedTuple):
-    """The running average; called `ema`, so that it crosses rank events as Optax's."""
+    """The running average, which crosses rank events as weights do."""
 
     ema: Any
+
+    @staticmethod
+    def crosses() -> Mapping[str, str]:
+        """What the field holds when bases turn."""
+        return {"ema": "params"}
 
 
 def average_weights(decay: float) -> optax.GradientTransformation:
