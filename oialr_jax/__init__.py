@@ -5,6 +5,7 @@ from oialr_jax.checkpoint import Checkpoints, Restored
 from oialr_jax.cost import Rates
 from oialr_jax.explain import Explanation, explain
 from oialr_jax.factored import factored
+from oialr_jax.following import rebase
 from oialr_jax.lowrank import (
     Axes,
     Counts,
@@ -15,6 +16,7 @@ from oialr_jax.lowrank import (
     materialize,
     orthogonality_error,
     ranks,
+    without_identity,
 )
 from oialr_jax.matrices import Matrix, find_matrices, select
 from oialr_jax.moments import MomentRule
@@ -103,6 +105,7 @@ __all__ = [
     "orthogonalize",
     "project",
     "ranks",
+    "rebase",
     "scale_by_outer_shape",
     "select",
     "spectra",
@@ -115,4 +118,5 @@ __all__ = [
     "truncate",
     "value_and_grad",
     "with_trainable",
+    "without_identity",
 ]

@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Array, UInt32
 
-from oialr_jax.lowrank import Axes, LowRank, PyTree, is_low_rank, path_name
+from oialr_jax.lowrank import Axes, Basis, LowRank, PyTree, is_low_rank, path_name
 from oialr_jax.sharding import Layout
 
 _FORMAT = 1
@@ -97,7 +97,7 @@ class Checkpoints:
         if step in self.steps:
             raise ValueError(f"step {step} is saved already in {self.folder}")
         nodes = {
-            path_name(path): dataclasses.asdict(leaf.axes)
+            path_name(path): dataclasses.asdict(leaf.axes) | {"basis": leaf.basis}
             for path, leaf in jax.tree_util.tree_leaves_with_path(
                 state, is_leaf=is_low_rank
             )
@@ -291,7 +291,9 @@ def _abstract_state(
         name = path_name(path)
         if name not in contents["low_rank"]:
             return leaf
-        axes = Axes(**{k: tuple(v) for k, v in contents["low_rank"][name].items()})
+        entry = dict(contents["low_rank"][name])
+        basis = Basis(entry.pop("basis", 0))  # older checkpoints have none
+        axes = Axes(**{k: tuple(v) for k, v in entry.items()})
         factors = (stored[f"{name}/{part}"] for part in ("u", "s", "vt"))
         u, s, vt = (jax.ShapeDtypeStruct(x["shape"], x["dtype"]) for x in factors)
         if np.shape(leaf) != axes.shape:
@@ -299,7 +301,7 @@ def _abstract_state(
                 f"{name} has shape {np.shape(leaf)} in the model and {axes.shape} in "
                 f"the checkpoint {where}"
             )
-        return LowRank(u, s, vt, axes)
+        return LowRank(u, s, vt, axes, basis)
 
     abstract = jax.eval_shape(lambda: template)
     new = jax.tree_util.tree_map_with_path(ranked, abstract, is_leaf=is_low_rank)

@@ -1,5 +1,6 @@
 """Optax over cores: frozen bases have no optimizer state, no decay and no update."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from jaxtyping import Array
 from oialr_jax.lowrank import (
     LowRank,
     PyTree,
+    arrays_only,
     is_low_rank,
     map_low_rank,
     named_leaves,
@@ -35,7 +37,7 @@ class FreezeBasesState(NamedTuple):
 
 def pending_ranks(params: PyTree, opt_state: PyTree) -> dict[str, int]:
     """Host side: the ranks that wait for their event, by path."""
-    names = list(named_leaves(params))
+    names = list(named_leaves(arrays_only(params)))
     found: dict[str, int] = {}
     for state in jax.tree.leaves(opt_state, is_leaf=is_frozen):
         if is_frozen(state):
@@ -46,7 +48,8 @@ def pending_ranks(params: PyTree, opt_state: PyTree) -> dict[str, int]:
 
 def with_pending(params: PyTree, opt_state: PyTree, ranks: Mapping[str, int]) -> PyTree:
     """Host side: the optimizer state with these ranks waiting, and no others."""
-    vector = np.array([ranks.get(name, 0) for name in named_leaves(params)], np.int32)
+    names = named_leaves(arrays_only(params))
+    vector = np.array([ranks.get(name, 0) for name in names], np.int32)
 
     def replaced(state: Any) -> Any:
         if not is_frozen(state):
@@ -93,7 +96,7 @@ def with_trainable(params: PyTree, trained: PyTree) -> PyTree:
     """`params` with cores and dense leaves from a tree shaped like `trainable`."""
     return jax.tree.map(
         lambda leaf, new: (
-            LowRank(leaf.u, new, leaf.vt, leaf.axes) if is_low_rank(leaf) else new
+            dataclasses.replace(leaf, s=new) if is_low_rank(leaf) else new
         ),
         params,
         trained,
@@ -181,4 +184,5 @@ def value_and_grad(
 
 
 def _still(node: LowRank) -> LowRank:
-    return LowRank(jnp.zeros_like(node.u), node.s, jnp.zeros_like(node.vt), node.axes)
+    zeros = {"u": jnp.zeros_like(node.u), "vt": jnp.zeros_like(node.vt)}
+    return dataclasses.replace(node, **zeros)

@@ -21,6 +21,8 @@ FLOORS = {
     "decompose": 2,
     "sharding": 2,
     "factored": 3,
+    "following": 3,
+    "rehearsal": 3,
     "directions": 3,
     "surgery": 3,
     "stability": 3,
