@@ -197,6 +197,7 @@ class AdaptiveStep:
             return out if layout is None else _placed(out, layout)
 
         self._jit_options = getattr(jit, "keywords", {}) | jit_options
+        self._wants_arrays = _filters(jit)  # and takes shapes for static
         self._jitted = jit(counted, **jit_options)
 
     def __call__(self, state: Any, *args: Any, **kwargs: Any) -> Any:
@@ -325,7 +326,10 @@ class AdaptiveStep:
                 )
                 new = self._after(state, params, opt_state, AHEAD)
                 given = (new, args, kwargs)
-                new, others, named = bare(given, new.params, "the event that is due")
+                given = bare(given, new.params, "the event that is due")
+                if self._wants_arrays:
+                    given = jax.tree.map(_zeros, given)
+                new, others, named = given
                 self._jitted.lower(new, *others, **named).compile()
 
         self._ahead = self._thread.submit(compile_all)
@@ -412,7 +416,7 @@ def _options(jit: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]
     Raises:   ValueError: donation is asked for in the words of another `jit`.
     """
     known = inspect.signature(jit).parameters
-    if "donate" in known and "donate_argnums" not in known:  # eqx.filter_jit
+    if _filters(jit):
         for name in ("donate_argnums", "donate_argnames", "static_argnums"):
             if name in options:
                 raise ValueError(
@@ -428,6 +432,21 @@ def _options(jit: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]
     if some or "donate_argnums" in known:
         return {"donate_argnums": 0} | options
     return options
+
+
+def _filters(jit: Callable[..., Any]) -> bool:
+    """Whether `jit` is `eqx.filter_jit`, or speaks its language."""
+    known = inspect.signature(jit).parameters
+    return "donate" in known and "donate_argnums" not in known
+
+
+def _zeros(x: Any) -> Any:
+    """An array of this shape, in the place of it."""
+    if not isinstance(x, jax.ShapeDtypeStruct):
+        return x
+    if x.weak_type:  # a Python number makes one
+        return jnp.broadcast_to(jnp.asarray(x.dtype.type(0).item()), x.shape)
+    return jnp.zeros(x.shape, x.dtype, device=x.sharding)
 
 
 def _abstract(x: Any) -> Any:

@@ -132,6 +132,17 @@ class Solved(NamedTuple):
     stack: tuple[int, ...]
 
 
+def scalar(value: int, like: Any) -> Array:
+    """Host side: an integer where an array lies, as an argument of its programs.
+
+    Put there explicitly, because `jax.transfer_guard` counts plain integers.
+    """
+    where = like.sharding if _is_committed(like) else None
+    if isinstance(where, NamedSharding):
+        where = NamedSharding(where.mesh, PartitionSpec())
+    return jax.device_put(np.int32(value), where)
+
+
 def by_gram(axes: Axes, kept: int) -> bool:
     """Whether a dense matrix that is cut to `kept` is decomposed by its Gram matrix.
 

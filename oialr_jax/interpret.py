@@ -560,7 +560,10 @@ def trace(
         out_args, out_kwargs = jax.tree.unflatten(treedef, full)
         out_flat, out_tree = jax.tree.flatten(fn(*out_args, **out_kwargs))
         is_output = [_is_array(out) or isinstance(out, _SCALARS) for out in out_flat]
-        result[:] = [out_tree, is_output, out_flat]
+        statics = [
+            None if keep else out for out, keep in zip(out_flat, is_output, strict=True)
+        ]
+        result[:] = [out_tree, is_output, statics]  # no tracers: they would leak
         return [out for out, keep in zip(out_flat, is_output, strict=True) if keep]
 
     abstract = [
@@ -568,9 +571,7 @@ def trace(
         for _, leaf in leaves
     ]
     jaxpr = jax.make_jaxpr(on_arrays)(*abstract)
-    out_tree, is_output, out_flat = result
-    statics = [None if keep else o for o, keep in zip(out_flat, is_output, strict=True)]
-    result.clear()  # holds tracers of the finished trace
+    out_tree, is_output, statics = result
 
     def rebuild(outputs: Sequence[Any]) -> Any:
         remaining = iter(outputs)

@@ -209,8 +209,7 @@ def _diagnosis(
             return (
                 "the step combines params with an argument that is a copy of them and "
                 "will stay dense when matrices are converted to low rank: keep it in "
-                "the state and name its field in adaptive(..., follow=...), or bring "
-                "it along, tree = oialr_jax.rebase(tree, state.params)"
+                "the state and name its field in adaptive(..., follow=...)"
             )
     return (
         "the step cannot run on params in low rank, which it gets from the conversion "
@@ -355,7 +354,8 @@ def _is_place(x: Any) -> bool:
 
 def _indivisible(places: list[Any], tree: PyTree, multiple: int) -> str:
     """The first node with a factor that its sharding cannot divide at some rank."""
-    marked = jax.tree.unflatten(jax.tree.structure(tree), places)
+    known = [False if x is None else x for x in places]  # None would be no leaf
+    marked = jax.tree.unflatten(jax.tree.structure(tree), known)
     nodes = jax.tree_util.tree_leaves_with_path(marked, is_leaf=is_low_rank)
     shapes = jax.tree.leaves(tree, is_leaf=is_low_rank)
     for (path, node), leaf in zip(nodes, shapes, strict=True):

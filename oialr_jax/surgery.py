@@ -29,6 +29,7 @@ from oialr_jax.decompose import (
     decomposed,
     mesh_of,
     on_host,
+    scalar,
 )
 from oialr_jax.lowrank import (
     RESOLVED,
@@ -240,8 +241,8 @@ def project(params: PyTree, rule: RankRule, matrices: Sequence[Matrix]) -> PyTre
         path: _recomposed(
             leaves[path],
             x.batch,
-            x.start,
-            r,
+            scalar(x.start, x.batch[0]),
+            scalar(r, x.batch[0]),
             stack=x.stack,
             axes=dense[path],
             where=_place(leaves[path]),
@@ -719,7 +720,7 @@ def _after(
             _rebased,
             without_identity(leaves[cut.path]),
             x.batch,
-            x.start,
+            scalar(x.start, x.batch[0]),
             stack=x.stack,
             rank=cut.rank,
             axes=cut.axes,
