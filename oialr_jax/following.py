@@ -255,7 +255,7 @@ def _stale(path: Path, event: str) -> str:
             f"along: state.replace({field}=oialr_jax.rebase(state.{field}, "
             "state.params))"
         )
-    what = f"argument {rest[0].idx + 1}" if part == 1 else f"`{rest[0].key}`"
+    what = f"argument {rest[0].idx + 2}" if part == 1 else f"`{rest[0].key}`"
     return (
         f"{what} has {path_name(rest[1:])} in bases from before {event}: keep this "
         "tree in the state and name its field in adaptive(..., follow=...); one that "

@@ -37,7 +37,7 @@ def check_state(state: Any, follow: Sequence[str], trees: Any) -> None:
             "the step of `adaptive` is called under jax.vmap, jax.jit, jax.grad or "
             "jax.lax.scan, but its rank events happen on the host, between the calls: "
             "put the transformation inside of the step. Seeds side by side are one "
-            "state: params with a leading axis, matrices found in "
+            "state: params and batch with a leading axis, matrices found in "
             "jax.vmap(forward), tx.init outside of jax.vmap"
         )
     for name in ("step", "params", "opt_state", "replace"):
@@ -90,6 +90,7 @@ def check_optimizer(state: Any, tx: optax.GradientTransformation) -> None:
             "`freeze_bases` is inside of another `freeze_bases`: leave the outer one "
             "alone, around the whole chain"
         )
+    # the place for checks of what stands outside of `freeze_bases`
     fresh = _traced(tx.init, arrays_only(state.params))
     if isinstance(fresh, Exception):
         return
@@ -147,6 +148,8 @@ def rehearse(
             "the optimizer cannot be initialised for cores in the place of matrices, "
             f"which tx.init will be asked for at the conversion: {_line(opt_state)}"
         ) from opt_state
+
+    # the place for checks of labels that a leaf changes from dense to core
 
     def converted(names: Sequence[str]) -> Any:
         new = {name: _rebased(rebase, getattr(state, name), params) for name in names}
