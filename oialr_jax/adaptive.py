@@ -411,7 +411,7 @@ def _stabilities(
 
 
 def _options(jit: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
-    """The options for `jit`, which donates the state if it can and nothing else is said.
+    """The options for `jit`, which donates the state where nothing else is said.
 
     Raises:   ValueError: donation is asked for in the words of another `jit`.
     """

@@ -63,8 +63,8 @@ def leaves_by_path(tree: PyTree) -> dict[Any, Any]:
     return dict(jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_low_rank))
 
 
-def owner_of(path: Path, owners: Mapping[Any, Any]) -> Path | None:
-    """The path of the parameter that a leaf elsewhere belongs to."""
+def owner_of(path: Path, owners: Mapping[Any, Any]) -> Any:
+    """The path of the parameter that a leaf elsewhere belongs to, or None."""
     for start in range(len(path) + 1):  # the longest suffix first
         if path[start:] in owners:
             return path[start:]
@@ -121,9 +121,12 @@ def followed(
     flat, treedef = jax.tree_util.tree_flatten_with_path(trees, is_leaf=is_low_rank)
     places = [owner_of(path, owners) for path, _ in flat]
     for (path, leaf), place in zip(flat, places, strict=True):
-        node = old.get(place)
-        is_core = is_low_rank(node) and not is_low_rank(leaf)
-        if is_core and getattr(leaf, "shape", None) == node.s.shape:
+        node: Any = old.get(place)
+        if (
+            is_low_rank(node)
+            and not is_low_rank(leaf)
+            and getattr(leaf, "shape", None) == node.s.shape
+        ):
             raise ValueError(
                 f"{path_name(path)} of `follow` looks like the core of "
                 f"{path_name(place)}, whose bases it does not have: keep a copy of the "
@@ -191,7 +194,7 @@ class Identities:
         if self._given is None or self._given[0] != treedef:
             nothing = jax.tree.map(lambda _: None, params)  # holds no arrays
             self._owners = leaves_by_path(nothing)
-            plain = jax.tree.structure(bare(given, params, event))
+            plain: Any = jax.tree.structure(bare(given, params, event))
             self._given = treedef, None if plain == treedef else plain
             self._returned = None
         plain = self._given[1]
@@ -210,7 +213,7 @@ class Identities:
 
 def _node_of(path: Path, leaf: Any, owners: Mapping[Any, Any]) -> Any:
     """The parameter's node that a node elsewhere belongs to, if there is one."""
-    owner = owners.get(owner_of(path, owners)) if is_low_rank(leaf) else None
+    owner: Any = owners.get(owner_of(path, owners)) if is_low_rank(leaf) else None
     return owner if is_low_rank(owner) and owner.axes == leaf.axes else None
 
 

@@ -1,4 +1,4 @@
-"""What would fail at the conversion fails on the first call: shapes alone, nothing runs.
+"""What would fail at the conversion fails on the first call, by shapes alone.
 
 The step is traced once with every matrix at full rank. Where that fails, the mistake is
 found by trying: the dense step, and the step with the trees beside the params in low
@@ -326,14 +326,14 @@ def _check_shardings(
         if where is None or _spread(where, now) is None:
             continue  # what does not fit the dense state either, jit will refuse
         found = _spread(where, tree)
-        trouble = "has no entry for"
+        trouble, names = "has no entry for", ", ".join(axes)
         if found is not None:
             trouble = "cannot divide"
-            found = _indivisible(found, tree, multiple)
-            if not found:
+            names = _indivisible(found, tree, multiple)
+            if not names:
                 continue
         raise ValueError(
-            f"`{name}` {trouble} the factors of {found or ', '.join(axes)}, which "
+            f"`{name}` {trouble} the factors of {names}, which "
             "come in the place of a dense matrix at the conversion, and whose ranks "
             "change: leave it out and give adaptive(..., layout=oialr_jax.Layout(mesh, "
             "rules)), which places dense and low-rank leaves and the optimizer state"
@@ -395,5 +395,3 @@ def check_matrices(params: PyTree, matrices: Sequence[Matrix]) -> None:
                 f"{matrix.path} has shape {shape} in `state.params` and "
                 f"{matrix.axes.shape} in `matrices`: find them in the same params"
             )
-
-

@@ -223,8 +223,9 @@ class Layout:
         if not any(entries):
             u = self._auto(np.shape(node.u), len(stack))
             vt = self._auto(np.shape(node.vt), len(stack))
-        u, s, vt = map(self._named, (u, s, vt))
-        return dataclasses.replace(node, u=u, s=s, vt=vt)
+        return dataclasses.replace(
+            node, u=self._named(u), s=self._named(s), vt=self._named(vt)
+        )
 
     def _auto(self, shape: tuple[int, ...], stack: int = 0) -> PartitionSpec:
         """The largest axis over `fsdp`, if that divides it and is worth it."""

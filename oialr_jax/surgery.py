@@ -123,7 +123,9 @@ def factorize(
     At full rank (the default) the function that the network computes does not change.
     First moments become UᵀMV, so the next step of a linear optimizer is the dense step
     projected on the bases. A leaf that is not finite stays dense and the report says
-    so. Leaves that are LowRank already are left alone.
+    so. Leaves that are LowRank already are left alone. Trees beside the params do not
+    follow: `rebase(tree, params)` brings them into the new bases, with those outside
+    of the span dropped.
 
     Args:     rank: one for all, or by path; None keeps min(m, n).
               layout: where the result lies; by default `Layout(mesh)` of the params'
@@ -153,7 +155,8 @@ def truncate(
     path); a stack takes the largest rank of its matrices. Moments turn by the same Us
     and Vs. Bases that have drifted from orthonormal past `ORTHOGONALITY_BOUND` are
     repaired by a QR whose triangular part goes into the core, so W does not change. A
-    leaf that is not finite stays as it was.
+    leaf that is not finite stays as it was. Trees beside the params do not follow:
+    `rebase(tree, params)` brings them into the new bases.
 
     Args:     layout: where the result lies; by default `Layout(mesh)` of the params'
               mesh, if they lie on one.

@@ -184,5 +184,5 @@ def value_and_grad(
 
 
 def _still(node: LowRank) -> LowRank:
-    zeros = {"u": jnp.zeros_like(node.u), "vt": jnp.zeros_like(node.vt)}
-    return dataclasses.replace(node, **zeros)
+    u, vt = jnp.zeros_like(node.u), jnp.zeros_like(node.vt)
+    return dataclasses.replace(node, u=u, vt=vt)
