@@ -5,6 +5,7 @@ from oialr_jax.checkpoint import Checkpoints, Restored
 from oialr_jax.cost import Rates
 from oialr_jax.explain import Explanation, explain
 from oialr_jax.factored import factored
+from oialr_jax.following import rebase
 from oialr_jax.lowrank import (
     Axes,
     Counts,
@@ -16,6 +17,7 @@ from oialr_jax.lowrank import (
     materialize,
     orthogonality_error,
     ranks,
+    without_identity,
 )
 from oialr_jax.matrices import Matrices, Matrix, Skipped, find_matrices, select
 from oialr_jax.moments import MomentRule
@@ -112,6 +114,7 @@ __all__ = [
     "orthogonalize",
     "project",
     "ranks",
+    "rebase",
     "scale_by_outer_shape",
     "select",
     "spectra",
@@ -125,6 +128,7 @@ __all__ = [
     "value_and_grad",
     "value_and_grad_from_state",
     "with_trainable",
+    "without_identity",
 ]
 
 _warn_of_faults()

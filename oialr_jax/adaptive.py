@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import inspect
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,9 +14,18 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from oialr_jax.lowrank import PyTree, is_low_rank, named_leaves
+from oialr_jax.checks import check_optimizer
+from oialr_jax.decompose import AHEAD, NOW, Run
+from oialr_jax.following import Identities, bare, followed, rebase
+from oialr_jax.lowrank import PyTree, is_low_rank, named_leaves, without_identity
 from oialr_jax.matrices import Matrix
 from oialr_jax.moments import MomentRule
+from oialr_jax.rehearsal import (
+    check_matrices,
+    check_opt_state,
+    check_state,
+    rehearse,
+)
 from oialr_jax.schedule import RankRule, Schedule
 from oialr_jax.sharding import Layout, on_auto_axes
 from oialr_jax.stability import stability
@@ -47,6 +57,7 @@ def adaptive(
     *,
     moment_rule: MomentRule = MomentRule(),  # noqa: B008 -- frozen
     steps_per_call: int = 1,
+    follow: Sequence[str] = (),
     layout: Layout | None = None,
     jit: Callable[..., Any] = jax.jit,
     **jit_options: Any,
@@ -70,6 +81,13 @@ def adaptive(
     waiting at their event and do not (another loop ran in between) are chosen then.
     `Schedule(when="stable")` needs `tx = freeze_bases(..., reference=True)`.
 
+    What follows an event: `.params`, `.opt_state`, and the fields of the state that
+    `follow` names, trees beside the params such as an average, a target network or the
+    start point of a penalty, by `rebase`. A tree that does not, in another field or in
+    an argument, is refused before a step that gets it in old bases. The first call
+    traces the step at full rank, by shapes alone, and refuses what would fail at the
+    conversion; the state given is kept then.
+
     The state given is used up, its buffers donated to the new one, as is usual in
     `state, metrics = step(state, batch)`; `donate_argnums=()` keeps it.
 
@@ -77,14 +95,17 @@ def adaptive(
               steps_per_call: by how much one call raises `state.step`.
               layout: where the state lies, before, after and across events; the state
               given has to be there, as `layout.initialize` puts it.
-              jit: what compiles the step, `jax.jit` or `jax.pmap`; the latter with
-              in_axes=(None, 0), out_axes=None, so that the state has no device axis.
+              jit: what compiles the step: `jax.jit`, `nnx.jit`, `eqx.filter_jit`,
+              which donates by donate="all" alone, or `jax.pmap`, with in_axes=(None, 0)
+              and out_axes=None, so that the state has no device axis.
               jit_options: passed to it (static_argnames, donate_argnums, ...).
-    Raises:   ValueError: no matrices, `steps_per_call` below 1, or a budget for layers
-              that are treated when they are stable; on call, what
-              `factorize` and `truncate` raise, a step whose `state.step` does not
-              advance by `steps_per_call`, and no reference for a schedule that needs
-              one; at an event, what failed in the background.
+    Raises:   ValueError: no matrices, `steps_per_call` below 1, a budget for layers
+              that are treated when they are stable, or options that `jit` does not
+              take; on call, what `factorize` and `truncate` raise, a state, optimizer
+              or step that would fail at the conversion, a tree in the bases of before
+              an event, a step whose `state.step` does not advance by `steps_per_call`,
+              and no reference for a schedule that needs one; at an event, what failed
+              in the background. TypeError: the state has no `.step`, ...
     """
     if not matrices:
         raise ValueError("`matrices` is empty: there is nothing to hold in low rank")
@@ -95,6 +116,13 @@ def adaptive(
         )
     if steps_per_call < 1:
         raise ValueError(f"`steps_per_call` must be at least 1, got {steps_per_call}")
+    follow = (follow,) if isinstance(follow, str) else tuple(follow)
+    for name in follow:
+        if name in ("step", "params", "opt_state"):
+            raise ValueError(
+                f"`follow` names {name!r}: it is for other fields of the state; params "
+                "and optimizer state follow an event by themselves"
+            )
     return AdaptiveStep(
         step,
         tx,
@@ -103,9 +131,10 @@ def adaptive(
         rule,
         moment_rule,
         steps_per_call,
+        follow,
         layout,
         jit,
-        jit_options,
+        _options(jit, jit_options),
     )
 
 
@@ -140,6 +169,7 @@ class AdaptiveStep:
         rule: RankRule,
         moment_rule: MomentRule,
         steps_per_call: int,
+        follow: tuple[str, ...],
         layout: Layout | None,
         jit: Callable[..., Any],
         jit_options: dict[str, Any],
@@ -154,6 +184,10 @@ class AdaptiveStep:
         self._rule = rule
         self._options: Any = {"tx": tx, "moment_rule": moment_rule, "layout": layout}
         self._stride = steps_per_call
+        self._follow = follow
+        self._step = step
+        self._is_checked = False
+        self._identities = Identities()
         self._last: tuple[Any, int] = (None, 0)  # the latest `state.step`, its value
         self._thread = ThreadPoolExecutor(1, "compile-ahead")
         self._ahead: Future[None] | None = None
@@ -163,15 +197,16 @@ class AdaptiveStep:
             out = step(*args, **kwargs)
             return out if layout is None else _placed(out, layout)
 
-        if "donate_argnames" not in jit_options:
-            jit_options = {"donate_argnums": 0} | jit_options
+        self._jit_options = getattr(jit, "keywords", {}) | jit_options
+        self._wants_arrays = _filters(jit)  # and takes shapes for static
         self._jitted = jit(counted, **jit_options)
 
     def __call__(self, state: Any, *args: Any, **kwargs: Any) -> Any:
         """What the step returns: the new state, alone or first in a tuple."""
         known, number = self._last
-        if state.step is not known:  # reading the step waits for the device
-            number = int(jax.device_get(state.step))
+        if known is None or getattr(state, "step", None) is not known:
+            self._check(state, args, kwargs)
+            number = int(jax.device_get(state.step))  # waits for the device
             self._ahead = None
             if (
                 self._schedule.when == "stable"
@@ -194,17 +229,52 @@ class AdaptiveStep:
         if decided is not None and decided != due:
             state = self._decision(state, number, decided, args, kwargs)
 
-        out = self._jitted(state, *args, **kwargs)
+        event = f"the event at step {self.reports[-1].step}" if self.reports else ""
+        state, args, kwargs = self._identities.off(
+            (state, args, kwargs), state.params, event or "an event"
+        )
+        out = self._identities.on(self._jitted(state, *args, **kwargs))
         new_state = out[0] if _is_pair(out) else out
         if self._last[0] is None:
-            reached = int(jax.device_get(new_state.step))
-            if reached != number + self._stride:
+            after = int(jax.device_get(new_state.step))
+            if after != number + self._stride:
                 raise ValueError(
-                    f"one call took `state.step` from {number} to {reached}; "
+                    f"one call took `state.step` from {number} to {after}; "
                     f"`steps_per_call` is {self._stride}"
                 )
         self._last = (new_state.step, number + self._stride)
         return out
+
+    def _check(self, state: Any, args: Any, kwargs: Any) -> None:
+        """What can be said of a state that another call has not returned."""
+        check_state(state, self._follow, (args, kwargs))
+        if self._is_checked:
+            return
+        check_matrices(state.params, self._matrices)
+        tx = self._options["tx"]
+        check_opt_state(state, tx)
+        check_optimizer(tx, without_identity(state.params), self._matrices)
+        leaves = named_leaves(state.params)
+        if not all(is_low_rank(leaves[x.path]) for x in self._matrices):
+            rehearse(
+                self._step,
+                tx,
+                self._matrices,
+                *without_identity((state, args, kwargs)),
+                follow=self._follow,
+                rebase=rebase,
+                options=self._jit_options,
+                multiple=self._rule.multiple,
+            )
+        self._is_checked = True
+
+    def _after(
+        self, state: Any, params: PyTree, opt_state: PyTree, run: Run = NOW
+    ) -> Any:
+        """The state after an event, and what follows it."""
+        trees = {name: getattr(state, name) for name in self._follow}
+        trees = followed(trees, state.params, params, self._options["layout"], run)
+        return state.replace(params=params, opt_state=opt_state, **trees)
 
     def _projection(self, state: Any, number: int) -> Any:
         """The state with its dense matrices cut, and still dense."""
@@ -257,8 +327,13 @@ class AdaptiveStep:
                     then,
                     **self._options,
                 )
-                new_state = state.replace(params=params, opt_state=opt_state)
-                self._jitted.lower(new_state, *args, **kwargs).compile()
+                new = self._after(state, params, opt_state, AHEAD)
+                given = (new, args, kwargs)
+                given = bare(given, new.params, "the event that is due")
+                if self._wants_arrays:
+                    given = jax.tree.map(_zeros, given)
+                new, others, named = given
+                self._jitted.lower(new, *others, **named).compile()
 
         self._ahead = self._thread.submit(compile_all)
 
@@ -302,12 +377,16 @@ class AdaptiveStep:
         self.timings.append(
             Timing(number, waiting=waited - started, surgery=done - waited)
         )
-        return state.replace(params=params, opt_state=opt_state)
+        return self._after(state, params, opt_state)
 
     def _stable(self, state: Any, number: int) -> tuple[Any, dict[str, int]]:
         """The ranks of what has settled; and the state, which is the new reference."""
         scores = jax.device_get(
-            _stabilities(reference_of(state.opt_state), state.params, self._matrices)
+            _stabilities(
+                reference_of(state.opt_state),
+                without_identity(state.params),
+                self._matrices,
+            )
         )
         found = {x.path: float(s) for x, s in zip(self._matrices, scores, strict=True)}
         self.stabilities.append((number, found))
@@ -333,6 +412,45 @@ def _stabilities(
     """How stable the basis of each matrix is, of a stack the least stable one."""
     found = stability(with_trainable(params, reference), params, matrices)
     return [jnp.min(found[matrix.path].basis) for matrix in matrices]
+
+
+def _options(jit: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The options for `jit`, which donates the state where nothing else is said.
+
+    Raises:   ValueError: donation is asked for in the words of another `jit`.
+    """
+    known = inspect.signature(jit).parameters
+    if _filters(jit):
+        for name in ("donate_argnums", "donate_argnames", "static_argnums"):
+            if name in options:
+                raise ValueError(
+                    f"`{name}` is no option of {getattr(jit, '__name__', jit)}: it "
+                    'donates by donate="all" or "all-except-first", and takes what '
+                    "is no array as static"
+                )
+        return options
+    given = {*options, *getattr(jit, "keywords", {})}
+    some = any(x.kind is inspect.Parameter.VAR_KEYWORD for x in known.values())
+    if given & {"donate_argnums", "donate_argnames"}:
+        return options
+    if some or "donate_argnums" in known:
+        return {"donate_argnums": 0} | options
+    return options
+
+
+def _filters(jit: Callable[..., Any]) -> bool:
+    """Whether `jit` is `eqx.filter_jit`, or speaks its language."""
+    known = inspect.signature(jit).parameters
+    return "donate" in known and "donate_argnums" not in known
+
+
+def _zeros(x: Any) -> Any:
+    """An array of this shape, in the place of it."""
+    if not isinstance(x, jax.ShapeDtypeStruct):
+        return x
+    if x.weak_type:  # a Python number makes one
+        return jnp.broadcast_to(jnp.asarray(x.dtype.type(0).item()), x.shape)
+    return jnp.zeros(x.shape, x.dtype, device=x.sharding)
 
 
 def _abstract(x: Any) -> Any:

@@ -30,7 +30,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Array, UInt32
 
-from oialr_jax.lowrank import Axes, LowRank, PyTree, is_low_rank, path_name
+from oialr_jax.lowrank import Axes, Basis, LowRank, PyTree, is_low_rank, path_name
 from oialr_jax.sharding import Layout, on_auto_axes
 
 _FORMAT = 1
@@ -113,7 +113,7 @@ class Checkpoints:
         leaves = _leaves(state)
         number = None if metric is None else _scalar(metric)
         nodes = {
-            name: dataclasses.asdict(leaf.axes)
+            name: dataclasses.asdict(leaf.axes) | {"basis": int(leaf.basis)}
             for name, leaf in _leaves(state, is_low_rank).items()
             if is_low_rank(leaf)
         }
@@ -333,7 +333,9 @@ def _abstract_state(
         name = path_name(path)
         if name not in contents["low_rank"]:
             return leaf
-        axes = Axes(**{k: tuple(v) for k, v in contents["low_rank"][name].items()})
+        entry = dict(contents["low_rank"][name])
+        basis = Basis(entry.pop("basis", 0))  # older checkpoints have none
+        axes = Axes(**{k: tuple(v) for k, v in entry.items()})
         factors = (stored[f"{name}/{part}"] for part in ("u", "s", "vt"))
         u, s, vt = (jax.ShapeDtypeStruct(x["shape"], x["dtype"]) for x in factors)
         if np.shape(leaf) != axes.shape:
@@ -346,7 +348,7 @@ def _abstract_state(
                 wrong.append(
                     f"{what} is {here} in the program and {there} in the checkpoint"
                 )
-        return LowRank(u, s, vt, axes)
+        return LowRank(u, s, vt, axes, basis)
 
     abstract = jax.eval_shape(lambda: template)
     new = jax.tree_util.tree_map_with_path(ranked, abstract, is_leaf=is_low_rank)

@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 PyTree = Any
@@ -71,6 +73,30 @@ class _NotAnArray(TypeError, AttributeError):
     """An array's attribute that a node has not; `hasattr` says so."""
 
 
+class Basis(int):
+    """Which bases a node is in: a number that every event changes, 0 where unknown.
+
+    It is part of a tree's structure, so that JAX refuses to combine nodes of different
+    bases, whose cores have nothing to do with each other; its text is the way out.
+    """
+
+    def __repr__(self) -> str:
+        if not self:
+            return "0"
+        return (
+            f"bases {int(self):08x}; trees whose bases differ: bring one into the "
+            "other's by oialr_jax.rebase(tree, params)"
+        )
+
+    def after(self, sigma: Any, rank: int) -> "Basis":
+        """The bases after an event that found these singular values.
+
+        The same in every process of a run, and in a run that was resumed.
+        """
+        values = np.ascontiguousarray(sigma)
+        return Basis(zlib.crc32(values.tobytes(), zlib.crc32(b"%d %d" % (self, rank))))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class LowRank:
@@ -79,6 +105,9 @@ class LowRank:
     `u` and `vt` are frozen and have orthonormal columns and rows; the core `s` is what
     trains. The node runs no checks: it is also built by JAX with tracers, shapes or
     None in the place of arrays.
+
+    `basis` tells nodes of different bases apart (`Basis`); a node that is built from
+    another one keeps it: `dataclasses.replace(node, s=core)`.
 
     Shapes:   u: (*l, m, r); s: (*l, r, r); vt: (*l, r, n).
     Source:   OIALR (Coquelin et al., ECAI 2024), section 1; the authors keep the tall
@@ -89,6 +118,7 @@ class LowRank:
     s: Any
     vt: Any
     axes: Axes = dataclasses.field(metadata={"static": True})
+    basis: int = dataclasses.field(default=Basis(0), metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -162,6 +192,23 @@ def materialize(tree: PyTree) -> PyTree:
     The norm of what is trained needs no dense array: see `global_norm`.
     """
     return map_low_rank(LowRank.materialize, tree)
+
+
+def without_identity(tree: PyTree) -> PyTree:
+    """The tree, whose nodes do not say any more which bases they are in.
+
+    For programs that take one params tree alone, as an evaluation does: an event that
+    turns bases and cuts nothing then compiles none of them anew.
+    """
+    return map_low_rank(lambda x: dataclasses.replace(x, basis=Basis(0)), tree)
+
+
+def arrays_only(tree: PyTree) -> PyTree:
+    """The tree with None for leaves that are no arrays, as functions in a module are.
+
+    It is what optimizers are initialised with where params are a whole module.
+    """
+    return jax.tree.map(lambda x: x if hasattr(x, "dtype") else None, tree)
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -304,7 +351,8 @@ def diagonal(sigma: Float[Array, "*l r"]) -> Float[Array, "*l r r"]:
 def factor(array: Array, axes: Axes, rank: int | None = None) -> LowRank:
     """The best rank-r LowRank of one dense array; full rank min(m, n) by default.
 
-    Traceable. Factors have the array's dtype, the computation is float32 or wider.
+    Traceable. Factors have the array's dtype, the computation is float32 or wider. The
+    node knows its bases (`LowRank.basis`) where values are known, outside of `jax.jit`.
 
     Raises:   ValueError: when the rank is outside [1, min(m, n)].
     Source:   Eckart-Young; OIALR's conversion without truncation.
@@ -316,7 +364,10 @@ def factor(array: Array, axes: Axes, rank: int | None = None) -> LowRank:
     u, sigma, vt = svd(axes.to_matrix(array))
     s = diagonal(sigma[..., :rank])
     u, s, vt = (f.astype(array.dtype) for f in (u[..., :rank], s, vt[..., :rank, :]))
-    return LowRank(u, s, vt, axes)
+    basis = Basis(0)
+    if not isinstance(sigma, jax.core.Tracer) and sigma.is_fully_addressable:
+        basis = basis.after(jax.device_get(sigma), rank)
+    return LowRank(u, s, vt, axes, basis)
 
 
 def orthogonality_error(u: Float[Array, "*l m r"], vt: Float[Array, "*l r n"]) -> Array:

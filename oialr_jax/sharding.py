@@ -112,7 +112,9 @@ class Layout:
             for start in range(len(path) + 1):  # the longest suffix first
                 owner = owners.get(path[start:])
                 if owner is not None and owner.fits(leaf):
-                    return owner.node if is_low_rank(leaf) else owner.trained
+                    if is_low_rank(leaf):
+                        return dataclasses.replace(owner.node, basis=leaf.basis)
+                    return owner.trained
             if is_low_rank(leaf):
                 return self._node(leaf, PartitionSpec())
             return self._named(self._auto(np.shape(leaf)))
@@ -248,7 +250,9 @@ class Layout:
         if not any(entries):
             u = self._auto(np.shape(node.u), len(stack))
             vt = self._auto(np.shape(node.vt), len(stack))
-        return LowRank(self._named(u), self._named(s), self._named(vt), node.axes)
+        return dataclasses.replace(
+            node, u=self._named(u), s=self._named(s), vt=self._named(vt)
+        )
 
     def _auto(self, shape: tuple[int, ...], stack: int = 0) -> PartitionSpec:
         """The largest axis over `fsdp`, if that divides it and is worth it."""

@@ -28,6 +28,7 @@ from oialr_jax.lowrank import (
     is_low_rank,
     named_leaves,
     singular_values,
+    without_identity,
 )
 from oialr_jax.matrices import Matrix
 from oialr_jax.polar import or_one, polar
@@ -238,7 +239,7 @@ def _leaves(params: PyTree, matrices: Sequence[Matrix]) -> list[Any]:
             raise ValueError(
                 f"{matrix.path} has shape {shape}, expected {matrix.axes.shape}"
             )
-    leaves = [named[matrix.path] for matrix in matrices]
+    leaves = [without_identity(named[matrix.path]) for matrix in matrices]
     mesh = mesh_of([leaf.s if is_low_rank(leaf) else leaf for leaf in leaves])
     if mesh is None:
         return leaves

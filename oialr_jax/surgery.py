@@ -35,8 +35,10 @@ from oialr_jax.labels import check_labels
 from oialr_jax.lowrank import (
     RESOLVED,
     Axes,
+    Basis,
     LowRank,
     PyTree,
+    arrays_only,
     compute_dtype,
     diagonal,
     is_low_rank,
@@ -45,6 +47,7 @@ from oialr_jax.lowrank import (
     path_name,
     signed_qr,
     unique_names,
+    without_identity,
 )
 from oialr_jax.matrices import Matrix
 from oialr_jax.moments import MomentRule, Move
@@ -129,7 +132,9 @@ def factorize(
     At full rank (the default) the function that the network computes does not change.
     First moments become UᵀMV, so the next step of a linear optimizer is the dense step
     projected on the bases. A leaf that is not finite stays dense and the report says
-    so. Leaves that are LowRank already are left alone.
+    so. Leaves that are LowRank already are left alone. Trees beside the params do not
+    follow: `rebase(tree, params)` brings them into the new bases, with those outside
+    of the span dropped.
 
     Args:     opt_state, tx: both, or None for params without an optimizer.
               rank: one for all, or by path; None keeps min(m, n).
@@ -162,7 +167,8 @@ def truncate(
     path); a stack takes the largest rank of its matrices. Moments turn by the same Us
     and Vs. Bases that have drifted from orthonormal past `ORTHOGONALITY_BOUND` are
     repaired by a QR whose triangular part goes into the core, so W does not change. A
-    leaf that is not finite stays as it was.
+    leaf that is not finite stays as it was. Trees beside the params do not follow:
+    `rebase(tree, params)` brings them into the new bases.
 
     Args:     opt_state, tx: both, or None for params without an optimizer.
               layout: where the result lies; by default `Layout(mesh)` of the params'
@@ -463,7 +469,12 @@ def _factorized(
         for i, x, sigma in zip(faint, again, on_host(again, run), strict=True):
             solved[i], spectra[i] = x, sigma
     plan = [
-        _Cut(path, r if np.isfinite(sigma).all() else None, matrix.axes)
+        _Cut(
+            path,
+            r if np.isfinite(sigma).all() else None,
+            matrix.axes,
+            Basis(0).after(sigma, r),
+        )
         for (path, (matrix, r)), sigma in zip(jobs.items(), spectra, strict=True)
     ]
     new_params, new_state = _after(
@@ -509,7 +520,12 @@ def _truncated(
         i for i, e in enumerate(errors) if np.isfinite(e) and e > _bound(nodes[i])
     ]
     if drifted:  # a repair moves bases by no more than the drift: overlaps stay Us, Vs
-        repaired = [_repaired(nodes[i]) for i in drifted]
+        repaired = [
+            dataclasses.replace(
+                _repaired(without_identity(nodes[i])), basis=nodes[i].basis
+            )
+            for i in drifted
+        ]
         again, sigmas, _ = _facts(repaired, run)
         for i, node, x, sigma in zip(drifted, repaired, again, sigmas, strict=True):
             nodes[i], solved[i], spectra[i] = node, x, sigma
@@ -525,8 +541,8 @@ def _truncated(
             for path, sigma in zip(chosen, sound, strict=True)
         ]
     plan = [
-        _Cut(path, r, node.axes)
-        for path, r, node in zip(chosen, ranks, nodes, strict=True)
+        _Cut(path, r, node.axes, Basis(node.basis).after(sigma, r or 0))
+        for path, r, node, sigma in zip(chosen, ranks, nodes, spectra, strict=True)
     ]
     layers = [
         _layer(path_name(path), node.axes, node.rank, r, sigma, error)
@@ -554,11 +570,12 @@ gives 4e-3, so narrower bases are repaired past ten times their machine epsilon.
 
 
 class _Cut(NamedTuple):
-    """What becomes of one leaf: its new rank (None: left as it was) and its axes."""
+    """What becomes of one leaf: its new rank (None: left as it was), axes and bases."""
 
     path: tuple[Any, ...]
     rank: int | None
     axes: Axes
+    basis: Basis
 
 
 def _facts(
@@ -620,7 +637,7 @@ def _repaired(node: LowRank) -> LowRank:
     new = (qu, core, jnp.swapaxes(qv, -1, -2))
     old = (node.u, node.s, node.vt)
     u, s, vt = (f.astype(o.dtype) for f, o in zip(new, old, strict=True))
-    return LowRank(u, s, vt, node.axes)
+    return dataclasses.replace(node, u=u, s=s, vt=vt)
 
 
 def _bound(node: LowRank) -> float:
@@ -712,7 +729,7 @@ def _after(
 ) -> tuple[PyTree, PyTree]:
     """Params and state after an event."""
     _check_wrapped(opt_state, tx)
-    run.agree([(path_name(cut.path), cut.rank) for cut in plan])
+    run.agree([(path_name(cut.path), cut.rank, int(cut.basis)) for cut in plan])
     leaves = _leaves(params)
     mesh = mesh_of(jax.tree.leaves(params))
     if layout is None and mesh is not None:
@@ -726,7 +743,7 @@ def _after(
     moved = {
         cut.path: run.call(
             _rebased,
-            leaves[cut.path],
+            without_identity(leaves[cut.path]),
             x.batch,
             run.put(x.start, x.batch[0]),
             stack=x.stack,
@@ -740,12 +757,17 @@ def _after(
     if not moved and tx is not None:
         return params, with_pending(params, opt_state, {})
     moves = [move for _, move in moved.values()]
-    new_params = _replaced(params, {path: node for path, (node, _) in moved.items()})
+    bases = {cut.path: cut.basis for cut in plan}  # of the host: no program's business
+    nodes = {
+        path: dataclasses.replace(node, basis=bases[path])
+        for path, (node, _) in moved.items()
+    }
+    new_params = _replaced(params, nodes)
     if tx is None:
         return new_params, None
     state = run.call(
         _carried,
-        new_params,
+        arrays_only(without_identity(new_params)),
         opt_state,
         moves,
         paths=tuple(moved),
@@ -767,7 +789,7 @@ def _places(
         return jax.ShapeDtypeStruct(side, jnp.float32)
 
     nodes = {}
-    for path, r, axes in plan:
+    for path, r, axes, _ in plan:
         if r:
             u, s = shape(*axes.l, axes.m, r), shape(*axes.l, r, r)
             nodes[path] = LowRank(u, s, shape(*axes.l, r, axes.n), axes)

@@ -17,6 +17,7 @@ from oialr_jax.dataflow import Known, abstract, by_shapes
 from oialr_jax.lowrank import (
     LowRank,
     PyTree,
+    arrays_only,
     is_low_rank,
     map_low_rank,
     named_leaves,
@@ -51,7 +52,7 @@ class FrozenBases(optax.GradientTransformationExtraArgs):
 
 def pending_ranks(params: PyTree, opt_state: PyTree) -> dict[str, int]:
     """Host side: the ranks that wait for their event, by path."""
-    names = list(named_leaves(params))
+    names = list(named_leaves(arrays_only(params)))
     found: dict[str, int] = {}
     for state in jax.tree.leaves(opt_state, is_leaf=is_frozen):
         if is_frozen(state):
@@ -62,7 +63,8 @@ def pending_ranks(params: PyTree, opt_state: PyTree) -> dict[str, int]:
 
 def with_pending(params: PyTree, opt_state: PyTree, ranks: Mapping[str, int]) -> PyTree:
     """Host side: the optimizer state with these ranks waiting, and no others."""
-    vector = np.array([ranks.get(name, 0) for name in named_leaves(params)], np.int32)
+    names = named_leaves(arrays_only(params))
+    vector = np.array([ranks.get(name, 0) for name in names], np.int32)
 
     def replaced(state: Any) -> Any:
         if not is_frozen(state):

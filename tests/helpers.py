@@ -31,7 +31,11 @@ def in_low_rank(
 
 
 def assert_close(actual: Any, desired: Any, tolerance: float) -> None:
-    """Leaves equal to a tolerance relative to the largest entry of each."""
+    """Leaves equal to a tolerance relative to the largest entry of each.
+
+    Which event made the bases of a node is not compared: rounding tells two apart.
+    """
+    actual, desired = map(oialr.without_identity, (actual, desired))
     assert jax.tree.structure(actual) == jax.tree.structure(desired)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(desired), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)

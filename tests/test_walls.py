@@ -28,6 +28,8 @@ FLOORS = {
     "sharding": 2,
     "serialization": 2,
     "factored": 3,
+    "following": 3,
+    "rehearsal": 3,
     "directions": 3,
     "surgery": 3,
     "stability": 3,

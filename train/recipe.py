@@ -178,7 +178,8 @@ class State(train_state.TrainState):
     @property
     def averaged(self) -> Any:
         """The params to evaluate: their running average where there is one."""
-        return optimizers.averaged(self.params, self.opt_state)
+        averaged = optimizers.averaged(self.params, self.opt_state)
+        return oialr.without_identity(averaged)  # one program for all bases
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,7 +95,7 @@ def _copied(params: Any) -> Any:
     In a program of several devices each would call LAPACK, at the same time.
     """
     mesh = mesh_of(jax.tree.leaves(params))
-    copies = _copying(mesh)(params)
+    copies = _copying(mesh)(oialr.without_identity(params))
     return copies if mesh is None else jax.tree.map(_first, copies)
 
 
