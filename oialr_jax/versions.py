@@ -40,9 +40,9 @@ def fault(jaxlib_version: str, xla_flags: str, platforms: str) -> str | None:
 def warn_of_faults() -> None:
     """Host side: warn of this process's jaxlib; no backend of JAX is started."""
     said = fault(
-        jaxlib.__version__,
+        jaxlib.__version__,  # type: ignore[attr-defined]  # it has no stub
         os.environ.get("XLA_FLAGS", ""),
-        jax.config.jax_platforms or "",
+        getattr(jax.config, "jax_platforms", None) or "",
     )
     if said is not None:
         warnings.warn(said, stacklevel=3)  # at the user's import
