@@ -289,13 +289,13 @@ def test_a_whole_equinox_module_with_state():
     assert [x.path for x in matrices.skipped] == ["conv/bias"]
     low = in_low_rank(model, matrices)
     dense = oialr.materialize(low)
-    actual, desired = oialr.factored(fn)(low, x, state), fn(dense, x, state)
+    run, fn_jit = eqx.filter_jit(oialr.factored(fn)), eqx.filter_jit(fn)
+    actual, desired = run(low, x, state), fn_jit(dense, x, state)
     assert_close(jax.tree.leaves(actual), jax.tree.leaves(desired), 1e-4)
     assert len(oialr.explain(fn, low, x, state).lines) == 7
     run = oialr.factored(lambda m, x, s: jnp.sum(fn(m, x, s)[0] ** 2))
-    value, grads = oialr.value_and_grad(run)(low, x, state)
+    value, grads = eqx.filter_jit(oialr.value_and_grad(run))(low, x, state)
     assert np.isfinite(value)
-    assert grads.activation is None
     assert grads.mlp.layers[0].weight.shape == low.mlp.layers[0].weight.s.shape
     assert oialr.counts(low).dense == oialr.counts(model).dense
 
