@@ -469,7 +469,9 @@ def _is_key(x: Any) -> bool:
 
 
 def _data(x: Any) -> Array:
-    return jax.random.key_data(x) if _is_key(x) else jax.device_put(x)
+    if _is_key(x):
+        return jax.random.key_data(x)
+    return x if isinstance(x, jax.Array) else jax.device_put(x)
 
 
 def _sums(arrays: Mapping[str, Array]) -> list[int]:

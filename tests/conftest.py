@@ -1,25 +1,24 @@
 """Eight fake CPU devices, strict promotion, runtime types: set before JAX starts."""
 
-import atexit
 import os
 import pathlib
 import shutil
 import tempfile
 
+# Workers get the environment that this leaves.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "PYTEST_XDIST_WORKER" not in os.environ:  # whose environment is this one
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    )
-    # Many tests compile the same small programs: half of the suite's time.
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="oialr_tests_")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    atexit.register(
-        shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True
-    )
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+# Many tests compile the same small programs.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/oialr_tests_{os.getpid()}"
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
+import jaxlib
 import numpy  # noqa: F401 -- its BLAS must be loaded to be limited
 import pytest
 import scipy.linalg.cython_lapack  # noqa: F401 -- the BLAS of JAX on CPUs, likewise
@@ -51,12 +50,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
+QUICK = "--xla_cpu_parallel_codegen_split_count=1"
+if jaxlib.__version__.startswith("0.10."):
+    QUICK += " --xla_cpu_use_fusion_emitters=false"  # later ones have no such flag
+"""What has XLA compile small programs quickly, which run but a few times."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any backend starts."""
+    if "not optimized" in config.option.markexpr:
+        os.environ["XLA_FLAGS"] += f" {QUICK}"
+
+
+def pytest_unconfigure() -> None:
+    """The folder that this process, and no worker, has named after itself."""
+    mine = pathlib.Path(tempfile.gettempdir(), f"oialr_tests_{os.getpid()}")
+    shutil.rmtree(mine, ignore_errors=True)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Most of the time goes into XLA compiling what runs a few times; not in training.
-
-    Nor where the compiler itself is tested. Before the fixtures of a module, in which
-    the long runs train.
-    """
-    as_users_do = {"long", "optimized"} & {mark.name for mark in item.iter_markers()}
+    """Before the fixtures of a module, in which some train."""
+    as_users_do = item.get_closest_marker("optimized") is not None
     jax.config.update("jax_disable_most_optimizations", not as_users_do)

@@ -32,6 +32,7 @@ TINY_RESNET = bench.Case(
     train={"train": True, "mutable": ["batch_stats"]},
 )
 TINY_MLP = bench.Case(lambda dtype: MLP((32, 32), classes=10, dtype=dtype), (4, 4, 1))
+LARGE = ("mini-vit", "resnet18")  # and slow to trace
 TINY = bench.Settings(batch=4, fractions=(0.5,), repeats=1)
 
 
@@ -69,7 +70,9 @@ def test_a_short_run_is_repeated_to_fill_a_sample(monkeypatch):
     assert 0.005 <= middle <= 0.05
 
 
-@pytest.mark.parametrize("model", ["mini-vit", "resnet18", "mlp"])
+@pytest.mark.parametrize(
+    "model", [*(pytest.param(x, marks=pytest.mark.long) for x in LARGE), "mlp"]
+)
 def test_steps_has_a_row_for_every_order_and_peer(model):
     rows = bench.steps(dataclasses.replace(TINY, models=(model,)))
     assert [row["order"] for row in rows] == [
@@ -139,6 +142,7 @@ def test_layers_compare_every_order_with_the_estimate():
         assert row["estimated_ratio"] == pytest.approx(estimate)
 
 
+@pytest.mark.long
 def test_run_splits_the_wall_time(monkeypatch):
     recipe = dataclasses.replace(
         bench.RECIPE, model="vit-digits", steps=20, eval_every=20, every=0.25
@@ -224,6 +228,7 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
     assert {"device", "cores", "jax", "date", "huge_pages"} <= set(record)
 
 
+@pytest.mark.long
 def test_calibration_writes_rates_that_can_be_read(tmp_path, capsys):
     file = tmp_path / "rates.json"
     bench.main(["--suite", "layers", "--calibrate", "--repeats", "1", "--batch", "4",

@@ -42,6 +42,7 @@ def mean(digits, method, key):
 
 
 @pytest.mark.long
+@pytest.mark.optimized
 def test_digits_in_low_rank_within_a_point_of_dense(digits):
     dense = mean(digits, "dense", "test_accuracy")
     assert dense >= 0.96
@@ -49,6 +50,7 @@ def test_digits_in_low_rank_within_a_point_of_dense(digits):
 
 
 @pytest.mark.long
+@pytest.mark.optimized
 def test_digits_store_and_train_few_weights(digits):
     assert mean(digits, "oialr", "stored_fraction") <= 0.35
     assert mean(digits, "oialr", "trainable_fraction") <= 0.12

@@ -23,15 +23,20 @@ RUN = [
     *("--delay", "0.334", "--every", "0.2", "--layer-step", "1", "--stop", "0.9"),
     *("--lag", "4", "--log-every", "4", "--eval-every", "20", "--save-every", "3"),
 ]
-PROGRAM = "from train import images; images.main()"
+SHALLOW = """
+from train import images
+model, small = images.MODELS["vit-digits"]
+images.MODELS["vit-digits"] = model.clone(depth=1), small
+"""  # of four layers a process traces for most of its time
+PROGRAM = SHALLOW + "images.main()"
 # Kills itself at a moment of which no other process could know: argv[1] is a function
 # by module and name, argv[2] the number of its call, argv[3] how long after its end
 # (before its beginning, if negative).
-KILLED = """
+KILLED = f"""
+{SHALLOW}
 import importlib, os, signal, sys, threading, time
 place, count, delay = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 del sys.argv[1:4]
-from train import images
 module, name = place.split(":")
 owner = importlib.import_module(module)
 *parents, name = name.split(".")
@@ -70,7 +75,9 @@ OLDER_PYTHON = os.environ.get("OLDER_PYTHON")
 
 
 def environment():
-    clean = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    flags = [x for x in flags if "device_count" not in x]
+    clean = os.environ | {"XLA_FLAGS": " ".join(flags)}
     clean["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # which take longer than the runs
     return clean | {"JAX_PLATFORMS": "cpu"}  # one device for each process
 

@@ -93,7 +93,9 @@ def test_what_is_evaluated_is_recorded_and_drawn(low_rank):
     assert {"mse.png", "mae.png", "loss.png", "ranks.png"} <= drawn
 
 
-@pytest.mark.parametrize("method", ["oialr", "dense"])
+@pytest.mark.parametrize(
+    "method", ["oialr", pytest.param("dense", marks=pytest.mark.long)]
+)
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(
     method, tmp_path, monkeypatch, request
 ):
@@ -119,6 +121,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
         assert ours[name] == theirs[name]
 
 
+@pytest.mark.long
 def test_the_task_trains_in_bfloat16_with_layers_computed_again():
     _, settings = forecast.PRESETS["etth1-96"]
     settings = dataclasses.replace(

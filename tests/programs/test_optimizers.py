@@ -119,6 +119,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(tmp_path):
         images.main(["digits", "--optimizer", "mon", "--out", str(tmp_path)])
 
 
+@pytest.mark.long
 def test_the_image_program_takes_the_name(tmp_path):
     arguments = [
         "--steps",

@@ -43,6 +43,7 @@ def records(folder):
     ]
 
 
+@pytest.mark.long
 def test_a_model_with_batch_statistics_goes_on_bit_for_bit(tmp_path, monkeypatch):
     settings = dataclasses.replace(SETTINGS, out=tmp_path, ema=0.9)
     whole = images.run(settings, name="whole")

@@ -158,6 +158,7 @@ def test_a_run_records_its_bases_across_events(tmp_path):
     assert all(0 < y["basis"] <= 1 for x in found for y in x["layers"].values())
 
 
+@pytest.mark.long
 def test_the_benchmark_compares_epochs_with_and_without_a_record():
     rows = bench.tracking(bench.Settings(suite="tracking", repeats=1))
     assert [row["record"] for row in rows] == ["usual", "detailed", "all"] * 2
