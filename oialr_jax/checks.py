@@ -11,7 +11,13 @@ from typing import Any
 import jax
 
 from oialr_jax.labels import check_labels
-from oialr_jax.lowrank import LowRank, PyTree, is_low_rank, path_name
+from oialr_jax.lowrank import (
+    LowRank,
+    PyTree,
+    arrays_only,
+    is_low_rank,
+    path_name,
+)
 from oialr_jax.matrices import Matrix
 from oialr_jax.transform import check_frozen, trainable
 
@@ -25,6 +31,7 @@ def check_optimizer(tx: Any, params: PyTree, matrices: Iterable[Matrix]) -> None
     Raises:   ValueError: bases would move, or a leaf would change its optimizer.
     """
     axes = {matrix.path: matrix.axes for matrix in matrices}
+    params = arrays_only(params)
 
     def held(rank: int | None) -> PyTree:
         def node(path: Any, leaf: Any) -> Any:

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from oialr_jax.lowrank import LowRank
+import numpy as np
+
+from oialr_jax.lowrank import Basis, LowRank
 
 _FACTORS = ("u", "s", "vt")
 
@@ -18,7 +20,10 @@ def register() -> None:
         return
     serialization.register_serialization_state(
         LowRank,
-        lambda node: {name: getattr(node, name) for name in _FACTORS},
+        lambda node: (
+            {name: getattr(node, name) for name in _FACTORS}
+            | {"basis": np.uint32(node.basis)}
+        ),
         lambda node, state: _restored(
             node, state, serialization.current_path().removeprefix("./")
         ),
@@ -28,7 +33,7 @@ def register() -> None:
 
 def _restored(node: LowRank, state: Any, path: str) -> LowRank:
     """The node with the factors of a state, of whatever rank; its axes stay."""
-    if not isinstance(state, dict) or set(state) != set(_FACTORS):
+    if not isinstance(state, dict) or set(state) - {"basis"} != set(_FACTORS):
         raise ValueError(
             f"{path} is in low rank in the target and not in what is restored: restore "
             "into dense params, then `factorize`"
@@ -42,4 +47,4 @@ def _restored(node: LowRank, state: Any, path: str) -> LowRank:
             f"{path}: factors of shapes {shapes} do not fit the target's array of "
             f"shape {node.shape}: they must be {wanted}"
         )
-    return LowRank(u, s, vt, node.axes)
+    return LowRank(u, s, vt, node.axes, Basis(state.get("basis", 0)))

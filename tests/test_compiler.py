@@ -291,17 +291,16 @@ def outputs_and_gradient(fn, params, x):
     return out, rebuilt(gradient)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.filterwarnings("ignore:.*is materialised:UserWarning")
 def test_the_table_of_cases_compiled_as_users_do(case):
     """That one program; not what makes the params, nor the dense one to compare."""
+    jax.config.update("jax_disable_most_optimizations", True)
     fn, params, x = low_rank_case(case)
     desired, dense = outputs_and_gradient(fn, oialr.materialize(params), x)
-    try:
-        jax.config.update("jax_disable_most_optimizations", False)
-        out, gradient = outputs_and_gradient(oialr.factored(fn), params, x)
-    finally:
-        jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", False)  # as before each test
+    out, gradient = outputs_and_gradient(oialr.factored(fn), params, x)
     tolerance = TOLERANCE[jnp.dtype(case.dtype)]
     assert_close(out, desired, tolerance)
     actual = {
