@@ -294,7 +294,13 @@ def kinds(folder):
     return list(found.values())
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(x, marks=pytest.mark.long if i else ())
+        for i, x in enumerate(DAMAGES)
+    ],
+)
 @pytest.mark.filterwarnings("ignore:the checkpoint .* is set aside:UserWarning")
 def test_a_damaged_checkpoint_is_never_used(damage, tmp_path, sound):
     """Each file in turn: the state is that of the last step, or of the one before."""

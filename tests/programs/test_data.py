@@ -321,6 +321,7 @@ def test_first_and_last_images_of_mnist_are_those_of_the_original_files():
         assert [(int(image[i].sum()), int(label[i])) for i in (0, -1)] == expected
 
 
+@pytest.mark.long
 @real
 def test_first_and_last_images_of_cifar10_are_those_of_the_original_files():
     table = prepare.ORIGINALS["cifar10"]

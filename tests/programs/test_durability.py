@@ -249,6 +249,7 @@ def free_port():
         return found.getsockname()[1]
 
 
+@pytest.mark.long
 def test_two_processes_are_one(whole, tmp_path):
     arguments = [*RUN, "--out", tmp_path, "--distributed", "--processes", 2]
     arguments += ["--coordinator", f"127.0.0.1:{free_port()}"]

@@ -93,9 +93,8 @@ def test_what_is_evaluated_is_recorded_and_drawn(low_rank):
     assert {"mse.png", "mae.png", "loss.png", "ranks.png"} <= drawn
 
 
-@pytest.mark.parametrize(
-    "method", ["oialr", pytest.param("dense", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["oialr", "dense"])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(
     method, tmp_path, monkeypatch, request
 ):

@@ -21,6 +21,7 @@ def study(folder):
     )
 
 
+@pytest.mark.long
 def test_a_search_goes_on_where_it_was_and_prints_what_no_trial_beats(tmp_path, capsys):
     sweep.main(["digits", "--trials", "1", *FLAGS, str(tmp_path)])
     assert len(study(tmp_path).trials) == 1

@@ -144,6 +144,7 @@ def test_events_are_the_steps_that_call_lapack():
     assert acts == [10, 12, 15, 17, 20, 22]
 
 
+@pytest.mark.long
 def test_a_run_records_its_bases_across_events(tmp_path):
     settings = {"smoke": True, "track_every": 2, "out": tmp_path, "mesh": "data=1"}
     preset = images.PRESETS["digits"][1].__class__(
