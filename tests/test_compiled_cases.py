@@ -42,8 +42,18 @@ def outputs_and_gradient(fn, params, x):
     return out, rebuilt(gradient)
 
 
+FEW = ("dense", "attention", "used_twice_once_transposed", "bfloat16_compute")
+"""What every push compiles so; the others are in full."""
+
+
 @pytest.mark.optimized
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(x, id=x.name, marks=() if x.name in FEW else pytest.mark.long)
+        for x in CASES
+    ],
+)
 @pytest.mark.filterwarnings("ignore:.*is materialised:UserWarning")
 def test_the_table_of_cases_compiled_as_users_do(case):
     """That one program; not what makes the params, nor the dense one to compare."""
