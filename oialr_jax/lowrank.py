@@ -118,7 +118,9 @@ class LowRank:
     s: Any
     vt: Any
     axes: Axes = dataclasses.field(metadata={"static": True})
-    basis: int = dataclasses.field(default=Basis(0), metadata={"static": True})
+    basis: int = dataclasses.field(
+        default=Basis(0), metadata={"static": True}, repr=False
+    )
 
     @property
     def shape(self) -> tuple[int, ...]:
