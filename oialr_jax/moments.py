@@ -426,15 +426,16 @@ def _unfactored(
 
 
 def _factored(field: str, full: Array, initial: Array) -> Array:
-    """The part of a full second moment that `field` holds, in `initial`'s shape."""
-    if field == "v":
-        kept = full if initial.shape == full.shape else initial
-    elif initial.ndim != full.ndim - 1:
-        kept = initial
-    else:
+    """The part of a full second moment that `field` holds, in `initial`'s shape.
+
+    Optax factors no matrix below a size: then `v` is whole, and the others have one
+    entry that says nothing.
+    """
+    part = full
+    if field != "v":
         small, large = _factored_axes(full.shape)
-        kept = jnp.mean(full, axis=large if field == "v_row" else small)
-    return kept.astype(initial.dtype)
+        part = jnp.mean(full, axis=large if field == "v_row" else small)
+    return (part if part.shape == initial.shape else initial).astype(initial.dtype)
 
 
 # SM3: the largest sum of squares along each axis; an entry has at most the least one

@@ -203,3 +203,21 @@ def test_a_leaf_belongs_to_the_parameter_with_the_longest_matching_path():
 def test_unknown_rule():
     with pytest.raises(ValueError, match=r"`second` must be .*, got 'reset'"):
         MomentRule("reset")
+
+
+def test_adafactor_below_its_size_has_the_shapes_that_a_checkpoint_is_read_into():
+    """Optax factors nothing whose sides are below 128: the state changes its form."""
+    params = {"w": jax.random.normal(jax.random.key(0), (140, 130))}
+    tx = oialr.freeze_bases(optax.adafactor(1e-2))
+    state = tx.init(params)
+    grads = jax.tree.map(jnp.ones_like, params)
+    _, state = jax.jit(tx.update)(grads, state, params)
+    matrices = oialr.find_matrices(lambda p, x: x @ p["w"], params, jnp.ones((3, 140)))
+    params, state, _ = oialr.factorize(params, state, matrices, tx=tx)
+    for rank in (129, 8):
+        params, state, _ = oialr.truncate(params, state, {"w": rank}, tx=tx)
+        shapes = jax.tree.map(jnp.shape, state)
+        assert shapes == jax.tree.map(jnp.shape, tx.init(params))
+    whole = [x for x in jax.tree.leaves(state) if x.shape == (8, 8)]
+    assert whole
+    assert all(bool(jnp.all(x >= 0)) and bool(jnp.any(x > 0)) for x in whole)
