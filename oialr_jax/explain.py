@@ -9,7 +9,7 @@ import jax
 
 from oialr_jax import cost, interpret
 from oialr_jax.factored import Choice, contracted, picker
-from oialr_jax.lowrank import Axes, LowRank, is_low_rank, named_leaves, path_name
+from oialr_jax.lowrank import abstract_low_rank, is_low_rank, named_leaves
 from oialr_jax.matrices import Skipped, find_matrices, skipped_lines
 
 
@@ -102,11 +102,7 @@ def explain(
         if not is_low_rank(leaves[found.path])
     }
 
-    def at_full_rank(path: Any, leaf: Any) -> Any:
-        found = dense.get(path_name(path))
-        return leaf if found is None else _full_rank(leaf, found)
-
-    params = jax.tree_util.tree_map_with_path(at_full_rank, params, is_leaf=is_low_rank)
+    params = abstract_low_rank(params, dense)
     traced = interpret.trace(fn, (params, *args), kwargs, is_low_rank, axis_env=axes)
     choices: list[Choice] = []
 
@@ -149,11 +145,3 @@ def _line(choice: Choice, dense: Collection[str], rates: cost.Rates | None) -> L
         dense_flops=full,
         why="" if path in dense else f"{'time' if rates else 'FLOPs'}: {parts}",
     )
-
-
-def _full_rank(leaf: Any, axes: Axes) -> LowRank:
-    """Shapes of the leaf in low rank, cut nowhere."""
-    r = min(axes.m, axes.n)
-    shapes = ((axes.m, r), (r, r), (r, axes.n))
-    u, s, vt = (jax.ShapeDtypeStruct((*axes.l, *shape), leaf.dtype) for shape in shapes)
-    return LowRank(u, s, vt, axes)

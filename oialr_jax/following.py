@@ -22,6 +22,8 @@ from oialr_jax.lowrank import (
     PyTree,
     compute_dtype,
     is_low_rank,
+    leaves_by_path,
+    owner_of,
     path_name,
     without_identity,
 )
@@ -56,19 +58,6 @@ def rebase(tree: PyTree, params: PyTree) -> PyTree:
         return _brought(leaf, owner) if _moves(leaf, owner) else leaf
 
     return jax.tree_util.tree_map_with_path(brought, tree, is_leaf=is_low_rank)
-
-
-def leaves_by_path(tree: PyTree) -> dict[Any, Any]:
-    """Leaves by their path, a LowRank node being one leaf."""
-    return dict(jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_low_rank))
-
-
-def owner_of(path: Path, owners: Mapping[Any, Any]) -> Any:
-    """The path of the parameter that a leaf elsewhere belongs to, or None."""
-    for start in range(len(path) + 1):  # the longest suffix first
-        if path[start:] in owners:
-            return path[start:]
-    return None
 
 
 def _moves(leaf: Any, owner: Any) -> bool:

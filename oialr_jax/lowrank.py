@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -162,7 +162,8 @@ class LowRank:
     __len__ = __getitem__ = _no_array
     __float__ = __int__ = __complex__ = __neg__ = __abs__ = _no_array
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _no_array
-    __truediv__ = __rtruediv__ = __floordiv__ = __mod__ = _no_array
+    __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = _no_array
+    __mod__ = __rmod__ = _no_array
     __pow__ = __rpow__ = __lt__ = __le__ = __gt__ = __ge__ = _no_array
     __matmul__ = __rmatmul__ = _no_array
 
@@ -239,6 +240,50 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_low_rank)
     names = unique_names(path for path, _ in leaves)
     return dict(zip(names, (leaf for _, leaf in leaves), strict=True))
+
+
+def leaves_by_path(tree: PyTree) -> dict[tuple[Any, ...], Any]:
+    """Leaves by their path, a LowRank node being one leaf."""
+    return dict(jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_low_rank))
+
+
+def owner_of(
+    path: tuple[Any, ...], owners: Container[tuple[Any, ...]]
+) -> tuple[Any, ...] | None:
+    """The longest path among `owners` that `path` ends with, if one does.
+
+    It is the parameter that a leaf elsewhere, as in an optimizer's state, belongs to.
+    """
+    for start in range(len(path) + 1):
+        if path[start:] in owners:
+            return path[start:]
+    return None
+
+
+def abstract_node(axes: Axes, rank: int, dtype: Any) -> LowRank:
+    """The shapes of a matrix held at a rank."""
+    sides = ((axes.m, rank), (rank, rank), (rank, axes.n))
+    factors = (jax.ShapeDtypeStruct((*axes.l, *x), dtype) for x in sides)
+    return LowRank(*factors, axes)
+
+
+def abstract_low_rank(
+    params: PyTree, axes: Mapping[str, Axes], rank: int | None = None
+) -> PyTree:
+    """The params with the leaves that `axes` names as nodes of shapes, at full rank.
+
+    With a `rank` all nodes have at most that one, those that were there before too;
+    without it these stay as they are. Other leaves stay.
+    """
+
+    def held(path: tuple[Any, ...], leaf: Any) -> Any:
+        found = leaf.axes if is_low_rank(leaf) else axes.get(path_name(path))
+        if found is None or (is_low_rank(leaf) and rank is None):
+            return leaf
+        r = leaf.rank if is_low_rank(leaf) else min(found.m, found.n)
+        return abstract_node(found, r if rank is None else min(r, rank), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(held, params, is_leaf=is_low_rank)
 
 
 def compute_dtype(dtype: Any) -> Any:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from oialr_jax.lowrank import Axes, PyTree, compute_dtype, path_name
+from oialr_jax.lowrank import Axes, PyTree, compute_dtype, owner_of, path_name
 from oialr_jax.states import (
     AFRESH,
     COVER,
@@ -191,11 +191,7 @@ class _Carrier:
                 )
 
     def owner(self, path: Path) -> Path | None:
-        """The parameter with the longest path that `path` ends with."""
-        for start in range(len(path) + 1):
-            if path[start:] in self.params:
-                return path[start:]
-        return None
+        return owner_of(path, self.params)
 
     def state(self, fresh: PyTree, path: Path) -> PyTree:
         """A state, or a container of states, with its leaves carried."""

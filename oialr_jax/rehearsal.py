@@ -15,8 +15,8 @@ import numpy as np
 import optax
 
 from oialr_jax.lowrank import (
-    LowRank,
     PyTree,
+    abstract_low_rank,
     arrays_only,
     is_low_rank,
     named_leaves,
@@ -130,15 +130,7 @@ def rehearse(
     """
     axes = {x.path: x.axes for x in matrices}
 
-    def at_full_rank(path: Any, leaf: Any) -> Any:
-        found = axes.get(path_name(path))
-        if found is None or is_low_rank(leaf):
-            return leaf
-        return _node(found, min(found.m, found.n), leaf.dtype)
-
-    params = jax.tree_util.tree_map_with_path(
-        at_full_rank, _shapes(state.params), is_leaf=is_low_rank
-    )
+    params = abstract_low_rank(_shapes(state.params), axes)
     opt_state = _traced(tx.init, arrays_only(params))
     if isinstance(opt_state, Exception):
         if isinstance(_traced(tx.init, arrays_only(state.params)), Exception):
@@ -292,13 +284,6 @@ def _shapes(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: _shape(x) if _is_array(x) else x, tree)
 
 
-def _node(axes: Any, r: int, dtype: Any) -> LowRank:
-    """Shapes of a matrix at rank r."""
-    sides = ((axes.m, r), (r, r), (r, axes.n))
-    u, s, vt = (jax.ShapeDtypeStruct((*axes.l, *side), dtype) for side in sides)
-    return LowRank(u, s, vt, axes)
-
-
 def _line(error: Exception) -> str:
     """What an error says, in one line."""
     lines = str(error).strip().splitlines() or [""]
@@ -361,7 +346,7 @@ def _indivisible(places: list[Any], tree: PyTree, multiple: int) -> str:
     for (path, node), leaf in zip(nodes, shapes, strict=True):
         if not is_low_rank(leaf):
             continue
-        small = _node(leaf.axes, min(multiple, leaf.rank), leaf.dtype)
+        small = abstract_low_rank(leaf, {}, multiple)
         for part in ("u", "s", "vt"):
             place = getattr(node, part)
             for shape in (getattr(leaf, part).shape, getattr(small, part).shape):

@@ -38,10 +38,12 @@ from oialr_jax.lowrank import (
     Basis,
     LowRank,
     PyTree,
+    abstract_node,
     arrays_only,
     compute_dtype,
     diagonal,
     is_low_rank,
+    leaves_by_path,
     named_leaves,
     orthogonality_error,
     path_name,
@@ -243,7 +245,7 @@ def project(params: PyTree, rule: RankRule, matrices: Sequence[Matrix]) -> PyTre
     {'w': Array([[2., 0.],
            [0., 0.]], dtype=float32)}
     """
-    leaves = _leaves(params)
+    leaves = leaves_by_path(params)
     by_name = dict(zip(unique_names(leaves), leaves, strict=True))
     paths = [_path_of(matrix, by_name, leaves) for matrix in matrices]
     dense = {
@@ -400,7 +402,7 @@ def densify(
     With an optimizer state and its `tx` the result is (params, opt_state), first
     moments lifted as U M Vᵀ.
     """
-    leaves = _leaves(params)
+    leaves = leaves_by_path(params)
     nodes = {path: leaf for path, leaf in leaves.items() if is_low_rank(leaf)}
     dense = _replaced(params, {p: node.materialize() for p, node in nodes.items()})
     if opt_state is None:
@@ -437,7 +439,7 @@ def _factorized(
     layout: Layout | None,
     run: "Run",
 ) -> tuple[PyTree, PyTree, Report]:
-    leaves = _leaves(params)
+    leaves = leaves_by_path(params)
     by_name = dict(zip(unique_names(leaves), leaves, strict=True))
     jobs = {}
     for matrix in matrices:
@@ -480,7 +482,7 @@ def _factorized(
     new_params, new_state = _after(
         params, opt_state, solved, plan, tx, moment_rule, layout, run
     )
-    new = _leaves(new_params)
+    new = leaves_by_path(new_params)
     nodes = [new[cut.path] for cut in plan if cut.rank]
     errors = iter(run.get(run.call(_errors, [(x.u, x.vt) for x in nodes])))
     layers = [
@@ -500,7 +502,7 @@ def _truncated(
     layout: Layout | None,
     run: "Run",
 ) -> tuple[PyTree, PyTree, Report]:
-    leaves = _leaves(params)
+    leaves = leaves_by_path(params)
     nodes_by_name = {
         path_name(path): path for path, leaf in leaves.items() if is_low_rank(leaf)
     }
@@ -670,10 +672,6 @@ def _layer(
     )
 
 
-def _leaves(params: PyTree) -> dict[tuple[Any, ...], Any]:
-    return dict(jax.tree_util.tree_leaves_with_path(params, is_leaf=is_low_rank))
-
-
 def _named(name: str, known: Mapping[str, Any], what: str = "no leaf at") -> Any:
     if name not in known:
         raise ValueError(f"{what} {name}; there are: {', '.join(known)}")
@@ -730,7 +728,7 @@ def _after(
     """Params and state after an event."""
     _check_wrapped(opt_state, tx)
     run.agree([(path_name(cut.path), cut.rank, int(cut.basis)) for cut in plan])
-    leaves = _leaves(params)
+    leaves = leaves_by_path(params)
     mesh = mesh_of(jax.tree.leaves(params))
     if layout is None and mesh is not None:
         layout = Layout(mesh)
@@ -785,15 +783,8 @@ def _places(
     if layout is None:
         return {}
 
-    def shape(*side: int) -> Any:
-        return jax.ShapeDtypeStruct(side, jnp.float32)
-
-    nodes = {}
-    for path, r, axes, _ in plan:
-        if r:
-            u, s = shape(*axes.l, axes.m, r), shape(*axes.l, r, r)
-            nodes[path] = LowRank(u, s, shape(*axes.l, r, axes.n), axes)
-    places = _leaves(layout(_replaced(params, nodes)))
+    nodes = {x.path: abstract_node(x.axes, x.rank, jnp.float32) for x in plan if x.rank}
+    places = leaves_by_path(layout(_replaced(params, nodes)))
     return {path: (places[path].u, places[path].s, places[path].vt) for path in nodes}
 
 

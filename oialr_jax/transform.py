@@ -49,6 +49,10 @@ class FreezeBasesState(NamedTuple):
 class FrozenBases(optax.GradientTransformationExtraArgs):
     """What `freeze_bases` returns: no update of it moves a basis."""
 
+    def _replace(self, **changes: Any) -> optax.GradientTransformationExtraArgs:
+        """With another update it is no longer known to be one."""
+        return optax.GradientTransformationExtraArgs(*self)._replace(**changes)
+
 
 def pending_ranks(params: PyTree, opt_state: PyTree) -> dict[str, int]:
     """Host side: the ranks that wait for their event, by path."""
@@ -226,9 +230,8 @@ def value_and_grad(
     The gradient has an array in the place of each core and of each dense leaf, and
     nothing for the bases: what is averaged over devices is r x r, not (m + n) x r.
     Leaves that are no float arrays (integers, keys, Python numbers, functions) get
-    None.
-    What the loss changes in its arguments in place, as modules with batch statistics
-    do, is changed in the caller's objects.
+    None. What the loss changes in its arguments in place, as modules with batch
+    statistics do, is changed in the caller's objects.
 
     Args:     axis_name: under `jax.pmap` or `jax.shard_map`, the mapped axis: loss, aux
               and gradients are averaged over it. Under `jax.jit` the compiler does it.

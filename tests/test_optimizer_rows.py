@@ -222,6 +222,7 @@ FROZEN = oialr.freeze_bases(SGD)
 OUTSIDE = {
     "decay": optax.chain(FROZEN, optax.add_decayed_weights(1e-2)),
     "own_wrapper": decayed(FROZEN),
+    "another_update": FROZEN._replace(update=decayed(FROZEN).update),
     "noise": optax.chain(FROZEN, optax.add_noise(0.1, 0.9, 0)),
     "within_a_condition": optax.apply_if_finite(
         optax.chain(FROZEN, optax.add_decayed_weights(1e-2)), 3

@@ -133,7 +133,8 @@ class Settings:
     """Folder in which JAX keeps compiled programs for the next run. On some CPUs jaxlib
     0.10.1 logs an error for each that it loads, "Target machine feature
     +prefer-no-gather is not supported" (jax issue 38445): a hint for tuning, no missing
-    instruction. The program is loaded and computes the same; nothing is lost."""
+    instruction. Where that was tried the program was loaded, computed the same, and
+    nothing was compiled anew."""
     name: str | None = None
     """Folder of this run; by default from preset, method, optimizer and seed."""
 

@@ -212,7 +212,7 @@ def test_mixing_is_one_or_the_other():
 
 @pytest.mark.peers
 def test_timm_mixes_the_same(monkeypatch):
-    """Where timm is installed, and drew what we drew."""
+    """When it draws what we drew."""
     mixup = importlib.import_module("timm.data.mixup")
     torch = importlib.import_module("torch")
     images = torch.tensor(FLOATS.transpose(0, 3, 1, 2))

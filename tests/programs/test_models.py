@@ -459,7 +459,7 @@ def carried(variables, state, table):
 @pytest.mark.peers
 @pytest.mark.parametrize("name", ["vit", "resnet", "resnet-rs"])
 def test_logits_are_those_of_timm(name):
-    """A network of timm's with random weights, carried over; where timm is."""
+    """A network of timm's with random weights, carried over."""
     timm = importlib.import_module("timm")
     torch = importlib.import_module("torch")
     torch.manual_seed(0)

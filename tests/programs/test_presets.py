@@ -3,10 +3,12 @@
 import dataclasses
 import json
 
+import chex
 import jax
 import pytest
 
 import oialr_jax as oialr
+from oialr_jax.lowrank import abstract_low_rank
 from train import forecast, images, loop, selfsup, text
 
 PROGRAMS = {"images": images, "text": text, "selfsup": selfsup, "forecast": forecast}
@@ -26,6 +28,13 @@ def presets(chosen, *, marks=()):
         pytest.param(*x, id="-".join(x), marks=() if x in chosen else marks)
         for x in PRESETS
     ]
+
+
+def small(program, preset, out, method="oialr"):
+    """The program of a preset, and its settings for the small form."""
+    module = PROGRAMS[program]
+    changes = {"smoke": True, "method": method, "mesh": "data=1", "out": out}
+    return module, dataclasses.replace(module.PRESETS[preset][1], **changes)
 
 
 def records(folder):
@@ -52,14 +61,7 @@ def stop_after(monkeypatch, step):
 def test_the_small_form_meets_every_event_stops_and_resumes(
     program, preset, tmp_path, monkeypatch
 ):
-    module = PROGRAMS[program]
-    settings = dataclasses.replace(
-        module.PRESETS[preset][1],
-        method="oialr",
-        smoke=True,
-        mesh="data=1",
-        out=tmp_path,
-    )
+    module, settings = small(program, preset, tmp_path)
     with monkeypatch.context() as patch:
         stop_after(patch, 6)
         with pytest.raises(loop.StoppedError, match="before step 6 of 12; it is saved"):
@@ -76,14 +78,7 @@ def test_the_small_form_meets_every_event_stops_and_resumes(
 
 @pytest.mark.parametrize(("program", "preset"), presets(RUN, marks=pytest.mark.long))
 def test_the_dense_twin_of_the_small_form_runs(program, preset, tmp_path):
-    module = PROGRAMS[program]
-    settings = dataclasses.replace(
-        module.PRESETS[preset][1],
-        smoke=True,
-        method="dense",
-        mesh="data=1",
-        out=tmp_path,
-    )
+    module, settings = small(program, preset, tmp_path, method="dense")
     summary = module.run(settings, name="run")
     assert summary["stored_fraction"] == 1.0
     assert summary["ranks"] == {}
@@ -98,23 +93,21 @@ class ReachedError(Exception):
 def test_the_step_of_the_small_form_fits_its_state(
     program, preset, tmp_path, monkeypatch
 ):
-    """By shapes: everything up to the first step is built and nothing is compiled."""
+    """By shapes, dense and at full rank: what is before the first step, and that."""
 
     def reached(state, step, batch, evaluate, **options):
-        new, metrics = jax.eval_shape(step._jitted, state, batch(0))
-        shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), y) for y in (new, state)]
-        assert shapes[0] == shapes[1]
-        assert metrics["loss"].shape == ()
+        axes = {matrix.path: matrix.axes for matrix in step._matrices}
+        params = abstract_low_rank(state.params, axes)
+        opt_state = jax.eval_shape(state.tx.init, params)
+        low = state.replace(params=params, opt_state=opt_state)
+        assert len(oialr.ranks(params)) == len(axes) > 0
+        for given in (state, low):
+            new, metrics = jax.eval_shape(step._jitted, given, batch(0))
+            chex.assert_trees_all_equal_shapes_and_dtypes(new, given)
+            assert metrics["loss"].shape == ()
         raise ReachedError
 
-    module = PROGRAMS[program]
-    settings = dataclasses.replace(
-        module.PRESETS[preset][1],
-        smoke=True,
-        method="oialr",
-        mesh="data=1",
-        out=tmp_path,
-    )
+    module, settings = small(program, preset, tmp_path)
     monkeypatch.setattr(loop, "train", reached)
     monkeypatch.setattr(
         oialr.Layout,

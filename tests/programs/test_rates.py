@@ -64,7 +64,6 @@ def test_the_cosine_is_that_of_timm(name):
 @pytest.mark.peers
 @pytest.mark.parametrize("name", CASES)
 def test_the_cosine_is_what_timm_computes(name):
-    """Where timm is installed."""
     scheduler = importlib.import_module("timm.scheduler")
     torch = importlib.import_module("torch")
     fields = dict(CASES[name])
