@@ -242,15 +242,13 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
     return dict(zip(names, (leaf for _, leaf in leaves), strict=True))
 
 
-def leaves_by_path(tree: PyTree) -> dict[tuple[Any, ...], Any]:
+def leaves_by_path(tree: PyTree) -> dict[Any, Any]:
     """Leaves by their path, a LowRank node being one leaf."""
     return dict(jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_low_rank))
 
 
-def owner_of(
-    path: tuple[Any, ...], owners: Container[tuple[Any, ...]]
-) -> tuple[Any, ...] | None:
-    """The longest path among `owners` that `path` ends with, if one does.
+def owner_of(path: tuple[Any, ...], owners: Container[Any]) -> Any:
+    """The longest path among `owners` that `path` ends with, or None.
 
     It is the parameter that a leaf elsewhere, as in an optimizer's state, belongs to.
     """
@@ -263,8 +261,8 @@ def owner_of(
 def abstract_node(axes: Axes, rank: int, dtype: Any) -> LowRank:
     """The shapes of a matrix held at a rank."""
     sides = ((axes.m, rank), (rank, rank), (rank, axes.n))
-    factors = (jax.ShapeDtypeStruct((*axes.l, *x), dtype) for x in sides)
-    return LowRank(*factors, axes)
+    u, s, vt = (jax.ShapeDtypeStruct((*axes.l, *side), dtype) for side in sides)
+    return LowRank(u, s, vt, axes)
 
 
 def abstract_low_rank(
