@@ -379,9 +379,9 @@ def _slice(eqn: Any, values: list[Any], handler: Handler) -> View | None:
     if moved is None or axis is None:
         return None
     index = starts[cut[0]]
-    fixed = eqn.primitive.name == "slice"
-    pick = jax.lax.index_in_dim if fixed else jax.lax.dynamic_index_in_dim
-    data = tuple(pick(array, index, keepdims=False) for array in moved)
+    data = tuple(
+        jax.lax.dynamic_index_in_dim(array, index, keepdims=False) for array in moved
+    )
     dims = tuple(() if d == cut[0] else dim for d, dim in enumerate(view.dims))
     return view.replace(data=data, dims=dims, taken=(*view.taken, axis))
 

@@ -45,6 +45,8 @@ NOT_DEFINED = {
     "np.sum": np.sum,
     "jnp.einsum": lambda w: jnp.einsum("bi,ij->bj", X, w),
     "two_nodes": lambda w: w - w,
+    "product_of_two_nodes": lambda w: w @ w,
+    "remainder": lambda w: 3 % w,
 }
 
 
