@@ -494,3 +494,26 @@ def test_one_of_optimizer_and_state_is_refused(given):
         oialr.factorize(
             params, state, [matrix("w", 6, 4)], tx=tx if given == "tx" else None
         )
+
+
+def test_pairs_of_lbfgs_are_weighted_by_what_a_cut_left_of_them():
+    """Each pair's weight is 1/<s, y>, or 0 where the pair is of no use any more."""
+    params = {"w": normal(0, 6, 6), "v": normal(1, 6, 6), "b": jnp.zeros(6)}
+    tx = oialr.freeze_bases(optax.scale_by_lbfgs(4))
+    state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(4):
+        updates, state = update(jax.grad(loss)(params), state, params)
+        params = jax.tree.map(lambda p, u: p - 0.05 * u, params, updates)
+    _, new, _ = oialr.factorize(params, state, [matrix("w", 6, 6)], tx=tx, rank=2)
+    before, after = state.inner_state, new.inner_state
+    pairs = (after.diff_params_memory, after.diff_updates_memory)
+    products = sum(
+        np.sum(np.asarray(s * y, np.float64).reshape(4, -1), axis=1)
+        for s, y in zip(*map(jax.tree.leaves, pairs), strict=True)
+    )
+    good = before.weights_memory * products > 0
+    assert good.sum() >= 2  # the first step has no pair
+    np.testing.assert_allclose(after.weights_memory[~good], 0)
+    np.testing.assert_allclose(after.weights_memory[good] * products[good], 1, 1e-4)
+    change = after.weights_memory[good] / before.weights_memory[good]
+    assert np.any(np.abs(change - 1) > 0.05)  # the cut matters
