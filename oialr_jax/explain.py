@@ -112,7 +112,7 @@ def explain(
     with warnings.catch_warnings():  # of leaves that no rule contracts: `factored` says
         warnings.simplefilter("ignore")
         jax.make_jaxpr(walk, axis_env=axes)([leaf for _, leaf in traced.leaves])
-    once = {(choice.path, id(choice.eqn)): choice for choice in choices}
+    once = {(choice.path, choice.place): choice for choice in choices}
     lines = tuple(_line(x, dense, rates) for x in once.values())
     return Explanation(lines, matrices.skipped)
 

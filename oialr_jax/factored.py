@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from oialr_jax import contract, cost, effects, interpret
 from oialr_jax.lowrank import Axes, is_low_rank, unique_names
+from oialr_jax.views import Use, View, as_array, context, is_same
 
 
 def factored(
@@ -82,7 +83,7 @@ class Choice(NamedTuple):
     load: cost.Workload
     itemsize: int
     order: cost.Order
-    eqn: Any
+    place: tuple[int, ...]
 
 
 Pick = Callable[[cost.Workload, int], cost.Order]
@@ -142,19 +143,22 @@ def contracted(
             for value, (_, given) in zip(values, traced.leaves, strict=True)
             if given is traced.leaves[leaf][1]
         ]
-        if not any(interpret.is_same(outputs[output], value) for value in same):
+        if not any(is_same(outputs[output], value) for value in same):
             raise TypeError(
                 f"{_shown(names[leaf])} is in low rank and the function replaces it in "
                 "place: name it in `exclude` of `select`, or in a loss compute from it "
                 "and leave it as it is"
             )
         outputs[output] = leaves[leaf]
-    return [interpret.as_array(out, handler, "output") for out in outputs]
+    return [as_array(out, handler, "output") for out in outputs]
 
 
 def _shown(name: str) -> str:
     """A leaf as the user calls it, without its place in (args, kwargs)."""
     return name.split("/", 2)[-1]
+
+
+_CONTRACTIONS = {"dot": contract.dot, "conv": contract.conv, "ragged": contract.ragged}
 
 
 class _Contraction:
@@ -172,39 +176,46 @@ class _Contraction:
         self.reported = reported
         self.choices = choices
 
-    def materialize(self, view: interpret.View) -> Array:
+    def materialize(self, view: View) -> Array:
         return contract.materialize(view, self.axes[view.path])
 
-    def scale(
-        self, view: interpret.View, times: Callable[[Array], Array]
-    ) -> interpret.View:
-        u, s, vt = view.data
-        return view.replace(data=(u, times(s), vt))
+    def along(
+        self, view: View, axis: int, change: Callable[[Array, int], Array]
+    ) -> tuple[Array, ...]:
+        return contract.along(view, self.axes[view.path], axis, change)
 
-    def unstack(self, view: interpret.View, axis: int) -> tuple[Array, ...] | None:
-        return contract.unstack(view, self.axes[view.path], axis)
+    def stacks(self, view: View, axis: int) -> bool:
+        return axis in self.axes[view.path].stack
+
+    def scale(self, view: View, factor: Array, axes: tuple[int, ...]) -> View | None:
+        return contract.scaled(view, self.axes[view.path], factor, axes)
+
+    def sum_squares(self, view: View, dims: tuple[int, ...]) -> Array | None:
+        return contract.sum_squares(view, self.axes[view.path], dims)
 
     def contract(
-        self, view: interpret.View, x: Array, use: interpret.Use, eqn: Any
+        self, view: View, x: Array, use: Use, eqn: Any, rest: Sequence[Any] = ()
     ) -> Array | None:
         factors = contract.turned(view, self.axes[view.path], use)
         if factors is None:
             return None
-        load = contract.workload(x, factors, use, eqn.outvars[0].aval)
+        load = contract.workload(x, factors, use)
         itemsize = jnp.promote_types(x.dtype, view.dtype).itemsize
         order = self.pick(load, itemsize)
         if self.choices is not None:
-            self.choices.append(Choice(view.path, use.kind, load, itemsize, order, eqn))
-        contraction = contract.conv if use.kind == "conv" else contract.dot
-        with interpret.context(eqn):
-            return contraction(x, factors, use, eqn.params, order)
+            self.choices.append(
+                Choice(view.path, use.kind, load, itemsize, order, use.place)
+            )
+        contraction: Any = _CONTRACTIONS[use.kind]
+        with context(eqn):
+            return contraction(x, factors, use, eqn.params, order, *rest)
 
-    def unknown(self, view: interpret.View, primitive: str) -> None:
+    def unknown(self, view: View, primitive: str) -> None:
         if (view.path, primitive) not in self.reported:
             self.reported.add((view.path, primitive))
             warnings.warn(
                 f"{_shown(view.path)} is materialised to its dense shape "
-                f"{view.leaf_shape}: "
+                f"{self.axes[view.path].shape}: "
                 f"no low-rank rule for `{primitive}`",
                 stacklevel=2,
             )

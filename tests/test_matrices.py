@@ -13,7 +13,13 @@ from cases import BY_NAME, CASES, normal, plain
 from helpers import assert_close, in_low_rank
 
 import oialr_jax as oialr
-from oialr_jax.lowrank import named_leaves
+from oialr_jax import cost
+from oialr_jax.lowrank import (
+    abstract_low_rank,
+    abstract_node,
+    named_leaves,
+    path_name,
+)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -128,7 +134,8 @@ def test_keeping_more_than_there_are_keeps_all():
 
 def test_aspect_is_strict_as_the_authors():
     matrices = _chain(100, 10, 100, 11)
-    assert [m.path for m in oialr.select(matrices, keep_last=0)] == ["w2"]
+    chosen = oialr.select(matrices, keep_last=0, min_aspect=0.1)
+    assert [m.path for m in chosen] == ["w2"]
 
 
 def test_include_and_exclude():
@@ -161,7 +168,7 @@ STOPPED = {
     "mul": lambda w, x: x.sum() + w * jnp.ones((4, 6)),
     "exp": lambda w, x: x @ jnp.exp(w),
     "reduce_sum": lambda w, x: x + w.sum(),
-    "slice": lambda w, x: x @ w[:, :3],
+    "rev": lambda w, x: x @ w[:, ::-1],
     "reshape": lambda w, x: x[:, :3] @ w.reshape(3, 8),
     "dot_general over every axis": lambda w, x: jnp.vdot(w, jnp.ones((4, 6))),
     "dot_general over part of an axis": lambda w, x: jnp.einsum(
@@ -336,3 +343,28 @@ def test_a_function_with_a_named_axis():
         for f, p in ((oialr.factored(fn), low), (fn, oialr.materialize(low)))
     )
     assert_close(actual, desired, 1e-5)
+
+
+def test_flops_at_any_rank_need_no_new_trace(monkeypatch):
+    """Integers, equal to what `explain` finds in another trace of low-rank params."""
+    monkeypatch.setattr(cost, "RATES", {})  # orders of least FLOPs
+    for name in ("attention", "conv2d_strided_dilated", "split_apart", "scan_remat"):
+        fn, params, x = BY_NAME[name].build()
+        matrices = oialr.find_matrices(fn, params, x)
+        dense = oialr.explain(fn, params, x)
+        assert sum(m.flops() for m in matrices) == dense.flops > 0
+        ranks = {m.path: max(1, min(m.m, m.n) // 3) for m in matrices}
+        low = abstract_low_rank(params, {m.path: m.axes for m in matrices})
+        low = jax.tree_util.tree_map_with_path(
+            lambda path, x, ranks=ranks: (
+                abstract_node(x.axes, ranks[path_name(path)], x.dtype)
+                if oialr.is_low_rank(x)
+                else x
+            ),
+            low,
+            is_leaf=oialr.is_low_rank,
+        )
+        by_flops = oialr.explain(fn, low, x)
+        assert sum(m.flops(ranks[m.path]) for m in matrices) == by_flops.flops
+    with pytest.raises(ValueError, match=r"`rank` must be in \[1, 6\] for w0, got 7"):
+        _chain(6, 8)[0].flops(7)

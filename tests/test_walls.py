@@ -10,11 +10,13 @@ LIBRARY = ROOT / "oialr_jax"
 
 FLOORS = {
     "effects": 0,
+    "views": 0,
     "lowrank": 1,
     "cost": 1,
     "schedule": 1,
     "interpret": 1,
     "versions": 1,
+    "readers": 1,
     "matrices": 2,
     "contract": 2,
     "transform": 2,
