@@ -577,7 +577,7 @@ def _repaired(node: LowRank) -> LowRank:
     wide = compute_dtype(node.dtype)
     u, s, vt = (f.astype(wide) for f in (node.u, node.s, node.vt))
     qu, ru = signed_qr(u)
-    after = token_of([ru]).astype(wide)  # no two LAPACK calls at once
+    after = token_of([qu, ru]).astype(wide)  # no two LAPACK calls at once
     qv, rv = signed_qr(jnp.swapaxes(vt, -1, -2) + after)
     with jax.default_matmul_precision("highest"):
         core = ru @ s @ jnp.swapaxes(rv, -1, -2)
