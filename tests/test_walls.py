@@ -11,6 +11,7 @@ LIBRARY = ROOT / "oialr_jax"
 FLOORS = {
     "effects": 0,
     "views": 0,
+    "linalg": 0,
     "lowrank": 1,
     "cost": 1,
     "schedule": 1,
@@ -27,6 +28,7 @@ FLOORS = {
     "labels": 2,
     "checks": 3,
     "decompose": 2,
+    "reports": 2,
     "sharding": 2,
     "serialization": 2,
     "factored": 3,
@@ -34,6 +36,7 @@ FLOORS = {
     "rehearsal": 3,
     "directions": 3,
     "surgery": 3,
+    "projection": 3,
     "stability": 3,
     "checkpoint": 3,
     "export": 3,
