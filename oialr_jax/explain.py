@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from oialr_jax import cost, interpret
+from oialr_jax import cost, tracing
 from oialr_jax.factored import Choice, contracted, picker
 from oialr_jax.lowrank import abstract_low_rank, is_low_rank, named_leaves
 from oialr_jax.matrices import Skipped, find_matrices, skipped_lines
@@ -103,7 +103,7 @@ def explain(
     }
 
     params = abstract_low_rank(params, dense)
-    traced = interpret.trace(fn, (params, *args), kwargs, is_low_rank, axis_env=axes)
+    traced = tracing.trace(fn, (params, *args), kwargs, is_low_rank, axis_env=axes)
     choices: list[Choice] = []
 
     def walk(leaves: list[Any]) -> list[Any]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from oialr_jax import contract, cost, effects, interpret
+from oialr_jax import contract, cost, effects, interpret, tracing
 from oialr_jax.lowrank import Axes, is_low_rank, unique_names
 from oialr_jax.views import Use, View, as_array, context, is_same
 
@@ -56,7 +56,7 @@ def factored(
             map(is_low_rank, jax.tree.leaves((args, kwargs), is_leaf=is_low_rank))
         ):
             return fn(*args, **kwargs)
-        traced = interpret.trace(fn, args, kwargs, is_low_rank, share=True)
+        traced = tracing.trace(fn, args, kwargs, is_low_rank, share=True)
         leaves = [leaf for _, leaf in traced.leaves]
         evaluate = functools.partial(contracted, traced, pick=pick, reported=reported)
         if traced.arguments is None:
@@ -106,7 +106,7 @@ def picker(order: cost.Order | str | None, rates: cost.Rates | None) -> Pick:
 
 
 def contracted(
-    traced: interpret.Traced,
+    traced: tracing.Traced,
     leaves: Sequence[Any],
     pick: Pick,
     reported: set[tuple[str, str]],

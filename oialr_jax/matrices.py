@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from oialr_jax import cost, interpret, readers, views
+from oialr_jax import cost, interpret, readers, tracing, views
 from oialr_jax.lowrank import (
     Axes,
     PyTree,
@@ -145,10 +145,8 @@ def find_matrices(
     ('q', 8, 8, 32)
     """
     axes = tuple(dict(axis_env).items())
-    with interpret.axis_names(axes):
-        traced = interpret.trace(
-            fn, (params, *args), kwargs, is_low_rank, axis_env=axes
-        )
+    with tracing.axis_names(axes):
+        traced = tracing.trace(fn, (params, *args), kwargs, is_low_rank, axis_env=axes)
     unique_names(path[2:] for path, _ in traced.leaves if _in_params(path))
     probe = _Probe()
 
