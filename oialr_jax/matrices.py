@@ -31,7 +31,7 @@ class Matrix(NamedTuple):
     `uses` counts contractions in the program; a scanned body counts once. `other` names
     what else the function does with the leaf, or why it cannot be held in low rank.
     `is_head` says that no other matrix reads what this one gives. `loads` has what each
-    use costs in a training step, at full rank.
+    use costs in a training step, at full rank, in entries of `itemsize` bytes.
     """
 
     path: str
@@ -42,6 +42,7 @@ class Matrix(NamedTuple):
     other: tuple[str, ...] = ()
     is_head: bool = False
     loads: tuple[cost.Workload, ...] = ()
+    itemsize: int = 4
 
     @property
     def m(self) -> int:
@@ -53,9 +54,11 @@ class Matrix(NamedTuple):
         """Columns of the matrix: the fan-out."""
         return self.axes.n
 
-    def flops(self, rank: int | None = None) -> int:
-        """FLOPs of a training step, dense or at a rank in the orders of least FLOPs.
+    def flops(self, rank: int | None = None, rates: cost.Rates | None = None) -> int:
+        """FLOPs of a training step, dense or at a rank.
 
+        Args:     rates: of the device, which decide on the order of each use; without
+                  them it is the one of least FLOPs.
         Raises:   ValueError: a rank outside [1, min(m, n)].
         """
         if rank is None:
@@ -66,7 +69,8 @@ class Matrix(NamedTuple):
                 f"`rank` must be in [1, {full}] for {self.path}, got {rank}"
             )
         loads = [dataclasses.replace(x, rank=rank) for x in self.loads]
-        return sum(cost.flops(cost.cheapest(x), x).total for x in loads)
+        orders = [cost.cheapest(x, rates, self.itemsize) for x in loads]
+        return sum(cost.flops(*use).total for use in zip(orders, loads, strict=True))
 
 
 class Skipped(NamedTuple):
@@ -299,6 +303,7 @@ class _Record:
     rows: int
     kind: str
     loads: list[cost.Workload]
+    itemsize: int
     other: list[str]
 
 
@@ -330,6 +335,7 @@ class _Probe:
                 other=tuple(dict.fromkeys(self.others(path, record))),
                 is_head=path not in read,
                 loads=tuple(record.loads),
+                itemsize=record.itemsize,
             )
             for path, record in self.records.items()
         )
@@ -410,9 +416,10 @@ class _Probe:
             stack=stack,
             input_gradient=not use.x_fixed,
         )
+        itemsize = jnp.promote_types(x.dtype, view.dtype).itemsize
         single = frozenset(a for a, n in enumerate(view.leaf_shape) if n == 1)
         record = self.records.setdefault(
-            view.path, _Record(axes, single, use.rows, use.kind, [], [])
+            view.path, _Record(axes, single, use.rows, use.kind, [], itemsize, [])
         )
         record.loads.append(load)
         record.rows = max(record.rows, use.rows)

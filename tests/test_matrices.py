@@ -14,12 +14,7 @@ from helpers import assert_close, in_low_rank
 
 import oialr_jax as oialr
 from oialr_jax import cost
-from oialr_jax.lowrank import (
-    abstract_low_rank,
-    abstract_node,
-    named_leaves,
-    path_name,
-)
+from oialr_jax.lowrank import named_leaves
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -345,26 +340,19 @@ def test_a_function_with_a_named_axis():
     assert_close(actual, desired, 1e-5)
 
 
-def test_flops_at_any_rank_need_no_new_trace(monkeypatch):
+@pytest.mark.parametrize("rates", [None, cost.RATES["cpu"]])
+def test_flops_at_any_rank_need_no_new_trace(monkeypatch, rates):
     """Integers, equal to what `explain` finds in another trace of low-rank params."""
-    monkeypatch.setattr(cost, "RATES", {})  # orders of least FLOPs
+    monkeypatch.setattr(cost, "RATES", {})
     for name in ("attention", "conv2d_strided_dilated", "split_apart", "scan_remat"):
         fn, params, x = BY_NAME[name].build()
         matrices = oialr.find_matrices(fn, params, x)
         dense = oialr.explain(fn, params, x)
         assert sum(m.flops() for m in matrices) == dense.flops > 0
-        ranks = {m.path: max(1, min(m.m, m.n) // 3) for m in matrices}
-        low = abstract_low_rank(params, {m.path: m.axes for m in matrices})
-        low = jax.tree_util.tree_map_with_path(
-            lambda path, x, ranks=ranks: (
-                abstract_node(x.axes, ranks[path_name(path)], x.dtype)
-                if oialr.is_low_rank(x)
-                else x
-            ),
-            low,
-            is_leaf=oialr.is_low_rank,
-        )
-        by_flops = oialr.explain(fn, low, x)
-        assert sum(m.flops(ranks[m.path]) for m in matrices) == by_flops.flops
+        low = in_low_rank(params, matrices, 1 / 3)
+        held = oialr.ranks(low)
+        assert len(held) == len(matrices)
+        flops = [m.flops(held[m.path][2], rates) for m in matrices]
+        assert sum(flops) == oialr.explain(fn, low, x, rates=rates).flops
     with pytest.raises(ValueError, match=r"`rank` must be in \[1, 6\] for w0, got 7"):
         _chain(6, 8)[0].flops(7)
