@@ -387,6 +387,14 @@ def _split(eqn: Any, values: list[Any], handler: Handler) -> Any:
     return None if any(x is None for x in parts) else parts
 
 
+def _unstack(eqn: Any, values: list[Any], handler: Handler) -> Any:
+    axis = eqn.params["axis"]
+    parts = [cut(values[0], axis, i, 1, handler) for i in range(values[0].shape[axis])]
+    return (
+        None if any(x is None for x in parts) else [squeeze(x, [axis]) for x in parts]
+    )
+
+
 def _concatenate(eqn: Any, values: list[Any], handler: Handler) -> Any:
     return _joined(values, eqn.params["dimension"])
 
@@ -470,6 +478,7 @@ RULES: dict[str, Callable[[Any, list[Any], Handler], Any]] = {
     "slice": _slice,
     "dynamic_slice": _slice,
     "split": _split,
+    "unstack": _unstack,
     "concatenate": _concatenate,
     "stack": _stack,
     "gather": _gather,
