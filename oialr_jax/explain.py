@@ -119,7 +119,7 @@ def explain(
 
 def _line(choice: Choice, dense: Collection[str], rates: cost.Rates | None) -> Line:
     load = choice.load
-    path = choice.path.removeprefix("0/0").removeprefix("/")
+    path = tracing.shown(choice.path)
     order = cost.Order.DENSE if path in dense else choice.order
     full = cost.flops(cost.Order.DENSE, load).total
 

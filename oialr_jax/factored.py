@@ -30,9 +30,9 @@ def factored(
     tells what was chosen and why.
 
     Arguments that are not arrays (flags, strings, functions) stay as they are. The
-    result composes with jit, grad, vmap, remat, scan, pmap and shard_map. Inside
-    `jax.custom_jvp` and `jax.custom_vjp` functions a leaf is materialised at the
-    boundary, because the custom rule is a rule about the dense array.
+    result composes with jit, grad, vmap, remat, scan, pmap and shard_map. The rule of a
+    `jax.custom_vjp` function is kept: the gradient that it gives to the dense weight is
+    projected. Into a `jax.custom_jvp` function a leaf goes materialised.
 
     Args:     order: "chain", "merged" or "rebuilt" (the authors' way) for every leaf,
               to compare; None picks the cheapest for each use. rates: of the device,
@@ -145,7 +145,7 @@ def contracted(
         ]
         if not any(is_same(outputs[output], value) for value in same):
             raise TypeError(
-                f"{_shown(names[leaf])} is in low rank and the function replaces it in "
+                f"{_said(names[leaf])} is in low rank and the function replaces it in "
                 "place: name it in `exclude` of `select`, or in a loss compute from it "
                 "and leave it as it is"
             )
@@ -153,9 +153,8 @@ def contracted(
     return [as_array(out, handler, "output") for out in outputs]
 
 
-def _shown(name: str) -> str:
-    """A leaf as the user calls it, without its place in (args, kwargs)."""
-    return name.split("/", 2)[-1]
+def _said(name: str) -> str:
+    return tracing.shown(name) or "the argument"
 
 
 _CONTRACTIONS = {"dot": contract.dot, "conv": contract.conv, "ragged": contract.ragged}
@@ -214,7 +213,7 @@ class _Contraction:
         if (view.path, primitive) not in self.reported:
             self.reported.add((view.path, primitive))
             warnings.warn(
-                f"{_shown(view.path)} is materialised to its dense shape "
+                f"{_said(view.path)} is materialised to its dense shape "
                 f"{self.axes[view.path].shape}: "
                 f"no low-rank rule for `{primitive}`",
                 stacklevel=2,

@@ -469,8 +469,7 @@ def _custom_vjp(
     """
     name = eqn.primitive.name
     values = [x if isinstance(x, View) else as_array(x, handler, name) for x in values]
-    avals = [x.aval for x in (*eqn.invars, *eqn.outvars)]
-    if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in avals):
+    if not all(map(_is_real, eqn.outvars)):
         return bind(eqn, [as_array(value, handler, name) for value in values])
     forward, backward, count = _rule(eqn)
 
@@ -488,12 +487,16 @@ def _custom_vjp(
         views, residuals = saved
         env = _environment(backward, [*residuals, *gradients], handler)
         made = {var: x for x in backward.jaxpr.eqns for var in x.outvars}
-        new = []
-        for var, view in zip(backward.jaxpr.outvars, views, strict=True):
-            if view is None:
-                new.append(as_array(_read(env, var), handler, f"output of {name}"))
+        given = iter(backward.jaxpr.outvars)
+        new: list[Any] = []
+        for x, view in zip(eqn.invars, views, strict=True):
+            if not _is_real(x):
+                new.append(None)
+            elif view is None:
+                found = _read(env, next(given))
+                new.append(as_array(found, handler, f"output of {name}"))
             else:
-                data = _projected(view, var, env, made, handler)
+                data = _projected(view, next(given), env, made, handler)
                 new.append(view.replace(data=data))
         return (new,)
 
@@ -502,10 +505,19 @@ def _custom_vjp(
 
 
 def _rule(eqn: Any) -> tuple[Any, Any, int]:
-    """The jaxprs of a custom rule: to outputs and residuals, and from these back."""
+    """The jaxprs of a custom rule: to outputs and residuals, and from these back.
+
+    Back come the gradients of the real inputs.
+    """
+    real = [*map(_is_real, eqn.invars)]
 
     def call(*arrays: Any) -> Any:
-        return jax.vjp(lambda *x: tuple(bind(eqn, x)), *arrays)
+        def of_real(*given: Any) -> Any:
+            left = iter(given)
+            each = zip(arrays, real, strict=True)
+            return tuple(bind(eqn, [next(left) if is_in else x for x, is_in in each]))
+
+        return jax.vjp(of_real, *(x for x, i in zip(arrays, real, strict=True) if i))
 
     shapes = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in eqn.invars]
     forward, (outputs, pull) = jax.make_jaxpr(call, return_shape=True)(*shapes)
@@ -515,6 +527,10 @@ def _rule(eqn: Any) -> tuple[Any, Any, int]:
         return jax.tree.unflatten(tree, residuals)(gradients)
 
     return forward, jax.make_jaxpr(back)(residuals, outputs), len(outputs)
+
+
+def _is_real(var: Any) -> bool:
+    return bool(jnp.issubdtype(var.aval.dtype, jnp.floating))
 
 
 def _projected(

@@ -90,6 +90,15 @@ def trace(
     return Traced(jaxpr, leaves, result.fill, after.fill if changed else None, replaced)
 
 
+def shown(name: str) -> str:
+    """The name of a leaf of (args, kwargs) without its place there.
+
+    >>> shown("0/0/encoder/kernel")
+    'encoder/kernel'
+    """
+    return "/".join(name.split("/")[2:])
+
+
 @contextlib.contextmanager
 def axis_names(axis_env: Sequence[tuple[str, int]]) -> Iterator[None]:
     """Names `axis_env` in the error of a function that uses an axis not in it."""

@@ -255,6 +255,41 @@ def test_a_custom_rule_about_the_dense_weight_is_respected():
     assert_close(grad.s, w.u.T @ dense @ w.vt.T, TOLERANCE[x.dtype])
 
 
+@jax.custom_vjp
+def chosen(w, x, labels):
+    """The mean score of the labels; what comes back is clipped."""
+    return jnp.mean(jnp.take_along_axis(x @ w, labels[:, None], 1))
+
+
+def _chosen_forward(w, x, labels):
+    return chosen(w, x, labels), (w, x, labels)
+
+
+def _chosen_backward(saved, g):
+    w, x, labels = saved
+    hot = jnp.clip(g, -0.1, 0.1) * jax.nn.one_hot(labels, w.shape[1]) / len(labels)
+    return (hot.T @ x).T, hot @ w.T, None
+
+
+chosen.defvjp(_chosen_forward, _chosen_backward)
+
+
+def test_a_custom_rule_with_labels_of_whole_numbers_makes_no_dense_array():
+    w = oialr.factor(normal(0, 48, 40), oialr.Axes((48, 40), (), (0,), (1,)), 4)
+    x, labels = normal(1, 16, 48), jnp.arange(16) % 40
+
+    def loss(fn):
+        return lambda w, x: 3 * fn(w, x, labels) + jnp.sum(x**2)
+
+    grad = jax.jit(jax.grad(loss(oialr.factored(chosen)), argnums=(0, 1)))
+    actual = grad(w, x)
+    desired = jax.grad(loss(chosen), argnums=(0, 1))(w.materialize(), x)
+    assert_close(actual[0].s, w.u.T @ desired[0] @ w.vt.T, TOLERANCE[x.dtype])
+    assert_close(actual[1], desired[1], TOLERANCE[x.dtype])
+    text = grad.lower(w, x).compile().as_text()
+    assert not re.search(r"f32\[(48,40|40,48)\]", text)
+
+
 def test_the_dense_gradient_never_exists():
     """No array of the shape of W in the compiled step of a chained layer."""
     w = oialr.factor(normal(0, 96, 80), oialr.Axes((96, 80), (), (0,), (1,)), 8)

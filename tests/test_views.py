@@ -126,6 +126,40 @@ def test_composes_with(name, outer):
     assert_close(named_leaves(gradient), projected(expected, low), 10 * TOLERANCE)
 
 
+AXES = oialr.Axes((6, 8), (), (0,), (1,))
+SQUARES = {
+    "of_columns": lambda w: jnp.sum(w[:, 1:4] ** 2),
+    "of_rows_scaled": lambda w: jnp.sum(jnp.square(w * jnp.arange(6.0)[:, None]), 1),
+    "of_columns_scaled": lambda w: jnp.sum((w * jnp.arange(8.0)[None]) ** 2, 0),
+    "scaled_after": lambda w: jnp.sum(0.5 * w**2 + 1.0, 1),
+    "turned": lambda w: jnp.sum((w.T.reshape(2, 4, 6) ** 2).astype(jnp.float32), 2),
+    "joined": lambda w: jnp.sum(jnp.concatenate([w, 2 * w, jnp.ones((6, 3))], 1) ** 2),
+    "joined_rows": lambda w: jnp.sum(jnp.concatenate([w, 2 * w], 1) ** 2, 1),
+    "joined_columns": lambda w: jnp.sum(jnp.stack([w, 2 * w]) ** 2, (1, 2)),
+    "own_rows": lambda w: jnp.einsum("ij,ij->i", w, w),
+}
+NO_SQUARES = {
+    "reduce_sum": lambda w: jnp.sum(w.reshape(3, 2, 8) ** 2, 1),  # part of the rows
+    "integer_pow": lambda w: jnp.sum(w**3),
+    "exp": lambda w: jnp.exp(-(w**2)),
+    "mul": lambda w: jnp.sum((w * jnp.outer(jnp.arange(6.0), jnp.ones(8))) ** 2),
+}
+
+
+@pytest.mark.parametrize("name", [*SQUARES, *NO_SQUARES])
+def test_sums_of_squares(name):
+    fn = SQUARES.get(name) or NO_SQUARES[name]
+    w = oialr.factor(normal(0, 6, 8), AXES, 3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        value, grad = jax.value_and_grad(scalar_loss(oialr.factored(fn)))(w)
+    said = [str(x.message).rsplit("`")[-2] for x in caught]
+    assert said == ([] if name in SQUARES else [name])
+    desired, dense = jax.value_and_grad(scalar_loss(fn))(w.materialize())
+    assert_close(value, desired, TOLERANCE)
+    assert_close(grad.s, w.u.T @ dense @ w.vt.T, 10 * TOLERANCE)
+
+
 # A grammar of uses
 
 
