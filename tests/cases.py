@@ -12,6 +12,7 @@ import flax.linen as nn
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding
@@ -40,7 +41,9 @@ class Case:
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape) / jnp.sqrt(shape[0])
+    """Of numpy, which compiles nothing."""
+    drawn = np.random.default_rng(seed).standard_normal(shape) / np.sqrt(shape[0])
+    return jnp.asarray(drawn, jnp.float32)
 
 
 def linen(module: nn.Module, *shape: int) -> Callable[[], Any]:
@@ -656,3 +659,16 @@ CASES = (
     ),
 )
 BY_NAME = {case.name: case for case in CASES}
+DONE_FIRST = (  # things that are done to a weight before its product
+    *(
+        "stack_iterated",
+        "gates_joined",
+        "rows_joined",
+        "weights_stacked",
+        "split_apart",
+    ),
+    *("heads_cut", "conv_cut", "conv_joined", "weight_normed", "penalised"),
+    *("experts_by_index", "experts_ragged", "on_devices", "own_rule"),
+)
+KINDS = tuple(case for case in CASES if case.name not in DONE_FIRST)
+"""One or more of every kind of matrix."""

@@ -1,5 +1,6 @@
 """Eight fake CPU devices, strict promotion, runtime types: set before JAX starts."""
 
+import gc
 import os
 import pathlib
 import shutil
@@ -62,6 +63,13 @@ def pytest_configure(config: pytest.Config) -> None:
     """Before any backend starts."""
     if "not optimized" in config.option.markexpr:
         os.environ["XLA_FLAGS"] += f" {QUICK}"
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: it is never looked through for garbage again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 def pytest_unconfigure() -> None:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import CASES, normal
+from cases import BY_NAME, KINDS, normal
 from flax import linen as nn
 from helpers import in_low_rank
 
@@ -137,7 +137,10 @@ def test_shapes_suffice_and_it_prints():
     assert "GFLOP a step" in text.splitlines()[-1]
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name != "equinox"], ids=str)
+EXPLAINED = (*KINDS, *(BY_NAME[x] for x in ("gates_joined", "experts_ragged")))
+
+
+@pytest.mark.parametrize("case", [c for c in EXPLAINED if c.name != "equinox"], ids=str)
 def test_every_case_can_be_explained(case):
     fn, params, x = case.build()
     low = in_low_rank(params, oialr.find_matrices(fn, params, x))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import BY_NAME, CASES, normal
+from cases import BY_NAME, KINDS, normal
 from helpers import TOLERANCE, assert_close, in_low_rank, scalar_loss
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -21,7 +21,7 @@ from oialr_jax.transform import pending_ranks, with_pending
 
 F32 = TOLERANCE[jnp.dtype(jnp.float32)]
 KEEP_ALL = oialr.RankRule(cutoff=0.0)
-CASES_WITH_ARRAYS = [c for c in CASES if c.name != "equinox"]  # functions are no params
+CASES_WITH_ARRAYS = [c for c in KINDS if c.name != "equinox"]  # functions are no params
 
 
 def muon_like():
