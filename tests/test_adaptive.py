@@ -729,7 +729,12 @@ def test_layers_are_converted_when_their_basis_has_settled(lag):
                 np.testing.assert_allclose(score, np.sum(p * q) / 16, atol=1e-4)
 
 
-@pytest.mark.parametrize("middle", [3, 5, 7, 13, 17])
+def few(pushed, others):
+    """Values of a parameter: some for every push, all of them in full."""
+    return [*pushed, *(pytest.param(x, marks=pytest.mark.long) for x in others)]
+
+
+@pytest.mark.parametrize("middle", few([5, 13], [3, 7, 17]))
 def test_a_run_that_waits_for_stability_can_be_resumed(middle):
     state, step = slowing(lag=2)
     before, _ = run(state, step, 0, middle)

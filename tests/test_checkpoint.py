@@ -122,7 +122,10 @@ def last(folder, layout=None, template=None):
         return saved.restore(template, TX, layout)
 
 
-@pytest.mark.parametrize("at", [2, 4, 5, 6, 8, 9, 12])
+@pytest.mark.parametrize(
+    "at",  # dense; ranks wait; low rank. The others in full
+    [2, 5, 8, *(pytest.param(x, marks=pytest.mark.long) for x in (4, 6, 9, 12))],
+)
 def test_a_run_goes_on_bit_for_bit(at, tmp_path):
     """Dense, between choice and event, at the conversion, at and after truncations."""
     state = filled(tmp_path, at)[at]
@@ -149,9 +152,9 @@ def test_what_is_saved_may_be_donated_at_once(tmp_path):
     ("first", "then"),
     [
         ("fsdp=8", "data=2"),
-        ("data=2", None),
         (None, "fsdp=4,model=2"),
-        ("fsdp=8", None),
+        pytest.param("data=2", None, marks=pytest.mark.long),
+        pytest.param("fsdp=8", None, marks=pytest.mark.long),
     ],
 )
 def test_onto_another_mesh(first, then, tmp_path):

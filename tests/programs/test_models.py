@@ -265,8 +265,15 @@ def norm(p, x):
     return x * p["scale"] + p["bias"]
 
 
-@pytest.mark.parametrize("remat", [False, True], ids=["kept", "remat"])
-@pytest.mark.parametrize("build", [VisionTransformer, Transformer], ids=["vit", "text"])
+@pytest.mark.parametrize(
+    ("build", "remat"),
+    [
+        pytest.param(VisionTransformer, True, id="vit-remat"),
+        pytest.param(Transformer, False, id="text-kept"),
+        pytest.param(VisionTransformer, False, id="vit-kept", marks=pytest.mark.long),
+        pytest.param(Transformer, True, id="text-remat", marks=pytest.mark.long),
+    ],
+)
 def test_scanned_blocks_are_the_same_network(build, remat):
     fields, x = SMALL, jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
     if build is Transformer:
@@ -341,8 +348,15 @@ def test_the_decomposition_is_a_moving_average_with_repeated_edges():
     np.testing.assert_allclose(found[0], x - trend, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize(
+    ("dtype", "train"),
+    [
+        pytest.param(jnp.float32, True, id="f32-training"),
+        pytest.param(jnp.bfloat16, False, id="bf16-inference"),
+        pytest.param(jnp.float32, False, id="f32-inference", marks=pytest.mark.long),
+        pytest.param(jnp.bfloat16, True, id="bf16-training", marks=pytest.mark.long),
+    ],
+)
 def test_forecasts_are_finite_float32_of_the_right_shape(dtype, train):
     model = Autoformer(**TINY_FORECAST, dtype=dtype, remat=train)
     values = jax.random.normal(jax.random.key(1), (3, 12, 7))

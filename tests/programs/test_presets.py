@@ -72,7 +72,9 @@ def test_the_small_form_meets_every_event_stops_and_resumes(
     assert [x["step"] for x in lines if x["kind"] == "train"] == [4, 8, 12]
 
 
-@pytest.mark.parametrize(("program", "preset"), presets(RUN, marks=pytest.mark.long))
+@pytest.mark.parametrize(
+    ("program", "preset"), presets({("images", "digits")}, marks=pytest.mark.long)
+)
 def test_the_dense_twin_of_the_small_form_runs(program, preset, tmp_path):
     module, settings = small(program, preset, tmp_path, method="dense")
     summary = module.run(settings, name="run")
