@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
+from oialr_jax.views import scan_sizes
+
 # How a value depends on a source, by what lies between, worst last.
 AVERAGED, LARGEST, OTHERWISE = 1, 2, 3
 
@@ -101,10 +103,7 @@ def _nested(name: str, params: Any, inputs: list[Fact]) -> list[Fact] | None:
         consts, carry = inputs[first : first + count], inputs[first + count :]
         return _repeated(params["body_jaxpr"], consts, carry)
     if name == "scan":
-        if "num_consts" in params:
-            first, count = params["num_consts"], params["num_carry"]
-        else:  # jax >= 0.12 keeps the three groups of inputs as one flat tree
-            first, count = map(len, params["ft_in"].unpack()[:2])
+        first, count = scan_sizes(params)
         split = first + count
         carry = _repeated(
             params["jaxpr"], inputs[:first], inputs[first:split], inputs[split:]

@@ -25,6 +25,7 @@ from oialr_jax.views import (
     as_array,
     bind,
     is_same,
+    scan_sizes,
     whole_axis,
 )
 
@@ -370,10 +371,7 @@ def _scan(
     eqn: Any, values: list[Any], handler: Handler, fixed: Sequence[bool]
 ) -> list[Any]:
     params = eqn.params
-    if "num_consts" in params:
-        consts_count, carry_count = params["num_consts"], params["num_carry"]
-    else:  # jax >= 0.12 keeps the three groups of inputs as one flat tree
-        consts_count, carry_count = map(len, params["ft_in"].unpack()[:2])
+    consts_count, carry_count = scan_sizes(params)
     consts = values[:consts_count]
     carry = values[consts_count : consts_count + carry_count]
     carry = [as_array(value, handler, "carry of scan") for value in carry]

@@ -11,6 +11,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Literal
 from jaxtyping import Array
 
+from oialr_jax.views import scan_sizes
+
 _READS, _GIVES = "oialr reads ", "oialr gives "
 Names = frozenset[str]
 
@@ -58,17 +60,33 @@ def _after(eqn: Any, inputs: list[Names], found: set[str]) -> list[Names]:
     if name == "cond":
         branches = [_through(x, inputs[1:], found) for x in params["branches"]]
         return [frozenset.union(*x) for x in zip(*branches, strict=True)]
-    if name in ("scan", "while"):  # what one turn gives, the next one gets
-        body = params["jaxpr" if name == "scan" else "body_jaxpr"]
-        while True:
-            count = len(getattr(body, "jaxpr", body).invars)
-            turned = _through(body, [everything] * count, found)
-            more = everything.union(*turned)
-            if more == everything:
-                return [everything] * len(eqn.outvars)
-            everything = more
+    if name == "while":
+        first, count = params["cond_nconsts"], params["body_nconsts"]
+        consts, carry = inputs[first : first + count], inputs[first + count :]
+        return _repeated(params["body_jaxpr"], consts, carry, [], found)
+    if name == "scan":
+        first, count = scan_sizes(params)
+        carry, rest = inputs[first : first + count], inputs[first + count :]
+        return _repeated(params["jaxpr"], inputs[:first], carry, rest, found)
     for key in ("jaxpr", "call_jaxpr"):
         body = params.get(key)
         if body is not None and len(getattr(body, "jaxpr", body).invars) == len(inputs):
             return _through(body, inputs, found)
     return [everything] * len(eqn.outvars)
+
+
+def _repeated(
+    body: Any,
+    consts: list[Names],
+    carry: list[Names],
+    rest: list[Names],
+    found: set[str],
+) -> list[Names]:
+    """After a loop: what one turn gives, the next one gets."""
+    while True:
+        given = _through(body, [*consts, *carry, *rest], found)
+        pairs = zip(carry, given[: len(carry)], strict=True)
+        both = [frozenset.union(*pair) for pair in pairs]
+        if both == carry:
+            return [*carry, *given[len(carry) :]]
+        carry = both

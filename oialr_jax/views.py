@@ -221,6 +221,14 @@ def context(eqn: Any) -> Iterator[None]:
         yield
 
 
+def scan_sizes(params: Any) -> tuple[int, int]:
+    """How many of a scan's inputs are constants, and how many its carry."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry = params["ft_in"].unpack()[:2]  # from jax 0.12 on, one flat tree
+    return len(consts), len(carry)
+
+
 # The atoms of a view
 
 

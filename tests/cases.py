@@ -252,7 +252,7 @@ def rows_joined(p: Any, x: jax.Array) -> jax.Array:
 
 def stacked(p: Any, x: jax.Array) -> jax.Array:
     w = jnp.stack([p["a"], p["b"]])
-    return jnp.einsum("bi,nij->bnj", x, w) + jnp.einsum("nbi,nij->bnj", x[None], w[:1])
+    return jnp.einsum("bi,nij->bnj", x, w) + jnp.einsum("nbi,nij->bnj", x[None], w[1:])
 
 
 def split_apart(p: Any, x: jax.Array) -> jax.Array:
@@ -265,7 +265,8 @@ def split_apart(p: Any, x: jax.Array) -> jax.Array:
 def heads_cut(p: Any, x: jax.Array) -> jax.Array:
     """Heads split off a fused kernel by a reshape, then taken one at a time."""
     w = p["w"].reshape(6, 3, 4)
-    return (x @ w[:, 1]) * (x @ w[:, 2, ::2]).sum(-1, keepdims=True)
+    first = (x @ w[:, 1]) * (x @ w[:, 2, ::2]).sum(-1, keepdims=True)
+    return first[:, :2] + x @ w[:, :, 1:3][:, 2]
 
 
 def conv_cut(p: Any, x: jax.Array) -> jax.Array:
@@ -543,7 +544,7 @@ CASES = (
     Case(
         "weights_stacked",
         plain(stacked, (4, 6), a=(6, 5), b=(6, 5)),
-        (("a", ROW_COL, 4, "dot", 2), ("b", ROW_COL, 4, "dot", 1)),
+        (("a", ROW_COL, 4, "dot", 1), ("b", ROW_COL, 4, "dot", 2)),
     ),
     Case(
         "split_apart",
@@ -553,7 +554,7 @@ CASES = (
     Case(
         "heads_cut",
         plain(heads_cut, (4, 6), w=(6, 12)),
-        (("w", ROW_COL, 4, "dot", 2),),
+        (("w", ROW_COL, 4, "dot", 3),),
     ),
     Case(
         "conv_cut",

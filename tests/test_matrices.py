@@ -224,9 +224,6 @@ STOPPED = {
     "mul": lambda w, x: x.sum() + w * jnp.ones((4, 6)),
     "exp": lambda w, x: x @ jnp.exp(w),
     "integer_pow": lambda w, x: x + jnp.sum(w**3),
-    "dot_general over an axis that is indexed": lambda w, x: jnp.tensordot(
-        x[:, :2], w.reshape(2, 2, 6)[:, jnp.array([1, 0])], 1
-    ),
     "reduce_sum": lambda w, x: x + w.sum(),
     "rev": lambda w, x: x @ w[:, ::-1],
     "reshape": lambda w, x: x[:, :3] @ w.reshape(3, 8),
@@ -259,6 +256,16 @@ def test_a_leaf_that_is_no_matrix_is_listed_with_what_stopped_it(reason):
     lines = str(matrices).splitlines()
     assert lines[1].split() == ["v", "dot", "2", "4x5", "1"]
     assert lines[2:] == ["no matrices:", f"w  [4, 6]  {reason}"]
+
+
+def test_a_product_over_what_an_array_of_indices_took():
+    def fn(params, x):
+        return jnp.tensordot(x, params["w"][:, jnp.array([2, 0])], [[1], [1]])
+
+    params = {"w": normal(0, 4, 3, 6)}
+    found = oialr.find_matrices(fn, params, normal(1, 5, 2))
+    assert found == ()
+    assert found.skipped[0].reason == "dot_general over an axis that is indexed"
 
 
 def test_the_result_is_a_tuple():

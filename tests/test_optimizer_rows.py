@@ -431,7 +431,7 @@ def test_optimizers_that_call_functions_train_as_on_dense_params(name):
         low, state = step(low, state)
     for key, leaf in oialr.materialize(low).items():
         np.testing.assert_allclose(leaf, dense[key], atol=2e-4)
-    assert loss(dense) < 0.9 * loss(start)
+    assert loss(dense) < 0.98 * loss(start)
 
 
 def test_a_function_without_params_is_refused():
