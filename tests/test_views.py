@@ -131,6 +131,9 @@ SQUARES = {
     "of_columns": lambda w: jnp.sum(w[:, 1:4] ** 2),
     "of_rows_scaled": lambda w: jnp.sum(jnp.square(w * jnp.arange(6.0)[:, None]), 1),
     "of_columns_scaled": lambda w: jnp.sum((w * jnp.arange(8.0)[None]) ** 2, 0),
+    "of_rows_scaled_in_all": lambda w: jnp.sum((w * jnp.arange(6.0)[:, None]) ** 2),
+    "of_columns_scaled_in_all": lambda w: jnp.sum((w * jnp.arange(8.0)[None]) ** 2),
+    "over_scaled_rows": lambda w: jnp.sum((w * jnp.arange(6.0)[:, None]) ** 2, 0),
     "scaled_after": lambda w: jnp.sum(0.5 * w**2 + 1.0, 1),
     "turned": lambda w: jnp.sum((w.T.reshape(2, 4, 6) ** 2).astype(jnp.float32), 2),
     "joined": lambda w: jnp.sum(jnp.concatenate([w, 2 * w, jnp.ones((6, 3))], 1) ** 2),
@@ -141,6 +144,7 @@ SQUARES = {
 NO_SQUARES = {
     "reduce_sum": lambda w: jnp.sum(w.reshape(3, 2, 8) ** 2, 1),  # part of the rows
     "integer_pow": lambda w: jnp.sum(w**3),
+    "dot_general": lambda w: jnp.einsum("ij,ik->jk", w, w),
     "exp": lambda w: jnp.exp(-(w**2)),
     "mul": lambda w: jnp.sum((w * jnp.outer(jnp.arange(6.0), jnp.ones(8))) ** 2),
 }
@@ -158,6 +162,22 @@ def test_sums_of_squares(name):
     desired, dense = jax.value_and_grad(scalar_loss(fn))(w.materialize())
     assert_close(value, desired, TOLERANCE)
     assert_close(grad.s, w.u.T @ dense @ w.vt.T, 10 * TOLERANCE)
+
+
+@pytest.mark.parametrize("mode", ["fill", "clip"])
+def test_an_index_out_of_bounds_gives_what_it_gives_of_the_dense_weight(mode):
+    axes = oialr.Axes((3, 4, 5), (0,), (1,), (2,))
+    w = oialr.factor(normal(0, 3, 4, 5), axes, 2)
+
+    def fn(w, x):
+        chosen = jnp.take(w, jnp.array([0, 7, 2]), axis=0, mode=mode)
+        return jnp.einsum("bi,bij->bj", x, chosen)
+
+    x = normal(1, 3, 4)
+    actual, desired = oialr.factored(fn)(w, x), fn(w.materialize(), x)
+    assert bool(jnp.isnan(desired[1]).all()) == (mode == "fill")
+    assert_close(jnp.isnan(actual), jnp.isnan(desired), 0)
+    assert_close(jnp.nan_to_num(actual), jnp.nan_to_num(desired), TOLERANCE)
 
 
 # A grammar of uses
