@@ -382,8 +382,13 @@ class _Probe:
         over = views.over_axes(view, factor, view.present).astype(view.data[0].dtype)
         return view.replace(data=(view.data[0] * over,))
 
-    def sum_squares(self, view: View, dims: tuple[int, ...]) -> Array:
-        axes = frozenset(atom.axis for atom in views.atoms(view, dims))
+    def sum_squares(self, view: View, dims: tuple[int, ...]) -> Array | None:
+        left = [d for d in range(len(view.dims)) if d not in dims]
+        axes, rest = (
+            frozenset(atom.axis for atom in views.atoms(view, x)) for x in (dims, left)
+        )
+        if axes & rest:
+            return None  # over part of an axis
         self.sides.setdefault(view.path, {})[axes] = "reduce_sum"
         return jnp.sum(jnp.square(self.materialize(view)), dims)
 

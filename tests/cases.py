@@ -242,7 +242,8 @@ def gates(p: Any, x: jax.Array) -> jax.Array:
     """Four gates' weights joined before their product, as in Flax's LSTM cell."""
     w = jnp.concatenate([p[name] for name in "ifgo"], axis=-1)
     i, f, g, o = jnp.split(x @ w, 4, axis=-1)
-    return jnp.tanh(i * f) + g * o
+    across = x @ w[:, w.shape[1] // 8 : 5 * w.shape[1] // 8]
+    return jnp.tanh(i * f) + g * o + across[:, : i.shape[1]]
 
 
 def rows_joined(p: Any, x: jax.Array) -> jax.Array:
@@ -534,7 +535,7 @@ CASES = (
     Case(
         "gates_joined",
         plain(gates, (4, 6), i=(6, 5), f=(6, 5), g=(6, 5), o=(6, 5)),
-        tuple((name, ROW_COL, 4, "dot", 1) for name in "ifgo"),
+        tuple((name, ROW_COL, 4, "dot", 1 + (name != "o")) for name in "ifgo"),
     ),
     Case(
         "rows_joined",

@@ -268,6 +268,44 @@ def test_a_product_over_what_an_array_of_indices_took():
     assert found.skipped[0].reason == "dot_general over an axis that is indexed"
 
 
+def convolved(w, x):
+    return jax.lax.conv_general_dilated(
+        x, w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    )
+
+
+BESIDE = {
+    "reduce_sum": lambda w: jnp.sum(w**2, axis=0),  # over the window alone
+    "reduce_sum of a part": lambda w: jnp.sum(w.reshape(3, 2, 2, 6) ** 2, axis=(0, 1)),
+    "mul": lambda w: convolved(w * jnp.ones((1, 4, 6)), jnp.ones((2, 5, 4))),
+    "": lambda w: jnp.sum(w**2, axis=(0, 1)) + jnp.sum(w**2),
+    "scaled": lambda w: convolved(w * jnp.ones((3, 4, 1)), jnp.ones((2, 5, 4))),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_is_done_beside_a_product_decides_by_the_sides_of_the_matrix(name):
+    def fn(params, x):
+        return convolved(params["w"], x), BESIDE[name](params["w"])
+
+    (found,) = oialr.find_matrices(fn, {"w": normal(0, 3, 4, 6)}, normal(1, 2, 5, 4))
+    assert found.axes == oialr.Axes((3, 4, 6), (), (0, 1), (2,))
+    assert found.other == {"mul": ("mul",), "": (), "scaled": ()}.get(
+        name, ("reduce_sum",)
+    )
+
+
+def test_a_use_of_one_entry_does_not_say_what_an_axis_is():
+    """The middle tap alone comes first; the convolution tells the window."""
+
+    def fn(params, x):
+        return x @ params["w"][1], convolved(params["w"], x)
+
+    (found,) = oialr.find_matrices(fn, {"w": normal(0, 3, 4, 6)}, normal(1, 2, 5, 4))
+    assert found.axes == oialr.Axes((3, 4, 6), (), (0, 1), (2,))
+    assert (found.uses, found.other) == (2, ())
+
+
 def test_the_result_is_a_tuple():
     fn, params, x = BY_NAME["dense"].build()
     matrices = oialr.find_matrices(fn, params, x)
