@@ -382,7 +382,7 @@ def test_a_wide_side_is_a_diagonal_and_says_so():
     matrices = oialr.find_matrices(fn, params, x)
     full = oialr.curvature(scalar(fn), matrices)(params, x)
     found = oialr.curvature(scalar(fn), matrices, widest=20)(params, x)
-    path = "ScanCheckpointBlock_0/Dense_0/kernel"
+    path = "ScanCheckpointBlock_0/Dense_1/kernel"
     inputs, outputs, _ = found.sides[path]
     assert inputs.shape == (3, 16, 16)
     assert outputs.shape == (3, 24)
@@ -390,34 +390,34 @@ def test_a_wide_side_is_a_diagonal_and_says_so():
     close(outputs, jnp.diagonal(full.sides[path].outputs, axis1=1, axis2=2))
     assert "24 diagonal" in str(found)
     low, _ = oialr.compress(params, matrices, found, {path: 4})
-    assert low["ScanCheckpointBlock_0"]["Dense_0"]["kernel"].rank == 4
+    assert low["ScanCheckpointBlock_0"]["Dense_1"]["kernel"].rank == 4
 
 
-def sizes(jaxpr):
-    """Entries of every array that a jaxpr makes, at any depth."""
+def equations(jaxpr):
+    """Every equation of a jaxpr, at any depth."""
     for eqn in jaxpr.eqns:
-        yield from (math.prod(v.aval.shape) for v in eqn.outvars)
+        yield eqn
         for value in eqn.params.values():
-            for inner in jax.tree.leaves(value, is_leaf=lambda x: hasattr(x, "eqns")):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from sizes(inner)
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
 
 
 def test_no_array_of_rows_times_a_matrix():
     params, x, target, matrices = problem(width=16, rows=64)
     run = oialr.curvature(regression, matrices)
     jaxpr = jax.make_jaxpr(run)(params, x, target)
-    assert max(sizes(jaxpr.jaxpr)) == 64 * 16
+    made = [v.aval for eqn in equations(jaxpr.jaxpr) for v in eqn.outvars]
+    assert max(math.prod(x.shape) for x in made) == 64 * 16
 
 
 def test_no_gradient_of_a_weight_is_computed():
+    """Three products forward, two of gradients of inputs, six of sums."""
     params, x, target, matrices = problem(width=16, rows=64)
-    compiled = jax.jit(oialr.curvature(regression, matrices)).lower(params, x, target)
-    done = compiled.compile().cost_analysis()["flops"]
-    product = 2 * 64 * 16 * 16
-    # forward 3, gradients of inputs 2, sums 6; a gradient of a weight would be one more
-    assert 11 * product <= done < 11.9 * product
+    run = oialr.curvature(regression, matrices)
+    jaxpr = jax.make_jaxpr(run)(params, x, target)
+    products = [eqn.primitive.name for eqn in equations(jaxpr.jaxpr)]
+    assert products.count("dot_general") == 3 + 2 + 6
 
 
 def test_params_of_another_shape_or_without_the_leaf_are_refused():
@@ -682,7 +682,7 @@ def test_stacks_share_a_rank_and_cores_are_cut_further():
     low, _ = oialr.compress(
         params, matrices, run(params, x), {m.path: 6 for m in matrices}
     )
-    assert oialr.ranks(low)["ScanCheckpointBlock_0/Dense_1/kernel"] == (24, 16, 6)
+    assert oialr.ranks(low)["ScanCheckpointBlock_0/Dense_1/kernel"] == (16, 24, 6)
     found = run(low, x)
     lower, cuts = oialr.compress(low, matrices, found, {m.path: 3 for m in matrices})
     before, after = named_leaves(low), named_leaves(lower)
