@@ -39,17 +39,25 @@ class Statistics:
     skipped: tuple[tuple[str, str], ...] = dataclasses.field(
         default=(), metadata={"static": True}
     )
+    independent_rows: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def covariances(self, path: str) -> tuple[Array | None, Array | None]:
-        """C = E[x xᵀ] and D: the Fisher of a loss that is a mean is C ⊗ D.
+        """C and D: the Fisher of a loss that is a mean over N terms is about C ⊗ D.
 
-        With T rows, N terms and δ the gradients of one term's loss, C = Σ x xᵀ / T and
-        D = Σ δ δᵀ / N.
+        Of examples, C = Σ G Gᵀ / Σ |G|² and D = Σ Gᵀ G / N: from the identity one step
+        of the power iteration to the nearest Kronecker product, exact in its trace.
+        Of T independent rows, C = Σ x xᵀ / T and D = Σ δ δᵀ / N.
         """
         inputs, outputs, rows = self.sides[path]
         if inputs is not None:
-            full = inputs.ndim - rows.ndim
-            inputs = inputs / jnp.maximum(rows, 1).reshape(rows.shape + (1,) * full)
+            axes = tuple(range(rows.ndim, inputs.ndim))
+            total = rows
+            if not self.independent_rows:
+                full = len(axes) == 2
+                total = (
+                    jnp.trace(inputs, axis1=-2, axis2=-1) if full else inputs.sum(-1)
+                )
+            inputs = inputs / jnp.expand_dims(jnp.where(total > 0, total, 1), axes)
         return inputs, None if outputs is None else outputs / self.terms
 
     def add(self, new: "Statistics", decay: float = 1.0) -> "Statistics":
@@ -90,6 +98,7 @@ def curvature(
     *,
     terms: int | Callable[..., Any] | None = None,
     has_aux: bool = False,
+    independent_rows: bool = False,
     widest: int = WIDEST,
 ) -> Callable[..., Statistics]:
     """A function of (params, *batch) that gives the statistics of the matrices.
@@ -101,7 +110,10 @@ def curvature(
     What a direction is worth comes out in units of this loss if the loss is a mean over
     N terms. Draw the labels from the model's own prediction for the true Fisher (with
     labels of the data it is the empirical one), and see `of_outputs` for functions
-    without a loss. Rows are taken for independent of each other (K-FAC).
+    without a loss. The rows of an example (its tokens, its positions) act together: an
+    axis of the rows that is as long as the first axis of the first array in `batch` is
+    that of examples; where no axis is, each row is an example. For a weight that is
+    used several times the sums of its uses are added.
 
     A matrix with a use that is not summed (a gather, a grouped convolution, a product
     with another weight, a custom rule) is in `Statistics.skipped`, with that use. Rows
@@ -110,19 +122,24 @@ def curvature(
     Args:     terms: N of a batch, or what computes it from `batch`: the number of
               tokens, say, for a mean over tokens; 1 for a sum. None: the length of the
               first axis of the first array in `batch`, the examples. has_aux: as in
-              `jax.grad`. widest: of a longer side the diagonal is summed.
+              `jax.grad`. independent_rows: K-FAC's assumption, C = E[x xᵀ] and
+              D = E[δ δᵀ]: what comes in and what goes out, each by itself. widest: of
+              a longer side the diagonal is summed.
     Raises:   ValueError: `params` has no leaf of a matrix's path, or one of another
               shape; no array in `batch` to count.
-    Source:   K-FAC (Martens and Grosse 2015), for convolutions KFC (Grosse and Martens
-              2016) without their division by positions, which the scale contains.
+    Source:   the Fisher's nearest Kronecker product as GFWSVD has it (arXiv
+              2505.17974), whose one step is the square of Shampoo's factors (Morwani et
+              al. 2024). Independent rows: K-FAC (Martens and Grosse 2015), and KFC
+              (Grosse and Martens 2016) without its division by positions, which the
+              scale contains.
 
     >>> from oialr_jax.matrices import find_matrices
     >>> loss = lambda w, x: jnp.mean(jnp.sum(x @ w, axis=1))
     >>> w, x = jnp.ones((3, 2)), jnp.eye(4, 3)
     >>> found = curvature(loss, find_matrices(loss, w, x))(w, x)
     >>> inputs, outputs = found.covariances("")
-    >>> outputs.tolist()
-    [[1.0, 1.0], [1.0, 1.0]]
+    >>> inputs.shape, outputs.tolist()
+    ((3, 3), [[0.75, 0.75], [0.75, 0.75]])
     """
     by_path = {x.path: x.axes for x in matrices}
 
@@ -152,7 +169,8 @@ def curvature(
         for absent in by_path.keys() - slots.keys():
             raise ValueError(f"params have no leaf {absent}, which is in `matrices`")
         count = jnp.asarray(_terms(terms, batch, kwargs), jnp.float32)
-        handler = _Recorder(axes, count)
+        length = None if independent_rows else _examples(batch, kwargs) or 0
+        handler = _Recorder(axes, count, length)
 
         def total(slots: dict[str, Sides]) -> Array:
             values = [
@@ -175,7 +193,7 @@ def curvature(
         missed = {places[x]: why for x, why in handler.missed.items() if x in places}
         sides = {x: sides for x, sides in found.items() if x not in missed}
         skipped = tuple((x, ", ".join(dict.fromkeys(y))) for x, y in missed.items())
-        return Statistics(sides, count, skipped)
+        return Statistics(sides, count, skipped, independent_rows)
 
     return run
 
@@ -221,10 +239,16 @@ def _terms(
         return terms(*batch, **kwargs)
     if terms is not None:
         return terms
-    for leaf in jax.tree.leaves((batch, kwargs)):
-        if np.ndim(leaf):
-            return np.shape(leaf)[0]
-    raise ValueError("the batch has no array of one or more axes: pass `terms`")
+    examples = _examples(batch, kwargs)
+    if examples is None:
+        raise ValueError("the batch has no array of one or more axes: pass `terms`")
+    return examples
+
+
+def _examples(batch: tuple[Any, ...], kwargs: Any) -> int | None:
+    """The length of the first axis of the first array that has one."""
+    shapes = (np.shape(x) for x in jax.tree.leaves((batch, kwargs)))
+    return next((shape[0] for shape in shapes if shape), None)
 
 
 def _slots(leaf: Any, axes: Axes, widest: int) -> Sides:
@@ -268,13 +292,16 @@ def _parts(view: interpret.View) -> _Parts:
 class _Recorder:
     """Handler whose views hold a leaf and slots, of which sums are the gradients.
 
-    `count` is the number of terms of the loss; `missed` has the uses that are not
-    summed, by leaf.
+    `count` is the number of terms of the loss, `examples` that of the examples, None
+    for independent rows; `missed` has the uses that are not summed, by leaf.
     """
 
-    def __init__(self, axes: Mapping[str, Axes], count: Array) -> None:
+    def __init__(
+        self, axes: Mapping[str, Axes], count: Array, examples: int | None
+    ) -> None:
         self.axes = axes
         self.count = count
+        self.examples = examples
         self.missed: dict[str, list[str]] = {}
         self.detail = ""  # of the contraction that is about to be unknown
 
@@ -328,8 +355,10 @@ class _Recorder:
         if use.x_fixed:
             self.note(view.path, f"{eqn.primitive.name} with no data")
             return out
-        meeting = Meeting(view.replace(data=()), axes, use, eqn, side == "outputs")
         bases = (leaf.data[0], leaf.data[2]) if is_node else None
+        is_turned = side == "outputs"
+        layout = view.replace(data=())
+        meeting = Meeting(layout, axes, use, eqn, is_turned, self.examples)
         return _recorded(out, (x, scale, self.count, bases), slots, meeting)
 
     def unknown(self, view: interpret.View, primitive: str) -> None:

@@ -12,16 +12,21 @@ from jaxtyping import Array
 from oialr_jax import interpret
 from oialr_jax.lowrank import Axes
 
+WIDE = 512
+"""From this side on sums are computed in blocks, five eighths of the products."""
+
 
 class Sides(NamedTuple):
-    """Sums over the rows of one matrix: what came in, and gradients of what went out.
+    """Sums of one matrix, one for its inputs and one for its outputs.
 
-    A row whose gradient is zero, as of a padded token, does not count. Of a LowRank
-    leaf the rows are those of its core, Uᵀx and Vᵀδ. `None` in the place of a sum
-    stands for the identity in `compress`.
+    Of examples, with G = Xᵀ Δ the gradient that the rows X and Δ of one example make
+    together, Σ G Gᵀ and Σ Gᵀ G. Of independent rows Σ x xᵀ and Σ δ δᵀ, where a row
+    whose gradient is zero, as of a padded token, does not count. Of a LowRank leaf the
+    rows are those of its core, Uᵀx and Vᵀδ. None in the place of a sum stands for the
+    identity in `compress`.
 
-    Shapes:   inputs: Σ x xᵀ, (*l, m, m), or its diagonal (*l, m); outputs: Σ δ δᵀ,
-              (*l, n, n) or (*l, n); rows: (*l). Of a core m and n are its rank.
+    Shapes:   inputs: (*l, m, m), or a diagonal (*l, m); outputs: (*l, n, n) or (*l, n);
+              rows: (*l), how many have a gradient. Of a core m and n are its rank.
     """
 
     inputs: Array | None
@@ -30,58 +35,102 @@ class Sides(NamedTuple):
 
 
 class Meeting(NamedTuple):
-    """How a view meets an array: a use, and whether it contracts the outputs."""
+    """How a view meets an array: a use, and whether it contracts the outputs.
+
+    `examples` is the length of the axis of examples among the rows, where one is; None
+    for independent rows.
+    """
 
     view: interpret.View
     axes: Axes
     use: interpret.Use
     eqn: Any
     is_turned: bool
+    examples: int | None
 
 
 def sums(
     operands: Any, gradient: Array, meeting: Meeting, full: Sequence[bool]
 ) -> Sides:
-    """Σ x xᵀ, Σ δ δᵀ and the number of rows of one use, in the leaf's own layout."""
+    """The sums of one use, in the leaf's own layout."""
     x, scale, count, bases = operands
     meet = _rows_of_conv if meeting.use.kind == "conv" else _rows_of_dot
-    sides = list(meet(x, gradient, meeting))
-    counted = jnp.any(sides[1] != 0, axis=-1)
-    factors = [scale**2, jnp.broadcast_to(count**2, scale.shape)]
-    if meeting.is_turned:
-        sides, factors = sides[::-1], factors[::-1]
+    seen, gradient = (side.astype(jnp.float32) for side in meet(x, gradient, meeting))
+    seen = seen * scale[..., None, None, None]
+    gradient = gradient * count  # of one term, where the loss has the mean
+    counted = jnp.any(gradient != 0, axis=-1)
+    found = jnp.sum(counted, axis=(-2, -1), dtype=jnp.float32)
+    inputs, outputs = (gradient, seen) if meeting.is_turned else (seen, gradient)
     if bases is not None:
-        u, vt = bases
-        sides = [sides[0] @ u.astype(x.dtype), sides[1] @ vt.mT.astype(x.dtype)]
-    inputs, outputs = (
-        _squared(jnp.where(counted[..., None], side, 0), factor, is_full)
-        for side, factor, is_full in zip(sides, factors, full, strict=True)
-    )
-    return Sides(inputs, outputs, jnp.sum(counted, axis=-1, dtype=jnp.float32))
+        u, vt = (side.astype(jnp.float32)[..., None, :, :] for side in bases)
+        inputs, outputs = inputs @ u, outputs @ vt.mT
+    if meeting.examples is None:
+        inputs, outputs = (
+            jnp.where(counted[..., None], side, 0) for side in (inputs, outputs)
+        )
+        pairs = [(inputs, inputs), (outputs, outputs)]
+    else:
+        pairs = _of_examples(inputs, outputs)
+    (a, b), (c, d) = pairs
+    return Sides(_summed(a, b, full[0]), _summed(c, d, full[1]), found)
 
 
-def _squared(rows: Array, factor: Array, full: bool) -> Array:
-    """Σ y yᵀ over rows y, or its diagonal, times a factor for each matrix."""
+def _of_examples(inputs: Array, outputs: Array) -> list[tuple[Array, Array]]:
+    """Arrays A and B for each side, with Σ AᵀB = Σ G Gᵀ and Σ Gᵀ G over examples.
+
+    G Gᵀ = Xᵀ (Δ Δᵀ) X needs no G: where t rows of an example are few, their products
+    Δ Δᵀ, (t, t), are the smaller array, and else G is smaller than its rows.
+    """
+    t, m, n = inputs.shape[-2], inputs.shape[-1], outputs.shape[-1]
+    if t * (m + n) > m * n:
+        g = inputs.mT @ outputs
+        return [(g.mT, g.mT), (g, g)]
+    return [
+        (inputs, (outputs @ outputs.mT) @ inputs),
+        (outputs, (inputs @ inputs.mT) @ outputs),
+    ]
+
+
+def _summed(a: Array, b: Array, full: bool) -> Array:
+    """Σ AᵀB over all but the stack, which is symmetric, or its diagonal.
+
+    Shapes:   a, b: (*l, e, t, side).
+    """
     if not full:
-        total = jnp.sum(jnp.square(rows.astype(jnp.float32)), axis=-2)
-        return total * factor[..., None]
-    stack = tuple(range(rows.ndim - 2))
-    over = (rows.ndim - 2,)
-    total = jax.lax.dot_general(
-        rows, rows, ((over, over), (stack, stack)), preferred_element_type=jnp.float32
-    )
-    return total * factor[..., None, None]
+        return jnp.sum(a * b, axis=(-3, -2))
+    stack = tuple(range(a.ndim - 3))
+    over, side = (a.ndim - 3, a.ndim - 2), a.shape[-1]
+    width = side if side < WIDE else -(-side // 4)
+    columns = []
+    for begin in range(0, side, width):  # the upper blocks, the others are their mirror
+        end = min(begin + width, side)
+        block = jax.lax.dot_general(
+            a[..., :end], b[..., begin:end], ((over, over), (stack, stack))
+        )
+        below = [(0, 0)] * len(stack) + [(0, side - end), (0, 0)]
+        columns.append(jnp.pad(block, below))
+    total = jnp.concatenate(columns, axis=-1)
+    place = np.arange(side) // width
+    upper = np.broadcast_to(place[:, None] <= place[None, :], total.shape)
+    return jnp.where(upper, total, total.mT)
 
 
 def _rows_of_dot(x: Array, gradient: Array, meeting: Meeting) -> tuple[Array, Array]:
-    """Rows of x and of the gradient of a dot product, (*l, T, side) each."""
+    """Rows of x and of the gradient of a dot product, (*l, e, t, side) each."""
     use = meeting.use
     b, free = len(use.batch), len(use.free)
     begin = gradient.ndim - free if use.position == 1 else b
     batch, columns = range(b), range(begin, begin + free)
+    rows = _others(x, use.x_batch, use.x_contracted)
+    of_gradient = _others(gradient, batch, columns)
+    sizes = [x.shape[d] for d in rows]
+    if meeting.examples in sizes:
+        first = sizes.index(meeting.examples)
+        for dims in (rows, of_gradient):
+            dims.insert(0, dims.pop(first))
     return (
-        _laid_out(x, use.x_batch, use.x_contracted, use.contracted, meeting),
-        _laid_out(gradient, batch, columns, use.free, meeting),
+        _laid_out(x, use.x_batch, rows, use.x_contracted, use.contracted, meeting),
+        _laid_out(gradient, batch, of_gradient, columns, use.free, meeting),
     )
 
 
@@ -90,28 +139,36 @@ def _rows_of_conv(x: Array, gradient: Array, meeting: Meeting) -> tuple[Array, A
     use, params = meeting.use, meeting.eqn.params
     out = params["dimension_numbers"].out_spec
     patches = _patches(x, meeting.view.shape, params)
-    window = range(patches.ndim - len(use.contracted), patches.ndim)
+    rows = range(patches.ndim - len(use.contracted))
+    window = range(len(rows), patches.ndim)
     positions = jnp.transpose(gradient, (out[0], *out[2:], out[1]))
     return (
-        _laid_out(patches, (), window, use.contracted, meeting),
-        _laid_out(positions, (), (positions.ndim - 1,), use.free, meeting),
+        _laid_out(patches, (), rows, window, use.contracted, meeting),
+        _laid_out(positions, (), rows, (len(rows),), use.free, meeting),
     )
+
+
+def _others(array: Array, *groups: Sequence[int]) -> list[int]:
+    return [d for d in range(array.ndim) if not any(d in group for group in groups)]
 
 
 def _laid_out(
     array: Array,
     batch: Sequence[int],
+    rows: Sequence[int],
     columns: Sequence[int],
     dims: Sequence[int],
     meeting: Meeting,
 ) -> Array:
-    """(*l, rows, side): the side in the order of the leaf's axes.
+    """(*l, e, t, side): t rows of e examples, the side in the order of the leaf's axes.
 
-    Args:     batch, columns: dimensions of the array, the partners of those of the
-              view in `use.batch` and in `dims`.
+    Without an axis of examples each row is one, of independent rows all are.
+
+    Args:     batch, rows, columns: dimensions of the array; the first and the last are
+              the partners of those of the view in `use.batch` and in `dims`.
     """
     view, axes = meeting.view, meeting.axes
-    rows = [d for d in range(array.ndim) if d not in {*batch, *columns}]
+    examples = array.shape[rows[0]] if rows else 1
     count = math.prod(array.shape[d] for d in rows)
     stacked, inner = (interpret.atoms(view, x) for x in (meeting.use.batch, dims))
     array = jnp.transpose(array, (*batch, *rows, *columns))
@@ -128,7 +185,13 @@ def _laid_out(
     ]
     sizes = [view.leaf_shape[a] for a in stack]
     width = math.prod(atom.size for atom in inner)
-    return jnp.transpose(array, order).reshape(*sizes, count, width)
+    if meeting.examples is None:
+        parts = (1, count)
+    elif examples == meeting.examples:
+        parts = (examples, count // max(1, examples))
+    else:
+        parts = (count, 1)
+    return jnp.transpose(array, order).reshape(*sizes, *parts, width)
 
 
 def _patches(x: Array, kernel: Sequence[int], params: Mapping[str, Any]) -> Array:

@@ -228,7 +228,8 @@ def test_every_idiom_has_the_sums_of_a_slow_loop_or_says_why_not(case):
     fn, params, x = case.build()
     matrices = oialr.find_matrices(fn, params, x)
     loss = scalar(fn)
-    found = eqx.filter_jit(oialr.curvature(loss, matrices))(params, x)
+    run = oialr.curvature(loss, matrices, independent_rows=True)
+    found = eqx.filter_jit(run)(params, x)
     assert dict(found.skipped) == SKIPPED.get(case.name, {})
     wanted = reference(loss, params, matrices, x)
     assert {*found.sides, *dict(found.skipped)} == set(wanted)
@@ -242,7 +243,8 @@ def test_the_sums_of_a_core_are_those_of_its_matrix_in_its_bases(case):
     fn, params, x = case.build()
     matrices = oialr.find_matrices(fn, params, x)
     low = in_low_rank(params, matrices)
-    run = eqx.filter_jit(oialr.curvature(scalar(fn), matrices))
+    run = oialr.curvature(scalar(fn), matrices, independent_rows=True)
+    run = eqx.filter_jit(run)
     found, dense = run(low, x), run(oialr.materialize(low), x)
     assert dict(found.skipped) == SKIPPED.get(case.name, {})
     for path, (inputs, outputs, rows) in found.sides.items():
@@ -262,7 +264,8 @@ def test_sums_of_a_network_written_out_in_numpy():
 
     params = {"a": a, "b": b}
     matrices = oialr.find_matrices(loss, params, x, target)
-    found = jax.jit(oialr.curvature(loss, matrices))(params, x, target)
+    run = oialr.curvature(loss, matrices, independent_rows=True)
+    found = jax.jit(run)(params, x, target)
     a, b, x, target = (np.asarray(v, np.float64) for v in (a, b, x, target))
     hidden = np.tanh(x @ a)
     last = 2 * (hidden @ b - target)  # of one example's loss
@@ -284,6 +287,52 @@ def regression(params, x, target):
     return jnp.mean(jnp.sum((x - target) ** 2, axis=-1))
 
 
+SEPARATE = (
+    "dense",
+    "dense_general",
+    "conv1d",
+    "conv2d_strided_dilated",
+    "conv_transpose",
+    "attention",
+    "scan_remat",
+    "reshaped_first",
+    "nnx",
+    "haiku",
+    "equinox",
+)
+"""Cases whose examples do not see each other and whose matrices are used once."""
+
+
+@pytest.mark.parametrize("is_low", [False, True], ids=["dense", "low"])
+@pytest.mark.parametrize("name", SEPARATE)
+def test_sums_of_examples_are_those_of_their_gradients(name, is_low):
+    fn, params, x = BY_NAME[name].build()
+    matrices = oialr.find_matrices(fn, params, x)
+    if is_low:
+        params = in_low_rank(params, matrices)
+    loss = scalar(fn)
+    found = eqx.filter_jit(oialr.curvature(loss, matrices))(params, x)
+    cores, rest = eqx.partition(params, eqx.is_inexact_array)
+
+    def alone(cores, example):
+        return loss_of(eqx.combine(cores, rest), example[None])
+
+    loss_of = oialr.factored(loss)
+    gradients = eqx.filter_jit(jax.vmap(jax.grad(alone), (None, 0)))(cores, x)
+    gradients = named_leaves(gradients)
+    assert set(found.sides) == {m.path for m in matrices}
+    for matrix in matrices:
+        g = gradients[matrix.path]
+        g = g.s if is_low else jax.vmap(matrix.axes.to_matrix)(g)
+        g = np.asarray(g, np.float64)
+        inputs, outputs, _ = found.sides[matrix.path]
+        close(inputs, np.sum(g @ np.swapaxes(g, -1, -2), axis=0))
+        close(outputs, np.sum(np.swapaxes(g, -1, -2) @ g, axis=0))
+        c, d = found.covariances(matrix.path)
+        size = np.sum(g**2, axis=(0, -2, -1)) / len(x)
+        close(jnp.trace(c, axis1=-2, axis2=-1) * jnp.trace(d, axis1=-2, axis2=-1), size)
+
+
 def problem(depth=3, width=6, rows=16):
     params = {f"w{i}": normal(i, width, width) for i in range(depth)}
     x, target = normal(7, rows, width), normal(8, rows, width)
@@ -303,16 +352,15 @@ def test_batches_add_up_to_one_large_batch():
     whole = run(params, x, target)
     first, second = run(params, x[:4], target[:4]), run(params, x[4:], target[4:])
     assert_same(first.add(second), whole)
+    added = first.add(second)
     for path in whole.sides:
-        for a, b in zip(
-            first.add(second).covariances(path), whole.covariances(path), strict=True
-        ):
+        for a, b in zip(added.covariances(path), whole.covariances(path), strict=True):
             close(a, b)
 
 
 def test_older_batches_count_less_with_a_decay():
     params, x, target, matrices = problem()
-    run = jax.jit(oialr.curvature(regression, matrices))
+    run = jax.jit(oialr.curvature(regression, matrices, independent_rows=True))
     first, second = run(params, x[:8], target[:8]), run(params, x[8:], target[8:])
     found = first.add(second, decay=0.25).covariances("w0")
     for a, x, y in zip(
@@ -368,7 +416,9 @@ def test_padded_places_do_not_count():
         return jnp.sum(jnp.where(mask, out, 0)) / jnp.sum(mask)
 
     matrices = oialr.find_matrices(loss, w, x, mask)
-    run = oialr.curvature(loss, matrices, terms=lambda x, mask: jnp.sum(mask))
+    run = oialr.curvature(
+        loss, matrices, terms=lambda x, mask: jnp.sum(mask), independent_rows=True
+    )
     found = run(w, x, mask)
     assert float(found.terms) == float(found.sides[""].rows) == 9
     seen = np.asarray(x, np.float64)[np.asarray(mask)]
@@ -403,9 +453,10 @@ def equations(jaxpr):
                 yield from equations(inner)
 
 
-def test_no_array_of_rows_times_a_matrix():
+@pytest.mark.parametrize("independent", [False, True])
+def test_no_array_of_rows_times_a_matrix(independent):
     params, x, target, matrices = problem(width=16, rows=64)
-    run = oialr.curvature(regression, matrices)
+    run = oialr.curvature(regression, matrices, independent_rows=independent)
     jaxpr = jax.make_jaxpr(run)(params, x, target)
     made = [v.aval for eqn in equations(jaxpr.jaxpr) for v in eqn.outvars]
     assert max(math.prod(x.shape) for x in made) == 64 * 16
@@ -414,7 +465,7 @@ def test_no_array_of_rows_times_a_matrix():
 def test_no_gradient_of_a_weight_is_computed():
     """Three products forward, two of gradients of inputs, six of sums."""
     params, x, target, matrices = problem(width=16, rows=64)
-    run = oialr.curvature(regression, matrices)
+    run = oialr.curvature(regression, matrices, independent_rows=True)
     jaxpr = jax.make_jaxpr(run)(params, x, target)
     products = [eqn.primitive.name for eqn in equations(jaxpr.jaxpr)]
     assert products.count("dot_general") == 3 + 2 + 6
@@ -556,7 +607,7 @@ def test_the_predicted_rise_is_that_of_a_quadratic():
 
     matrices = oialr.find_matrices(loss, w, rows, noise)
     found = oialr.curvature(loss, matrices)(w, rows, noise)
-    low, (cut,) = oialr.compress(w, matrices, found, {"": 2}, ridge=0.0)
+    low, (cut,) = oialr.compress(w, matrices, found, {"": 2}, ridge=1e-6)
     change = x @ (w - low.materialize()) @ m
     actual = 0.5 * float(jnp.mean(jnp.sum(change**2, axis=1)))
     assert cut.rise == pytest.approx(actual, rel=1e-3)

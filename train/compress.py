@@ -22,7 +22,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +110,14 @@ def load(model: pathlib.Path) -> tuple[SentenceEncoder, Any, Any]:
     return SentenceEncoder(), params, tokenizer
 
 
+class Tokens(NamedTuple):
+    """Passages as tokens: to measure on, to calibrate with, to train on."""
+
+    held_out: Sequence[Sequence[int]]
+    calibration: Sequence[Sequence[int]]
+    train: Sequence[Sequence[int]]
+
+
 Encode = Callable[..., tuple[Array, Array]]
 
 
@@ -143,24 +151,34 @@ def compared(
 
 
 def measured(
-    model: SentenceEncoder,
+    encode: Encode,
     params: Any,
     matrices: Sequence[oialr.Matrix],
     tokens: Sequence[Sequence[int]],
     key: Array,
+    *,
+    of_inputs: bool = False,
 ) -> oialr.Statistics:
-    """Host side: the curvature of the vectors' distance, over some passages."""
+    """Host side: the curvature of the vectors' distance, over some passages.
+
+    With `of_inputs` C is the mean of x xᵀ over tokens, and D the identity.
+    """
 
     def vectors(params: Any, tokens: Array, mask: Array) -> Array:
-        return model.apply({"params": params}, tokens, mask)[0]
+        return encode(params, tokens, mask)[0]
 
-    run = jax.jit(
-        oialr.curvature(
-            oialr.of_outputs(vectors),
-            matrices,
-            terms=lambda *_, counted, **__: jnp.sum(counted),
-        )
+    sums = oialr.curvature(
+        oialr.of_outputs(vectors),
+        matrices,
+        terms=lambda *_, counted, **__: jnp.sum(counted),
+        independent_rows=of_inputs,
     )
+
+    @jax.jit
+    def run(*args: Any, **kwargs: Any) -> oialr.Statistics:
+        found = sums(*args, **kwargs)
+        return without_outputs(found) if of_inputs else found
+
     total = None
     order = np.arange(len(tokens))
     for i, batch in enumerate(passages.batches(tokens, BATCH, order)):
@@ -252,16 +270,23 @@ def run(settings: Settings) -> dict[str, Any]:
     if not 0 < settings.keep < 1:
         raise ValueError(f"`keep` must be in (0, 1), got {settings.keep}")
     model, params, tokenizer = load(folder(settings.model))
-    text = passages.text(settings.data_dir)
-    last, drawn, train = (
-        [x.ids for x in tokenizer.encode_batch(part)]
-        for part in passages.split(
-            text,
-            held_out=settings.held_out,
-            calibration=settings.calibration,
-            seed=settings.seed,
-        )
+    parts = passages.split(
+        passages.text(settings.data_dir),
+        held_out=settings.held_out,
+        calibration=settings.calibration,
+        seed=settings.seed,
     )
+    tokens = Tokens(*([x.ids for x in tokenizer.encode_batch(x)] for x in parts))
+    summary = compressed(model, params, tokens, settings)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    (settings.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def compressed(
+    model: SentenceEncoder, params: Any, tokens: Tokens, settings: Settings
+) -> dict[str, Any]:
+    """Host side: the summary of all four ways, each said as it is done."""
     start = time.perf_counter()
     passed: dict[str, float] = {}
 
@@ -273,64 +298,63 @@ def run(settings: Settings) -> dict[str, Any]:
 
     encode = oialr.factored(forward)
     jitted = jax.jit(encode)
-    original = embedded(jitted, params, last)
+    original = embedded(jitted, params, tokens.held_out)
     done("measuring")
-    example = next(passages.batches(drawn, BATCH, np.arange(len(drawn))))
+    count = len(tokens.calibration)
+    example = next(passages.batches(tokens.calibration, BATCH, np.arange(count)))
     matrices = oialr.select(
         oialr.find_matrices(forward, params, example.tokens, example.mask),
         include=r"^block",
     )
-    statistics = measured(model, params, matrices, drawn, jax.random.key(settings.seed))
-    jax.block_until_ready(statistics)
-    done("curvature")
+    key = jax.random.key(settings.seed)
+    inputs, statistics = (
+        measured(
+            forward, params, matrices, tokens.calibration, key, of_inputs=of_inputs
+        )
+        for of_inputs in (True, False)
+    )
+    jax.block_until_ready((inputs, statistics))
+    done("statistics")
     dense = sum(x.m * x.n for x in matrices)
     ranks = uniform(matrices, settings.keep)
     ways: dict[str, tuple[oialr.Statistics, Any]] = {
-        "plain": (without_inputs(without_outputs(statistics)), ranks),
-        "activations": (without_outputs(statistics), ranks),
+        "plain": (without_inputs(inputs), ranks),
+        "activations": (inputs, ranks),
         "curvature": (statistics, settings.keep * dense),
     }
     summary: dict[str, Any] = {
         "keep": settings.keep,
-        "seed": settings.seed,
-        "held_out": len(last),
-        "calibration": len(drawn),
-        "dense_weights": oialr.counts(params).dense,
         "block_weights": dense,
+        "dense_weights": oialr.counts(params).dense,
+        "passages": {x: len(y) for x, y in tokens._asdict().items()},
+        "settings": {x: str(y) for x, y in dataclasses.asdict(settings).items()},
     }
+
+    def measure(name: str, low: Any) -> None:
+        summary[name] = compared(embedded(jitted, low, tokens.held_out), original)
+        shown = ", ".join(f"{x} {y:.3f}" for x, y in summary[name].items())
+        print(f"{name}: {shown}", flush=True)
+        done(f"measuring {name}")
+
     low = params
     for name, (weights, budget) in ways.items():
         low, cuts = oialr.compress(params, matrices, weights, budget, price=two_factors)
-        done(f"cut_{name}")
-        summary[name] = compared(embedded(jitted, low, last), original)
-        summary[name]["kept"] = (
-            sum(two_factors(x, c.rank) for x, c in zip(matrices, cuts, strict=True))
-            / dense
-        )
-        if name == "curvature":
-            summary[name]["predicted"] = 1 - sum(c.rise for c in cuts)
-            summary["ranks"] = {c.path: c.rank for c in cuts}
-        done(f"measuring_{name}")
-        print(f"{name}: {_shown(summary[name])}", flush=True)
+        done(name)
+        measure(name, low)
+    summary["predicted"] = 1 - sum(x.rise for x in cuts)  # the cosine of `curvature`
+    summary["kept"] = sum(
+        two_factors(x, cut.rank) for x, cut in zip(matrices, cuts, strict=True)
+    )
+    summary["ranks"] = {x.path: x.rank for x in cuts}
     summary["stored_weights"] = oialr.counts(low).stored
     if settings.steps:
-        low = tuned(encode, low, params, train, settings)
-        jax.block_until_ready(low)
-        done("tuning")
-    summary["tuned"] = compared(embedded(jitted, low, last), original)
-    print(f"tuned: {_shown(summary['tuned'])}", flush=True)
-    summary |= {
+        low = jax.block_until_ready(tuned(encode, low, params, tokens.train, settings))
+        done("tuned")
+    measure("tuned", low)
+    return summary | {
         "seconds": time.perf_counter() - start,
         "seconds_of": passed,
-        "settings": {k: str(v) for k, v in dataclasses.asdict(settings).items()},
     }
-    settings.out.mkdir(parents=True, exist_ok=True)
-    (settings.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    return summary
-
-
-def _shown(found: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {x:.3f}" for name, x in found.items())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -43,8 +43,7 @@ def split(
 ) -> tuple[list[str], list[str], list[str]]:
     """Passages to measure on, to calibrate with, and all but the first to train on.
 
-    Paragraphs of at least `SHORTEST` characters. Those to measure on are the last ones
-    of the text, those to calibrate with are drawn from all before.
+    Paragraphs of at least `SHORTEST` characters, each once, in an order drawn by `seed`.
 
     Raises:   ValueError: the text has fewer passages.
     """
@@ -55,9 +54,11 @@ def split(
             f"the text has {len(found)} passages: fewer than --held-out {held_out} and "
             f"--calibration {calibration} together"
         )
-    train, last = found[:-held_out], found[-held_out:]
-    drawn = np.random.default_rng(seed).choice(len(train), calibration, replace=False)
-    return last, [train[i] for i in sorted(drawn)], train
+    order = np.random.default_rng(seed).permutation(len(found)).tolist()
+    last, train = order[:held_out], order[held_out:]
+    parts = (last, train[:calibration], train)
+    measured, drawn, trained = ([found[i] for i in part] for part in parts)
+    return measured, drawn, trained
 
 
 def batches(
