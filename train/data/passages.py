@@ -43,7 +43,8 @@ def split(
 ) -> tuple[list[str], list[str], list[str]]:
     """Passages to measure on, to calibrate with, and all but the first to train on.
 
-    Paragraphs of at least `SHORTEST` characters, each once, in an order drawn by `seed`.
+    Paragraphs of at least `SHORTEST` characters, each once, in an order that `seed`
+    draws.
 
     Raises:   ValueError: the text has fewer passages.
     """
