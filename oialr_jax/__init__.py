@@ -8,6 +8,7 @@ from oialr_jax.curvature import Statistics, curvature, of_outputs
 from oialr_jax.explain import Explanation, explain
 from oialr_jax.factored import factored
 from oialr_jax.following import rebase
+from oialr_jax.linalg import orthogonality_error
 from oialr_jax.lowrank import (
     Axes,
     Counts,
@@ -17,7 +18,6 @@ from oialr_jax.lowrank import (
     global_norm,
     is_low_rank,
     materialize,
-    orthogonality_error,
     ranks,
     without_identity,
 )
@@ -33,6 +33,8 @@ from oialr_jax.orthogonal import (
     spectral_trust_region,
     swan,
 )
+from oialr_jax.projection import project
+from oialr_jax.reports import LayerReport, Report
 from oialr_jax.schedule import RankRule, Schedule
 from oialr_jax.serialization import register
 from oialr_jax.sharding import Layout, Rules, make_mesh
@@ -47,14 +49,7 @@ from oialr_jax.stability import (
     subspaces,
     tracker,
 )
-from oialr_jax.surgery import (
-    LayerReport,
-    Report,
-    densify,
-    factorize,
-    project,
-    truncate,
-)
+from oialr_jax.surgery import densify, factorize, truncate
 from oialr_jax.transform import (
     FreezeBasesState,
     freeze_bases,

@@ -17,27 +17,22 @@ from jaxtyping import Array
 from oialr_jax.checks import check_optimizer
 from oialr_jax.decompose import AHEAD, NOW, Run
 from oialr_jax.following import Identities, bare, followed, rebase
-from oialr_jax.lowrank import PyTree, is_low_rank, named_leaves, without_identity
+from oialr_jax.lowrank import (
+    PyTree,
+    is_low_rank,
+    leaf_at,
+    named_leaves,
+    without_identity,
+)
 from oialr_jax.matrices import Matrix
 from oialr_jax.moments import MomentRule
-from oialr_jax.rehearsal import (
-    check_matrices,
-    check_opt_state,
-    check_state,
-    rehearse,
-)
+from oialr_jax.projection import project
+from oialr_jax.rehearsal import check_opt_state, check_state, rehearse
+from oialr_jax.reports import Report
 from oialr_jax.schedule import RankRule, Schedule
 from oialr_jax.sharding import Layout, on_auto_axes
 from oialr_jax.stability import stability
-from oialr_jax.surgery import (
-    Report,
-    apply_ranks,
-    choose,
-    compile_ahead,
-    factorize,
-    project,
-    truncate,
-)
+from oialr_jax.surgery import Setup, apply_ranks, apply_rule, choose, compile_ahead
 from oialr_jax.transform import (
     pending_ranks,
     reference_of,
@@ -125,14 +120,12 @@ def adaptive(
             )
     return AdaptiveStep(
         step,
-        tx,
+        Setup(tx, moment_rule, layout),
         tuple(matrices),
         schedule,
         rule,
-        moment_rule,
         steps_per_call,
         follow,
-        layout,
         jit,
         _options(jit, jit_options),
     )
@@ -153,24 +146,22 @@ class Timing(NamedTuple):
 class AdaptiveStep:
     """A compiled training step whose params change shape between calls.
 
-    `reports` lists what each event of this process did, `timings` what decisions and
-    events cost the host (the compilation that follows an event without a lag not
-    included); `compilations` counts how often the step was traced and compiled;
-    `stabilities` has (step, stability by path) of every update of a schedule that waits
-    for them. None of them decides anything.
+    `reports` lists what each event of this process did, a conversion and a truncation
+    at one step one by one; `timings` what decisions and events cost the host (the
+    compilation that follows an event without a lag not included); `compilations` how
+    often the step was traced and compiled; `stabilities` has (step, stability by path)
+    of every update of a schedule that waits for them. None of them decides anything.
     """
 
     def __init__(
         self,
         step: Callable[..., Any],
-        tx: optax.GradientTransformation,
+        setup: Setup,
         matrices: tuple[Matrix, ...],
         schedule: Schedule,
         rule: RankRule,
-        moment_rule: MomentRule,
         steps_per_call: int,
         follow: tuple[str, ...],
-        layout: Layout | None,
         jit: Callable[..., Any],
         jit_options: dict[str, Any],
     ) -> None:
@@ -182,7 +173,7 @@ class AdaptiveStep:
         self._matrices = matrices
         self._schedule = schedule
         self._rule = rule
-        self._options: Any = {"tx": tx, "moment_rule": moment_rule, "layout": layout}
+        self._setup = setup
         self._stride = steps_per_call
         self._follow = follow
         self._step = step
@@ -195,7 +186,7 @@ class AdaptiveStep:
         def counted(*args: Any, **kwargs: Any) -> Any:
             self.compilations += 1  # runs when jit traces, once per set of shapes
             out = step(*args, **kwargs)
-            return out if layout is None else _placed(out, layout)
+            return out if setup.layout is None else _placed(out, setup.layout)
 
         self._jit_options = getattr(jit, "keywords", {}) | jit_options
         self._wants_arrays = _filters(jit)  # and takes shapes for static
@@ -250,12 +241,12 @@ class AdaptiveStep:
         check_state(state, self._follow, (args, kwargs))
         if self._is_checked:
             return
-        check_matrices(state.params, self._matrices)
-        tx = self._options["tx"]
+        named = named_leaves(state.params)
+        leaves = [leaf_at(x.path, named, x.axes.shape) for x in self._matrices]
+        tx = self._setup.tx
         check_opt_state(state, tx)
         check_optimizer(tx, without_identity(state.params), self._matrices)
-        leaves = named_leaves(state.params)
-        if not all(is_low_rank(leaves[x.path]) for x in self._matrices):
+        if not all(map(is_low_rank, leaves)):
             rehearse(
                 self._step,
                 tx,
@@ -273,7 +264,7 @@ class AdaptiveStep:
     ) -> Any:
         """The state after an event, and what follows it."""
         trees = {name: getattr(state, name) for name in self._follow}
-        trees = followed(trees, state.params, params, self._options["layout"], run)
+        trees = followed(trees, state.params, params, self._setup.layout, run)
         return state.replace(params=params, opt_state=opt_state, **trees)
 
     def _projection(self, state: Any, number: int) -> Any:
@@ -281,7 +272,7 @@ class AdaptiveStep:
         jax.block_until_ready(state)
         started = time.perf_counter()
         params = project(state.params, self._rule, self._matrices)
-        jax.block_until_ready(params)  # no step runs while LAPACK does
+        jax.block_until_ready(params)
         self.timings.append(Timing(number, surgery=time.perf_counter() - started))
         return state.replace(params=params)
 
@@ -291,16 +282,12 @@ class AdaptiveStep:
         """The state with ranks waiting for their event, whose programs compile."""
         jax.block_until_ready(state)  # steps still running are no part of the event
         started = time.perf_counter()
-        if self._schedule.when == "stable":
-            state, ranks = self._stable(state, number)
-        else:
-            leaves = named_leaves(state.params)
-            ranks = {  # of what is still dense: the conversion treats every matrix
-                x.path: min(x.m, x.n)
-                for x in self._matrices
-                if not is_low_rank(leaves.get(x.path))
-            }
-            ranks |= choose(state.params, self._rule, self._treated(update))
+        state, matrices, treated = self._due(state, number, update)
+        leaves = named_leaves(state.params)
+        dense = [x for x in matrices if not is_low_rank(leaves.get(x.path))]
+        ranks = {x.path: min(x.m, x.n) for x in dense}
+        if treated:
+            ranks |= choose(state.params, self._rule, treated)
         opt_state = with_pending(state.params, state.opt_state, ranks)
         state = state.replace(opt_state=opt_state)
         self._compile_ahead(state, number, ranks, args, kwargs)
@@ -325,7 +312,7 @@ class AdaptiveStep:
                     self._matrices,
                     ranks,
                     then,
-                    **self._options,
+                    **self._setup._asdict(),
                 )
                 new = self._after(state, params, opt_state, AHEAD)
                 given = (new, args, kwargs)
@@ -346,32 +333,18 @@ class AdaptiveStep:
         if ahead is not None:
             ahead.result()
         waited = time.perf_counter()
-        stable = self._schedule.when == "stable"
-        if stable and late:  # others were chosen before, if any were
-            state, ranks = self._stable(state, number)
+        setup = self._setup._asdict()
         params, opt_state = state.params, state.opt_state
         reports: list[Report] = []
         if ranks:
             params, opt_state, reports = apply_ranks(
-                params, opt_state, self._matrices, ranks, **self._options
+                params, opt_state, self._matrices, ranks, **setup
             )
-        elif not stable:
-            leaves = named_leaves(params)
-            dense = [x for x in self._matrices if not is_low_rank(leaves.get(x.path))]
-            if dense:
-                params, opt_state, report = factorize(
-                    params, opt_state, dense, **self._options
-                )
-                reports.append(report)
-                leaves = named_leaves(params)
-            paths = [
-                x.path for x in self._treated(update) if is_low_rank(leaves[x.path])
-            ]
-            if paths:
-                params, opt_state, report = truncate(
-                    params, opt_state, self._rule, paths=paths, **self._options
-                )
-                reports.append(report)
+        elif late or self._schedule.when == "delay":  # of stable ones none had settled
+            state, matrices, treated = self._due(state, number, update)
+            params, opt_state, reports = apply_rule(
+                params, state.opt_state, matrices, self._rule, treated, **setup
+            )
         self.reports += [dataclasses.replace(x, step=number) for x in reports]
         done = time.perf_counter()
         self.timings.append(
@@ -379,8 +352,17 @@ class AdaptiveStep:
         )
         return self._after(state, params, opt_state)
 
-    def _stable(self, state: Any, number: int) -> tuple[Any, dict[str, int]]:
-        """The ranks of what has settled; and the state, which is the new reference."""
+    def _due(
+        self, state: Any, number: int, update: int
+    ) -> tuple[Any, tuple[Matrix, ...], tuple[Matrix, ...]]:
+        """The state, what is to be in low rank, and what of it the rule is to cut."""
+        if self._schedule.when == "stable":
+            state, settled = self._settled(state, number)
+            return state, settled, settled
+        return state, self._matrices, self._treated(update)
+
+    def _settled(self, state: Any, number: int) -> tuple[Any, tuple[Matrix, ...]]:
+        """The matrices that have settled; and the state, which is the new reference."""
         scores = jax.device_get(
             _stabilities(
                 reference_of(state.opt_state),
@@ -390,12 +372,11 @@ class AdaptiveStep:
         )
         found = {x.path: float(s) for x, s in zip(self._matrices, scores, strict=True)}
         self.stabilities.append((number, found))
-        settled = [
+        settled = tuple(
             x for x in self._matrices if found[x.path] >= self._schedule.threshold
-        ]
-        ranks = choose(state.params, self._rule, settled) if settled else {}
+        )
         kept = jax.tree.map(jnp.copy, trainable(state.params))
-        return state.replace(opt_state=with_reference(state.opt_state, kept)), ranks
+        return state.replace(opt_state=with_reference(state.opt_state, kept)), settled
 
     def _treated(self, update: int) -> tuple[Matrix, ...]:
         if self._rule.budget is not None:  # shared by all of them

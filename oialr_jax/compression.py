@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from oialr_jax import cost, weighted
+from oialr_jax import weighted
 from oialr_jax.curvature import Statistics
+from oialr_jax.linalg import alone
 from oialr_jax.lowrank import (
     Axes,
     Basis,
@@ -21,7 +22,8 @@ from oialr_jax.lowrank import (
 from oialr_jax.matrices import Matrix
 
 Price = Callable[[Matrix, int | None], float]
-"""What a matrix costs at a rank, None for dense; of a stack all together."""
+"""What a matrix costs at a rank, None for dense, of a stack all together: `stored`,
+`two_factors` or `Matrix.flops`."""
 
 
 def stored(matrix: Matrix, rank: int | None) -> float:
@@ -34,20 +36,6 @@ def two_factors(matrix: Matrix, rank: int | None) -> float:
     """Weights of two factors, r (m + n)."""
     m, n, stack = matrix.m, matrix.n, math.prod(matrix.axes.l)
     return stack * (m * n if rank is None else rank * (m + n))
-
-
-def flops(matrix: Matrix, rank: int | None) -> float:
-    """FLOPs of one call of the function, forward, in the order of fewest."""
-    load = cost.Workload(
-        rows=matrix.rows,
-        m=matrix.m,
-        n=matrix.n,
-        rank=1 if rank is None else rank,
-        stack=math.prod(matrix.axes.l),
-        training=False,
-    )
-    orders = (cost.Order.DENSE,) if rank is None else cost.LOW_RANK
-    return min(cost.flops(order, load).total for order in orders)
 
 
 class Cut(NamedTuple):
@@ -144,7 +132,8 @@ def _directions(
     leaf: Any, matrix: Matrix, statistics: Statistics, ridge: float
 ) -> weighted.Directions:
     dense = leaf.s if is_low_rank(leaf) else matrix.axes.to_matrix(leaf)
-    return _weighted(dense, *statistics.covariances(matrix.path), ridge=ridge)
+    found = _weighted(dense, *statistics.covariances(matrix.path), ridge=ridge)
+    return alone(found)
 
 
 _weighted = jax.jit(weighted.directions, static_argnames="ridge")
@@ -161,7 +150,7 @@ def _node(
     leaf: Any, axes: Axes, found: weighted.Directions, sigma: np.ndarray, rank: int
 ) -> LowRank:
     """The matrix of a leaf cut to its first directions."""
-    u, s, vt = _cut(found, rank=rank)
+    u, s, vt = alone(_cut(found, rank=rank))
     basis = Basis(0)
     dtypes = (leaf.dtype,) * 3
     if is_low_rank(leaf):

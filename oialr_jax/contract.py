@@ -1,14 +1,14 @@
 """Contracts LowRank views with arrays, in the order that cost.py picked."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from oialr_jax import cost, interpret
+from oialr_jax import cost, views
 from oialr_jax.lowrank import Axes, LowRank
 
 
@@ -24,42 +24,126 @@ class Factors(NamedTuple):
     last: Array
 
 
-def view_of(leaf: LowRank, path: str) -> interpret.View:
+def view_of(leaf: LowRank, path: str) -> views.View:
     """The view of a LowRank leaf. Its bases get no gradient; its core does."""
     data = (jax.lax.stop_gradient(leaf.u), leaf.s, jax.lax.stop_gradient(leaf.vt))
-    return interpret.View.of(data, path, leaf.shape, leaf.dtype)
+    return views.View.of(data, path, leaf.shape, leaf.dtype)
 
 
-def materialize(view: interpret.View, axes: Axes) -> Array:
+def materialize(view: views.View, axes: Axes) -> Array:
     """The dense array of a LowRank view in its present layout and dtype."""
-    left = [a for a in range(len(axes.shape)) if a not in view.taken]
+    left = view.present
     present = Axes(
-        shape=tuple(axes.shape[a] for a in left),
-        stack=tuple(left.index(a) for a in axes.stack if a not in view.taken),
+        shape=tuple(view.leaf_shape[a] for a in left),
+        stack=tuple(left.index(a) for a in axes.stack if a in left),
         inputs=tuple(left.index(a) for a in axes.inputs),
         outputs=tuple(left.index(a) for a in axes.outputs),
     )
     u, s, vt = view.data
-    return interpret.arrange(view, LowRank(u, s, vt, present).materialize())
+    return views.arrange(view, LowRank(u, s, vt, present).materialize())
 
 
-def unstack(view: interpret.View, axes: Axes, axis: int) -> tuple[Array, ...] | None:
-    """The three factors with one stack axis at the front, None for another axis."""
-    left = [a for a in axes.stack if a not in view.taken]
-    if axis not in left:
+def along(
+    view: views.View, axes: Axes, axis: int, change: Callable[[Array, int], Array]
+) -> tuple[Array, Array, Array]:
+    """The three factors, change(array, place) of those that have an axis of the leaf.
+
+    An axis of the rows is one of u, and one of the columns of vt; a stack is all three.
+    """
+    u, s, vt = view.data
+    stack = [a for a in axes.stack if a in view.present]
+    if axis in stack:
+        place = stack.index(axis)
+        return change(u, place), change(s, place), change(vt, place)
+
+    def side(array: Array, group: Sequence[int]) -> Array:
+        """change on (*stack, side, r)."""
+        sizes = [view.leaf_shape[a] for a in group]
+        before, rank = array.shape[:-2], array.shape[-1]
+        opened = array.reshape(*before, *sizes, rank)
+        new = change(opened, len(before) + group.index(axis))
+        return new.reshape(*before, -1, rank)
+
+    if axis in axes.inputs:
+        return side(u, axes.inputs), s, vt
+    return u, s, jnp.swapaxes(side(jnp.swapaxes(vt, -1, -2), axes.outputs), -1, -2)
+
+
+def scaled(
+    view: views.View, axes: Axes, factor: Array, varied: Sequence[int]
+) -> views.View | None:
+    """The view times a factor over rows, over columns or over neither, else None."""
+    u, s, vt = view.data
+    stack = tuple(a for a in axes.stack if a in view.present)
+    sides = [{*varied} & {*group} for group in (axes.inputs, axes.outputs)]
+    if all(sides):
         return None
-    return tuple(jnp.moveaxis(array, left.index(axis), 0) for array in view.data)
+    group = axes.inputs if sides[0] else axes.outputs if sides[1] else ()
+    over = views.over_axes(view, factor, (*stack, *group))
+    sizes = [view.leaf_shape[a] for a in stack]
+    if not group:
+        over = over if over.ndim == 0 else over[..., None, None]
+        return view.replace(data=(u, s * over.astype(s.dtype), vt))
+    over = over.reshape(*sizes, -1)
+    if sides[0]:
+        u = u.astype(s.dtype) * over[..., :, None].astype(s.dtype)
+    else:
+        vt = vt.astype(s.dtype) * over[..., None, :].astype(s.dtype)
+    return view.replace(data=(u, s, vt), whole=False)
 
 
-def turned(view: interpret.View, axes: Axes, use: interpret.Use) -> Factors | None:
-    """The factors for one use of a view, or None when the use does not fit its axes."""
-    stack = [a for a in axes.stack if a not in view.taken]
-    contracted = set(interpret.atoms(view, use.contracted))
-    inputs, outputs = (
-        interpret.split(view, group) for group in (axes.inputs, axes.outputs)
+def sum_squares(view: views.View, axes: Axes, dims: Sequence[int]) -> Array | None:
+    """The sum of W∘W over rows, columns, or both; None over part of a side.
+
+    Over columns it is, for each row, that of (U S)(VᵀV) ∘ (U S); orthonormal bases drop
+    out, and over both sides the core is left.
+    """
+    gone = {*views.atoms(view, dims)}
+    rest = {*views.atoms(view, range(len(view.dims)))} - gone
+    inputs, outputs = ({*views.split(view, x)} for x in (axes.inputs, axes.outputs))
+    if any(group & gone and group & rest for group in (inputs, outputs)):
+        return None
+    u, s, vt = (x.astype(view.dtype) for x in view.data)
+    v, ut = jnp.swapaxes(vt, -1, -2), jnp.swapaxes(u, -1, -2)
+
+    def gram(wide: Array, tall: Array, core: Array) -> Array:
+        """core (wide tall), of which orthonormal bases leave the core."""
+        return core if view.whole else core @ (wide @ tall)
+
+    if not inputs & rest and not outputs & rest:
+        left_core = s if view.whole else (ut @ u) @ s
+        total = jnp.sum(left_core * gram(vt, v, s), (-1, -2))
+        sides: tuple[int, ...] = ()
+    elif not outputs & rest:
+        rows = u @ s
+        total = jnp.sum(gram(vt, v, rows) * rows, -1)
+        sides = axes.inputs
+    elif not inputs & rest:
+        columns = v @ jnp.swapaxes(s, -1, -2)
+        total = jnp.sum(gram(ut, u, columns) * columns, -1)
+        sides = axes.outputs
+    else:
+        return None
+    known = (*(a for a in view.present if a in axes.stack), *sides)
+    order = sorted(known)
+    total = total.reshape([view.leaf_shape[a] for a in known])
+    total = jnp.transpose(total, [known.index(a) for a in order])
+    seen = view.replace(
+        dims=tuple(tuple(a for a in dim if a.axis in order) for dim in view.dims),
+        taken=tuple(a for a in range(len(view.leaf_shape)) if a not in order),
     )
-    batch = set(interpret.atoms(view, use.batch))
-    if batch != set(interpret.split(view, stack)) or use.groups > 1:
+    return jnp.sum(views.arrange(seen, total), tuple(dims))
+
+
+def turned(view: views.View, axes: Axes, use: views.Use) -> Factors | None:
+    """The factors for one use of a view, or None when the use does not fit its axes."""
+    stack = [a for a in axes.stack if a in view.present]
+    contracted = set(views.atoms(view, use.contracted))
+    inputs, outputs = (
+        views.split(view, group) for group in (axes.inputs, axes.outputs)
+    )
+    batch = set(views.atoms(view, use.batch))
+    if batch != set(views.split(view, stack)) or use.groups > 1:
         return None
     u, s, vt = (array.astype(view.dtype) for array in view.data)
     v, ut = jnp.swapaxes(vt, -1, -2), jnp.swapaxes(u, -1, -2)
@@ -70,15 +154,13 @@ def turned(view: interpret.View, axes: Axes, use: interpret.Use) -> Factors | No
         inputs, outputs = outputs, inputs
     else:
         return None
-    stacked = interpret.split(view, stack)
+    stacked = views.split(view, stack)
     rank = s.shape[-1]
 
-    def laid_out(
-        array: Array, have: list[interpret.Atom], want: Sequence[int]
-    ) -> Array:
+    def laid_out(array: Array, have: list[views.Atom], want: Sequence[int]) -> Array:
         """(*stack, side, r) with the side split into the dimensions `want`."""
         have = [*stacked, *have]
-        wanted = interpret.atoms(view, [*use.batch, *want])
+        wanted = views.atoms(view, [*use.batch, *want])
         array = array.reshape([*(a.size for a in have), rank])
         order = [*(have.index(a) for a in wanted), len(have)]
         sizes = [view.shape[d] for d in (*use.batch, *want)]
@@ -89,25 +171,24 @@ def turned(view: interpret.View, axes: Axes, use: interpret.Use) -> Factors | No
     last = jnp.moveaxis(last, -1, len(use.batch))
     batch_shape = [view.shape[d] for d in use.batch]
     if len(use.batch) > 1:
-        order = [stacked.index(a) for a in interpret.atoms(view, use.batch)]
+        order = [stacked.index(a) for a in views.atoms(view, use.batch)]
         core = core.reshape([a.size for a in stacked] + [rank, rank])
         core = jnp.transpose(core, [*order, len(stacked), len(stacked) + 1])
     return Factors(first, core.reshape(*batch_shape, rank, rank), last)
 
 
-def workload(x: Array, factors: Factors, use: interpret.Use, out: Any) -> cost.Workload:
-    """What a use costs is a function of this; `out` is its result's abstract value."""
+def workload(x: Array, factors: Factors, use: views.Use) -> cost.Workload:
+    """What a use costs is a function of this."""
     first, core, last = factors
     b = len(use.batch)
     m, n = math.prod(first.shape[b:-1]), math.prod(last.shape[b + 1 :])
-    stack = math.prod(core.shape[:-2])
     return cost.Workload(
-        rows=math.prod(out.shape) // (stack * n),
+        rows=use.rows,
         m=m,
         n=n,
         rank=core.shape[-1],
         window=m // x.shape[use.x_contracted[0]] if use.kind == "conv" else 0,
-        stack=stack,
+        stack=math.prod(core.shape[:-2]),
         input_gradient=not use.x_fixed,
     )
 
@@ -115,7 +196,7 @@ def workload(x: Array, factors: Factors, use: interpret.Use, out: Any) -> cost.W
 def dot(
     x: Array,
     factors: Factors,
-    use: interpret.Use,
+    use: views.Use,
     params: dict[str, Any],
     order: cost.Order,
 ) -> Array:
@@ -147,10 +228,40 @@ def dot(
     return out
 
 
+def ragged(
+    x: Array,
+    factors: Factors,
+    use: views.Use,
+    params: dict[str, Any],
+    order: cost.Order,
+    group_sizes: Any,
+) -> Array:
+    """What `ragged_dot_general` gives: each group of rows meets its own matrix."""
+    dtype = jnp.promote_types(x.dtype, factors.first.dtype)
+    out, *arrays = (a.astype(dtype) for a in (x, *factors))
+    first, rest = _folded(order, Factors(*arrays), 1, params["precision"])
+    (place,) = params["ragged_dot_dimension_numbers"].lhs_ragged_dimensions
+    inner = tuple(range(1, 1 + len(use.contracted)))
+    contracted = use.x_contracted
+    for factor in (first, *rest):
+        out = jax.lax.ragged_dot_general(
+            out,
+            factor,
+            group_sizes,
+            jax.lax.RaggedDotDimensionNumbers(
+                ((contracted, inner), ((), ())), (place,), (0,)
+            ),
+            precision=params["precision"],
+        )
+        place -= sum(d < place for d in contracted)
+        contracted, inner = (out.ndim - 1,), (1,)
+    return out.astype(params["preferred_element_type"] or dtype)
+
+
 def conv(
     x: Array,
     factors: Factors,
-    use: interpret.Use,
+    use: views.Use,
     params: dict[str, Any],
     order: cost.Order,
 ) -> Array:

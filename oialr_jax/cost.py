@@ -122,7 +122,8 @@ class Workload:
               input_gradient: whether x has one; the first layer needs none.
               training: False for the forward pass alone.
     Raises:   ValueError: a negative number of rows; m, n or `stack` below 1,
-              a window that does not divide m; a rank outside [1, min(m, n)].
+              a window that does not divide m; a rank below 1 (a use may see a cut of
+              the matrix, whose sides are shorter than its rank).
     """
 
     rows: int
@@ -147,9 +148,8 @@ class Workload:
                 f"`window` must divide m={self.m}, the taps times the channels; "
                 f"got {self.window}"
             )
-        full = min(self.m, self.n)
-        if not 1 <= self.rank <= full:
-            raise ValueError(f"`rank` must be in [1, {full}], got {self.rank}")
+        if self.rank < 1:
+            raise ValueError(f"`rank` must be at least 1, got {self.rank}")
 
 
 def products(order: Order, load: Workload) -> tuple[Product, ...]:

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from oialr_jax import contract, cost, interpret
+from oialr_jax import contract, cost, interpret, tracing, views
 from oialr_jax.lowrank import Axes, PyTree, is_low_rank, path_name, unique_names
 from oialr_jax.matrices import Matrix
 from oialr_jax.rows import Meeting, Sides, sums
+from oialr_jax.views import Use, View, as_array
 
 WIDEST = 4096
 """The longest side of which the whole covariance is held, 64 MiB; then its diagonal."""
@@ -115,9 +116,9 @@ def curvature(
     that of examples; where no axis is, each row is an example. For a weight that is
     used several times the sums of its uses are added.
 
-    A matrix with a use that is not summed (a gather, a grouped convolution, a product
-    with another weight, a custom rule) is in `Statistics.skipped`, with that use. Rows
-    behind a `stop_gradient` have no gradient and are not counted.
+    A matrix with a use that is not summed (a gather, a grouped or ragged product, a
+    product of some of its columns, or with another weight) is in `Statistics.skipped`,
+    with that use. Rows behind a `stop_gradient` have no gradient and are not counted.
 
     Args:     terms: N of a batch, or what computes it from `batch`: the number of
               tokens, say, for a mean over tokens; 1 for a sum. None: the length of the
@@ -144,7 +145,7 @@ def curvature(
     by_path = {x.path: x.axes for x in matrices}
 
     def run(params: PyTree, *batch: Any, **kwargs: Any) -> Statistics:
-        traced = interpret.trace(loss, (params, *batch), kwargs, is_low_rank)
+        traced = tracing.trace(loss, (params, *batch), kwargs, is_low_rank)
         names = unique_names(path for path, _ in traced.leaves)
         of_params = [_in_params(path) for path, _ in traced.leaves]
         axes: dict[str, Axes] = {}
@@ -183,7 +184,9 @@ def curvature(
             # the data, and rows that it has are no examples.
             outputs = interpret.evaluate(traced.jaxpr, values, handler, of_params)
             outputs = [
-                handler.materialize(x) if isinstance(x, interpret.View) else x
+                handler.materialize(x)
+                if isinstance(x, View)
+                else as_array(x, handler, "output")
                 for x in outputs
             ]
             value = traced.rebuild(outputs)
@@ -262,7 +265,7 @@ def _slots(leaf: Any, axes: Axes, widest: int) -> Sides:
     return Sides(zeros(m), zeros(n), jnp.zeros(axes.l, jnp.float32))
 
 
-def _view(leaf: Any, name: str, slots: Sides | None) -> interpret.View:
+def _view(leaf: Any, name: str, slots: Sides | None) -> View:
     """The view of a leaf: its array or factors, a scale, and its slots if it has any.
 
     All but the array of a dense leaf have the stack axes in front.
@@ -270,19 +273,19 @@ def _view(leaf: Any, name: str, slots: Sides | None) -> interpret.View:
     arrays = (leaf.u, leaf.s, leaf.vt) if is_low_rank(leaf) else (leaf,)
     if slots is not None:
         arrays = (*arrays, jnp.ones(slots.rows.shape, jnp.float32), *slots)
-    return interpret.View.of(arrays, name, leaf.shape, leaf.dtype)
+    return View.of(arrays, name, leaf.shape, leaf.dtype)
 
 
 class _Parts(NamedTuple):
     """What the data of a view are."""
 
-    leaf: interpret.View  # with the arrays of the leaf alone
+    leaf: View  # with the arrays of the leaf alone
     is_node: bool
     scale: Array | None
     slots: Sides | None
 
 
-def _parts(view: interpret.View) -> _Parts:
+def _parts(view: View) -> _Parts:
     is_node = len(view.data) in (3, 7)
     arrays, rest = view.data[: 3 if is_node else 1], view.data[3 if is_node else 1 :]
     scale, slots = (rest[0], Sides(*rest[1:])) if rest else (None, None)
@@ -305,63 +308,84 @@ class _Recorder:
         self.missed: dict[str, list[str]] = {}
         self.detail = ""  # of the contraction that is about to be unknown
 
-    def materialize(self, view: interpret.View) -> Array:
+    def materialize(self, view: View) -> Array:
         leaf, is_node, *_ = _parts(view)
         if is_node:
             return contract.materialize(leaf, self.axes[view.path])
-        return interpret.arrange(leaf, leaf.data[0])
+        return views.arrange(leaf, leaf.data[0])
 
-    def scale(
-        self, view: interpret.View, times: Callable[[Array], Array]
-    ) -> interpret.View:
-        _, is_node, scale, _ = _parts(view)
-        data = list(view.data)
-        matrix = 1 if is_node else 0
-        data[matrix] = times(data[matrix])
-        if scale is not None:
-            data[matrix + (2 if is_node else 1)] = times(scale)
-        return view.replace(data=tuple(data))
+    def along(
+        self, view: View, axis: int, change: Callable[[Array, int], Array]
+    ) -> tuple[Array, ...]:
+        leaf, is_node, *_ = _parts(view)
+        axes = self.axes[view.path]
+        rest = view.data[len(leaf.data) :]
+        arrays: tuple[Array, ...]
+        if is_node:
+            arrays = contract.along(leaf, axes, axis, change)
+        else:
+            arrays = (change(leaf.data[0], view.present.index(axis)),)
+        stack = [a for a in axes.stack if a in view.present]
+        if axis in stack:
+            rest = tuple(change(x, stack.index(axis)) for x in rest)
+        return (*arrays, *rest)
 
-    def unstack(self, view: interpret.View, axis: int) -> tuple[Array, ...] | None:
-        stack = [a for a in self.axes[view.path].stack if a not in view.taken]
-        if axis not in stack:
-            return None
-        places = [stack.index(axis)] * len(view.data)
-        if not _parts(view).is_node:
-            left = [a for a in range(len(view.leaf_shape)) if a not in view.taken]
-            places[0] = left.index(axis)
-        return tuple(
-            jnp.moveaxis(array, place, 0)
-            for array, place in zip(view.data, places, strict=True)
-        )
+    def stacks(self, view: View, axis: int) -> bool:
+        return axis in self.axes[view.path].stack
+
+    def scale(self, view: View, factor: Array, axes: tuple[int, ...]) -> View | None:
+        leaf, is_node, scale, slots = _parts(view)
+        mine = self.axes[view.path]
+        arrays: tuple[Array, ...]
+        if is_node:
+            new = contract.scaled(leaf, mine, factor, axes)
+            if new is None:
+                return None
+            arrays = new.data
+        else:
+            over = views.over_axes(view, factor, view.present)
+            arrays = (leaf.data[0] * over.astype(leaf.data[0].dtype),)
+        if slots is None or scale is None:
+            return view.replace(data=arrays)
+        if {*axes} - {*mine.stack}:
+            return view.replace(data=(*arrays, scale, *slots), whole=False)
+        stack = [a for a in mine.stack if a in view.present]
+        scale = scale * views.over_axes(view, factor, stack).astype(scale.dtype)
+        return view.replace(data=(*arrays, scale, *slots))
+
+    def sum_squares(self, view: View, dims: tuple[int, ...]) -> Array:
+        return jnp.sum(jnp.square(self.materialize(view)), dims)
 
     def contract(
-        self, view: interpret.View, x: Array, use: interpret.Use, eqn: Any
+        self, view: View, x: Array, use: Use, eqn: Any, rest: Sequence[Any] = ()
     ) -> Array | None:
         leaf, is_node, scale, slots = _parts(view)
         axes = self.axes[view.path]
         side = _side(view, axes, use)
-        if side is None:
-            self.detail = "of a grouped convolution" if use.groups > 1 else "otherwise"
+        if side is None or use.kind not in ("dot", "conv"):
+            self.detail = "of a grouped convolution" if use.groups > 1 else ""
             return None
         if is_node:
             out = _contracted(leaf, axes, x, use, eqn)
         else:
             operands = [x, x]
-            operands[use.position] = interpret.arrange(leaf, leaf.data[0])
-            (out,) = interpret.bind(eqn, operands)
+            operands[use.position] = views.arrange(leaf, leaf.data[0])
+            (out,) = views.bind(eqn, operands)
         if out is None or slots is None or scale is None:
             return out
+        name = eqn.primitive.name
         if use.x_fixed:
-            self.note(view.path, f"{eqn.primitive.name} with no data")
+            self.note(view.path, f"{name} with no data")
+            return out
+        if not view.whole:
+            self.note(view.path, f"{name} of a part, or of scaled rows or columns")
             return out
         bases = (leaf.data[0], leaf.data[2]) if is_node else None
-        is_turned = side == "outputs"
-        layout = view.replace(data=())
+        layout, is_turned = view.replace(data=()), side == "outputs"
         meeting = Meeting(layout, axes, use, eqn, is_turned, self.examples)
         return _recorded(out, (x, scale, self.count, bases), slots, meeting)
 
-    def unknown(self, view: interpret.View, primitive: str) -> None:
+    def unknown(self, view: View, primitive: str) -> None:
         self.note(view.path, f"{primitive} {self.detail}".rstrip())
         self.detail = ""
 
@@ -369,33 +393,30 @@ class _Recorder:
         self.missed.setdefault(path, []).append(use)
 
 
-def _side(view: interpret.View, axes: Axes, use: interpret.Use) -> str | None:
+def _side(view: View, axes: Axes, use: Use) -> str | None:
     """Which side of its matrix a use contracts, or None when it is not whole."""
-    stack = [a for a in axes.stack if a not in view.taken]
+    stack = [a for a in axes.stack if a in view.present]
     batch, contracted, free = (
-        set(interpret.atoms(view, dims))
-        for dims in (use.batch, use.contracted, use.free)
+        set(views.atoms(view, dims)) for dims in (use.batch, use.contracted, use.free)
     )
     inputs, outputs = (
-        set(interpret.split(view, group)) for group in (axes.inputs, axes.outputs)
+        set(views.split(view, group)) for group in (axes.inputs, axes.outputs)
     )
-    if batch != set(interpret.split(view, stack)) or use.groups > 1:
+    if batch != set(views.split(view, stack)) or use.groups > 1:
         return None
     if (contracted, free) == (inputs, outputs):
         return "inputs"
     return "outputs" if (contracted, free) == (outputs, inputs) else None
 
 
-def _contracted(
-    view: interpret.View, axes: Axes, x: Array, use: interpret.Use, eqn: Any
-) -> Array | None:
+def _contracted(view: View, axes: Axes, x: Array, use: Use, eqn: Any) -> Array | None:
     """What a LowRank view and x give, in the order of fewest FLOPs."""
     factors = contract.turned(view, axes, use)
     if factors is None:
         return None
-    order = cost.cheapest(contract.workload(x, factors, use, eqn.outvars[0].aval))
+    order = cost.cheapest(contract.workload(x, factors, use))
     contraction = contract.conv if use.kind == "conv" else contract.dot
-    with interpret.context(eqn):
+    with views.context(eqn):
         return contraction(x, factors, use, eqn.params, order)
 
 

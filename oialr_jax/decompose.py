@@ -24,14 +24,15 @@ from jax.sharding import (
 )
 from jaxtyping import Array
 
-from oialr_jax.lowrank import (
-    Axes,
+from oialr_jax.linalg import (
+    alone,
     gram_singular_values,
     gram_svd,
-    is_low_rank,
     singular_values,
     svd,
 )
+from oialr_jax.lowrank import Axes, is_low_rank
+from oialr_jax.schedule import RankRule
 
 
 class Run(NamedTuple):
@@ -189,9 +190,7 @@ def decomposed(
 
     One program for all matrices of a shape. On a mesh each device has a program of its
     own for its share of them, so that every matrix is decomposed once and every process
-    gets the same numbers. On a CPU one after the other: they use all threads anyway,
-    and two solver calls at the same time, be it a QR beside an SVD in one program, have
-    been seen to deadlock there.
+    gets the same numbers. On a CPU one after the other (`alone`): they use all threads.
 
     Raises:   TypeError: a leaf is traced.
     """
@@ -220,9 +219,7 @@ def decomposed(
         how = {"vectors": vectors, "rank": rank}
         start = 0
         if mesh is None:
-            batch = run.call(_solved_group, arrays, axes=shapes, **how)
-            if jax.default_backend() == "cpu":
-                jax.block_until_ready(batch)
+            batch = alone(run.call(_solved_group, arrays, axes=shapes, **how))
         else:
             count = sum(math.prod(axes[i].l) for i in group)
             share = _share(count, math.prod(side) * min(side), load)
@@ -282,17 +279,15 @@ def _solved_on_mesh(
     device ever holds all of them. What cores give is small and goes to every device.
     """
     devices = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    rows = run.call(_spread, arrays, axes=axes, share=share, where=devices)
+    spread = run.call(_spread, arrays, axes=axes, share=share, where=devices)
     solved = []
-    local = run.split(rows, devices)
-    for k, part in zip(_positions(devices), local, strict=True):
+    local = run.split(spread, devices)
+    for k, rows in zip(_positions(devices), local, strict=True):
         # in the caller's `jax.set_mesh` no program may run on one device alone
         with jax.set_mesh(_NO_MESH):
             busy = share.first <= k < share.first + share.used
             program = _solved_group if busy else _unsolved_group
-            solved.append(run.call(program, [part], axes=(None,), **how))
-        if mesh.devices.flat[k].platform == "cpu":
-            jax.block_until_ready(solved[-1])
+            solved.append(alone(run.call(program, [rows], axes=(None,), **how)))
     joined = tuple(run.join(list(x), devices) for x in zip(*solved, strict=True))
     dense = any(view is not None for view in axes)
     return run.call(_returned, joined, where=_return_places(joined, mesh, dense))
@@ -390,3 +385,27 @@ def on_host(solved: Sequence[Solved], run: Run) -> list[np.ndarray]:
         sigma[x.start : x.start + math.prod(x.stack)].reshape(*x.stack, -1)
         for x, sigma in zip(solved, found, strict=True)
     ]
+
+
+def part(batch: tuple[Array, ...], start: Any, stack: tuple[int, ...]) -> list[Array]:
+    """Traceable: of a batched decomposition that of one leaf; see `Solved`."""
+    count = math.prod(stack)
+    return [
+        jax.lax.dynamic_slice_in_dim(x, start, count).reshape(*stack, *x.shape[1:])
+        for x in batch
+    ]
+
+
+def ranks_by(
+    rule: RankRule, spectra: Sequence[np.ndarray], axes: Sequence[Axes]
+) -> list[int | None]:
+    """The rank that a rule gives each matrix, None where it is not finite."""
+    good = [i for i, sigma in enumerate(spectra) if np.isfinite(sigma).all()]
+    chosen = rule.choose_all(
+        [spectra[i].reshape(-1, spectra[i].shape[-1]) for i in good],
+        [(axes[i].m, axes[i].n) for i in good],
+    )
+    ranks: list[int | None] = [None] * len(spectra)
+    for i, r in zip(good, chosen, strict=True):
+        ranks[i] = r
+    return ranks

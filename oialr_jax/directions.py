@@ -13,7 +13,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from oialr_jax.lowrank import Axes, PyTree, compute_dtype, is_low_rank, path_name
+from oialr_jax.linalg import compute_dtype, token_of
+from oialr_jax.lowrank import Axes, PyTree, is_low_rank, leaf_at, path_name
 from oialr_jax.matrices import Matrix
 
 
@@ -63,18 +64,16 @@ def guarded(
 ) -> tuple[Float[Array, "b m n"], Float[Array, ""]]:
     """The direction of each matrix, or the matrix if either is not finite.
 
-    `before` is an entry of the result that must be there before this one is begun. Two
-    LAPACK calls that run at the same time can wait for each other for ever on CPUs; an
-    `optimization_barrier` would not keep them apart, being gone when XLA orders them.
+    With a token of the direction; `before` is that of one which has to come first.
     """
     largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
     finite = jnp.isfinite(largest)  # a maximum with NaN is NaN
     safe = jnp.where(finite, x / jnp.where(largest > 0, largest, 1), 0)
     if before is not None:
-        safe = jnp.where(before == 2, 0, safe)  # never: entries are at most one
+        safe = safe + before.astype(safe.dtype)
     result = direction(safe)
     finite &= jnp.all(jnp.isfinite(result), axis=(-2, -1), keepdims=True)
-    return jnp.where(finite, result, x), result[0, 0, 0]
+    return jnp.where(finite, result, x), token_of([result])
 
 
 def stateless(
@@ -98,9 +97,8 @@ def stateless(
                     f"{name} is in low rank: build the optimizer as "
                     "oialr_jax.freeze_bases(tx), with nothing outside it"
                 )
-        for name in known or ():
-            if names and name not in names:  # Optax asks with a placeholder for all
-                raise ValueError(f"no leaf at {name}; there are: {', '.join(names)}")
+        for name in (known or ()) if names else ():
+            leaf_at(name, names)  # without names Optax asks with a placeholder for all
         named_map(lambda name, leaf: axes_of(name, leaf, known), params)
         return optax.EmptyState()
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from oialr_jax import cost, interpret
+from oialr_jax import cost, tracing
 from oialr_jax.factored import Choice, contracted, picker
 from oialr_jax.lowrank import abstract_low_rank, is_low_rank, named_leaves
 from oialr_jax.matrices import Skipped, find_matrices, skipped_lines
@@ -103,7 +103,7 @@ def explain(
     }
 
     params = abstract_low_rank(params, dense)
-    traced = interpret.trace(fn, (params, *args), kwargs, is_low_rank, axis_env=axes)
+    traced = tracing.trace(fn, (params, *args), kwargs, is_low_rank, axis_env=axes)
     choices: list[Choice] = []
 
     def walk(leaves: list[Any]) -> list[Any]:
@@ -112,14 +112,14 @@ def explain(
     with warnings.catch_warnings():  # of leaves that no rule contracts: `factored` says
         warnings.simplefilter("ignore")
         jax.make_jaxpr(walk, axis_env=axes)([leaf for _, leaf in traced.leaves])
-    once = {(choice.path, id(choice.eqn)): choice for choice in choices}
+    once = {(choice.path, choice.place): choice for choice in choices}
     lines = tuple(_line(x, dense, rates) for x in once.values())
     return Explanation(lines, matrices.skipped)
 
 
 def _line(choice: Choice, dense: Collection[str], rates: cost.Rates | None) -> Line:
     load = choice.load
-    path = choice.path.removeprefix("0/0").removeprefix("/")
+    path = tracing.shown(choice.path)
     order = cost.Order.DENSE if path in dense else choice.order
     full = cost.flops(cost.Order.DENSE, load).total
 

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from oialr_jax import contract, cost, effects, interpret
+from oialr_jax import contract, cost, effects, interpret, tracing
 from oialr_jax.lowrank import Axes, is_low_rank, unique_names
+from oialr_jax.views import Use, View, as_array, context, is_same
 
 
 def factored(
@@ -29,9 +30,9 @@ def factored(
     tells what was chosen and why.
 
     Arguments that are not arrays (flags, strings, functions) stay as they are. The
-    result composes with jit, grad, vmap, remat, scan, pmap and shard_map. Inside
-    `jax.custom_jvp` and `jax.custom_vjp` functions a leaf is materialised at the
-    boundary, because the custom rule is a rule about the dense array.
+    result composes with jit, grad, vmap, remat, scan, pmap and shard_map. The rule of a
+    `jax.custom_vjp` function is kept: the gradient that it gives to the dense weight is
+    projected. Into a `jax.custom_jvp` function a leaf goes materialised.
 
     Args:     order: "chain", "merged" or "rebuilt" (the authors' way) for every leaf,
               to compare; None picks the cheapest for each use. rates: of the device,
@@ -55,7 +56,7 @@ def factored(
             map(is_low_rank, jax.tree.leaves((args, kwargs), is_leaf=is_low_rank))
         ):
             return fn(*args, **kwargs)
-        traced = interpret.trace(fn, args, kwargs, is_low_rank, share=True)
+        traced = tracing.trace(fn, args, kwargs, is_low_rank, share=True)
         leaves = [leaf for _, leaf in traced.leaves]
         evaluate = functools.partial(contracted, traced, pick=pick, reported=reported)
         if traced.arguments is None:
@@ -82,7 +83,7 @@ class Choice(NamedTuple):
     load: cost.Workload
     itemsize: int
     order: cost.Order
-    eqn: Any
+    place: tuple[int, ...]
 
 
 Pick = Callable[[cost.Workload, int], cost.Order]
@@ -105,7 +106,7 @@ def picker(order: cost.Order | str | None, rates: cost.Rates | None) -> Pick:
 
 
 def contracted(
-    traced: interpret.Traced,
+    traced: tracing.Traced,
     leaves: Sequence[Any],
     pick: Pick,
     reported: set[tuple[str, str]],
@@ -142,19 +143,21 @@ def contracted(
             for value, (_, given) in zip(values, traced.leaves, strict=True)
             if given is traced.leaves[leaf][1]
         ]
-        if not any(interpret.is_same(outputs[output], value) for value in same):
+        if not any(is_same(outputs[output], value) for value in same):
             raise TypeError(
-                f"{_shown(names[leaf])} is in low rank and the function replaces it in "
+                f"{_said(names[leaf])} is in low rank and the function replaces it in "
                 "place: name it in `exclude` of `select`, or in a loss compute from it "
                 "and leave it as it is"
             )
         outputs[output] = leaves[leaf]
-    return [interpret.as_array(out, handler, "output") for out in outputs]
+    return [as_array(out, handler, "output") for out in outputs]
 
 
-def _shown(name: str) -> str:
-    """A leaf as the user calls it, without its place in (args, kwargs)."""
-    return name.split("/", 2)[-1]
+def _said(name: str) -> str:
+    return tracing.shown(name) or "the argument"
+
+
+_CONTRACTIONS = {"dot": contract.dot, "conv": contract.conv, "ragged": contract.ragged}
 
 
 class _Contraction:
@@ -172,39 +175,46 @@ class _Contraction:
         self.reported = reported
         self.choices = choices
 
-    def materialize(self, view: interpret.View) -> Array:
+    def materialize(self, view: View) -> Array:
         return contract.materialize(view, self.axes[view.path])
 
-    def scale(
-        self, view: interpret.View, times: Callable[[Array], Array]
-    ) -> interpret.View:
-        u, s, vt = view.data
-        return view.replace(data=(u, times(s), vt))
+    def along(
+        self, view: View, axis: int, change: Callable[[Array, int], Array]
+    ) -> tuple[Array, ...]:
+        return contract.along(view, self.axes[view.path], axis, change)
 
-    def unstack(self, view: interpret.View, axis: int) -> tuple[Array, ...] | None:
-        return contract.unstack(view, self.axes[view.path], axis)
+    def stacks(self, view: View, axis: int) -> bool:
+        return axis in self.axes[view.path].stack
+
+    def scale(self, view: View, factor: Array, axes: tuple[int, ...]) -> View | None:
+        return contract.scaled(view, self.axes[view.path], factor, axes)
+
+    def sum_squares(self, view: View, dims: tuple[int, ...]) -> Array | None:
+        return contract.sum_squares(view, self.axes[view.path], dims)
 
     def contract(
-        self, view: interpret.View, x: Array, use: interpret.Use, eqn: Any
+        self, view: View, x: Array, use: Use, eqn: Any, rest: Sequence[Any] = ()
     ) -> Array | None:
         factors = contract.turned(view, self.axes[view.path], use)
         if factors is None:
             return None
-        load = contract.workload(x, factors, use, eqn.outvars[0].aval)
+        load = contract.workload(x, factors, use)
         itemsize = jnp.promote_types(x.dtype, view.dtype).itemsize
         order = self.pick(load, itemsize)
         if self.choices is not None:
-            self.choices.append(Choice(view.path, use.kind, load, itemsize, order, eqn))
-        contraction = contract.conv if use.kind == "conv" else contract.dot
-        with interpret.context(eqn):
-            return contraction(x, factors, use, eqn.params, order)
+            self.choices.append(
+                Choice(view.path, use.kind, load, itemsize, order, use.place)
+            )
+        contraction: Any = _CONTRACTIONS[use.kind]
+        with context(eqn):
+            return contraction(x, factors, use, eqn.params, order, *rest)
 
-    def unknown(self, view: interpret.View, primitive: str) -> None:
+    def unknown(self, view: View, primitive: str) -> None:
         if (view.path, primitive) not in self.reported:
             self.reported.add((view.path, primitive))
             warnings.warn(
-                f"{_shown(view.path)} is materialised to its dense shape "
-                f"{view.leaf_shape}: "
+                f"{_said(view.path)} is materialised to its dense shape "
+                f"{self.axes[view.path].shape}: "
                 f"no low-rank rule for `{primitive}`",
                 stacklevel=2,
             )

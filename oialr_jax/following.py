@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from oialr_jax.decompose import Run, mesh_of
+from oialr_jax.linalg import compute_dtype
 from oialr_jax.lowrank import (
     Basis,
     LowRank,
     PyTree,
-    compute_dtype,
     is_low_rank,
     leaves_by_path,
     owner_of,

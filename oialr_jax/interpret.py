@@ -2,114 +2,31 @@
 
 Discovery (matrices.py) and evaluation (contract.py) both run this walk and differ only
 in what they do where a view meets an array, so what finds a matrix and what contracts
-it cannot disagree. A view is lazy: casts, transposes, reshapes and slices of a stack
-change its description and never its data.
+it cannot disagree. What happens to a view before that is in rewrites.py.
 """
 
-import contextlib
-import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend import core as jex
-from jaxtyping import Array
 
-from oialr_jax import effects
-
-
-class Atom(NamedTuple):
-    """A factor of one axis of the leaf: `size` entries, `stride` apart along it."""
-
-    axis: int
-    stride: int
-    size: int
-
-
-Dims = tuple[tuple[Atom, ...], ...]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class View:
-    """A leaf as the traced function sees it after casts, transposes, reshapes, slices.
-
-    `data` holds the leaf's arrays in the leaf's own layout, without the axes in
-    `taken`; `dims` names, for each dimension of the present value, the atoms of the
-    leaf's axes that it runs over, slowest first. A dimension of size one may be empty.
-    """
-
-    data: Any  # arrays, or what JAX puts in their place when it rebuilds the node
-    path: str = dataclasses.field(metadata={"static": True})
-    leaf_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    dims: Dims = dataclasses.field(metadata={"static": True})
-    taken: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    dtype: Any = dataclasses.field(metadata={"static": True})
-
-    @classmethod
-    def of(cls, data: tuple[Array, ...], path: str, shape: Any, dtype: Any) -> "View":
-        """The view of a whole leaf."""
-        dims = tuple((Atom(axis, 1, size),) for axis, size in enumerate(shape))
-        return cls(data, path, tuple(shape), dims, (), jnp.dtype(dtype))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the present value."""
-        return tuple(math.prod(atom.size for atom in dim) for dim in self.dims)
-
-    def replace(self, **changes: Any) -> "View":
-        """A copy with some fields changed."""
-        return dataclasses.replace(self, **changes)
-
-
-class Use(NamedTuple):
-    """How a contraction uses a view: its dimensions, and those of the array it meets.
-
-    `contracted`, `batch` and `free` are dimensions of the view, `x_contracted` and
-    `x_batch` the partners of the first two in the array. `position` is the operand
-    that the view is. `groups` is above one for a grouped convolution. `x_fixed` says
-    that the array comes from data alone, so that no gradient goes to it.
-    """
-
-    kind: str
-    position: int
-    contracted: tuple[int, ...]
-    batch: tuple[int, ...]
-    free: tuple[int, ...]
-    x_contracted: tuple[int, ...]
-    x_batch: tuple[int, ...]
-    groups: int = 1
-    x_fixed: bool = False
-
-
-@runtime_checkable
-class Handler(Protocol):
-    """What a walk does with views; `data` is the handler's own."""
-
-    def materialize(self, view: View) -> Array:
-        """The present value as an array."""
-        ...
-
-    def scale(self, view: View, times: Callable[[Array], Array]) -> View:
-        """The view times a scalar, which `times` multiplies an array by."""
-        ...
-
-    def unstack(self, view: View, axis: int) -> tuple[Array, ...] | None:
-        """`data` with a stack axis of the leaf moved to the front, or None."""
-        ...
-
-    def contract(self, view: View, x: Array, use: Use, eqn: Any) -> Array | None:
-        """The result of a contraction, or None to have the view materialised."""
-        ...
-
-    def unknown(self, view: View, primitive: str) -> None:
-        """A view is about to be materialised for a primitive that has no rule."""
-        ...
+from oialr_jax.rewrites import RULES, cast, cut, reshape, transpose
+from oialr_jax.views import (
+    LAZY,
+    Handler,
+    Squares,
+    Use,
+    View,
+    as_array,
+    bind,
+    is_same,
+    whole_axis,
+)
 
 
 def evaluate(
@@ -122,136 +39,218 @@ def evaluate(
     the args that are data, which get no gradient; without it none is, and in the body
     of a branch or a loop none is.
     """
+    body = getattr(jaxpr, "jaxpr", jaxpr)
+    env = _environment(jaxpr, args, handler, fixed)
+    return [
+        jnp.asarray(x.val) if isinstance(x, jex.Literal) else env[x]
+        for x in body.outvars
+    ]
+
+
+def _environment(
+    jaxpr: Any, args: Sequence[Any], handler: Handler, fixed: Sequence[bool] = ()
+) -> dict[Any, Any]:
+    """The values of all variables of a jaxpr."""
     env: dict[Any, Any] = {}
     body = getattr(jaxpr, "jaxpr", jaxpr)
     data = {var for var, is_data in zip(body.invars, fixed, strict=False) if is_data}
-
-    def read(var: Any) -> Any:
-        return var.val if isinstance(var, jex.Literal) else env[var]
-
     env.update(zip(body.constvars, getattr(jaxpr, "consts", ()), strict=True))
     env.update(zip(body.invars, args, strict=True))
     for eqn in body.eqns:
         known = [isinstance(x, jex.Literal) or x in data for x in eqn.invars]
-        outputs = _apply(eqn, [read(var) for var in eqn.invars], handler, known)
+        outputs = _apply(eqn, [_read(env, var) for var in eqn.invars], handler, known)
         env.update(zip(eqn.outvars, outputs, strict=True))
         if all(known):
             data.update(eqn.outvars)
-    return [read(var) for var in body.outvars]
+    return env
 
 
-def is_same(value: Any, view: Any) -> bool:
-    """Whether a value is a view that was not changed."""
-    if not isinstance(value, View):
-        return False
-    return (
-        (value.path, value.dims, value.dtype) == (view.path, view.dims, view.dtype)
-        and value.taken == view.taken
-        and all(map(operator.is_, value.data, view.data))
-    )
-
-
-def as_array(value: Any, handler: Handler, primitive: str) -> Any:
-    """The value itself, or a view materialised and reported under `primitive`."""
-    if not isinstance(value, View):
-        return value
-    handler.unknown(value, primitive)
-    return handler.materialize(value)
-
-
-def atoms(view: View, dims: Sequence[int]) -> tuple[Atom, ...]:
-    """Atoms of some dimensions, in order, without those of size one."""
-    return tuple(a for d in dims for a in view.dims[d] if a.size > 1)
-
-
-def split(view: View, axes: Sequence[int]) -> list[Atom]:
-    """All atoms of some axes of the leaf, axis by axis, slowest first."""
-    present = {atom for dim in view.dims for atom in dim if atom.size > 1}
-    return [
-        atom
-        for axis in axes
-        for atom in sorted(
-            (a for a in present if a.axis == axis), key=lambda a: -a.stride
-        )
-    ]
-
-
-def arrange(view: View, array: Array) -> Array:
-    """The present value, from the dense leaf in its own layout without taken axes."""
-    axes = [a for a in range(len(view.leaf_shape)) if a not in view.taken]
-    order = split(view, axes)
-    wanted = atoms(view, range(len(view.dims)))
-    array = array.reshape([atom.size for atom in order])
-    array = jnp.transpose(array, [order.index(atom) for atom in wanted])
-    return array.reshape(view.shape).astype(view.dtype)
-
-
-def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """The outputs of one equation on arrays."""
-    params = eqn.primitive.get_bind_params(eqn.params)
-    with context(eqn):
-        out = eqn.primitive.bind(*values, **params)
-    return list(out) if eqn.primitive.multiple_results else [out]
-
-
-@contextlib.contextmanager
-def context(eqn: Any) -> Iterator[None]:
-    """The settings under which an equation was traced, and its name for profilers."""
-    name = str(eqn.source_info.name_stack)
-    scope = jax.named_scope(name) if name else contextlib.nullcontext()
-    with eqn.ctx.manager, scope:
-        yield
+def _read(env: dict[Any, Any], var: Any) -> Any:
+    return var.val if isinstance(var, jex.Literal) else env[var]
 
 
 def _apply(
     eqn: Any, values: list[Any], handler: Handler, fixed: Sequence[bool]
 ) -> list[Any]:
-    if not any(isinstance(value, View) for value in values):
+    if not any(isinstance(value, LAZY) for value in values):
         return bind(eqn, values)
     name = eqn.primitive.name
     if name in _CONTROL_FLOW:
         return _CONTROL_FLOW[name](eqn, values, handler, fixed)
-    if name in _LAYOUT:
-        view = _LAYOUT[name](eqn, values, handler)
-        if view is not None:
-            return [view]
-    use = _use(eqn, values)
-    if use is not None:
-        # Of two views only the weight side is contracted: the other becomes an array.
-        view = values[use.position]
-        x = as_array(values[1 - use.position], handler, name)
-        use = use._replace(x_fixed=fixed[1 - use.position])
-        out = handler.contract(view, x, use, eqn)
+    if name in RULES:
+        out = RULES[name](eqn, values, handler)
         if out is not None:
-            return [out]
-        values[1 - use.position] = x
+            return out if isinstance(out, list) else [out]
+    place = _place_of_weight(name, values)
+    if place is not None:
+        return [_contraction(eqn, values, place, handler, fixed)]
     return bind(eqn, [as_array(value, handler, name) for value in values])
 
 
 # Contractions
 
 
-def _use(eqn: Any, values: Sequence[Any]) -> Use | None:
-    name = eqn.primitive.name
+def _place_of_weight(name: str, values: Sequence[Any]) -> int | None:
+    """Which operand of a contraction is the weight, or None if none can be."""
     if name == "dot_general":
-        position = 1 if isinstance(values[1], View) else 0
-        contracting, batch = eqn.params["dimension_numbers"]
-        ours, theirs = position, 1 - position
-        used = {*contracting[ours], *batch[ours]}
-        free = tuple(d for d in range(len(values[ours].dims)) if d not in used)
-        return Use(
-            kind="dot",
-            position=position,
-            contracted=tuple(contracting[ours]),
-            batch=tuple(batch[ours]),
-            free=free,
-            x_contracted=tuple(contracting[theirs]),
-            x_batch=tuple(batch[theirs]),
-        )
-    if name == "conv_general_dilated" and isinstance(values[1], View):
+        return 1 if isinstance(values[1], LAZY) else 0
+    if name not in ("conv_general_dilated", "ragged_dot_general"):
+        return None
+    others = any(isinstance(x, LAZY) for x in values[2:])
+    return 1 if isinstance(values[1], LAZY) and not others else None
+
+
+def _contraction(
+    eqn: Any, values: list[Any], place: int, handler: Handler, fixed: Sequence[bool]
+) -> Any:
+    name = eqn.primitive.name
+    if name == "dot_general" and is_same(values[0], values[1]):
+        total = _own_product(eqn, values[0], handler)
+        if total is not None:
+            return total
+    # Of two views only the weight side is contracted: the other becomes an array.
+    given = [
+        x if i == place else as_array(x, handler, name) for i, x in enumerate(values)
+    ]
+    return _product(eqn, given, place, handler, fixed[1 - place], ())
+
+
+def _own_product(eqn: Any, view: View, handler: Handler) -> Any:
+    """The product of a weight with itself that sums its squares, as a norm's is."""
+    (left, right), (batch, other) = eqn.params["dimension_numbers"]
+    dims = range(len(view.dims))
+    same = (*left,) == (*right,) and (*batch,) == (*other,)
+    if not same or [*batch] != [d for d in dims if d not in left]:
+        return None
+    total = handler.sum_squares(view, tuple(left))
+    return None if total is None else total.astype(eqn.outvars[0].aval.dtype)
+
+
+def _product(
+    eqn: Any,
+    values: list[Any],
+    place: int,
+    handler: Handler,
+    x_fixed: bool,
+    part: tuple[int, ...],
+) -> Any:
+    """One contraction of the weight at `place`, or of each weight joined there."""
+    weight, x = values[place], values[1 - place]
+    if not isinstance(weight, LAZY):
+        return bind(eqn, values)[0]
+    use = None if isinstance(weight, Squares) else _use(eqn, weight, x, place)
+    out = None
+    if use is not None and isinstance(weight, View):
+        use = use._replace(x_fixed=x_fixed, place=(id(eqn), *part))
+        spread = [d for d in use.free if _is_indexed(weight, d)]
+        if spread and use.kind == "dot":
+            out = _spread_product(eqn, weight, x, use, spread, handler)
+        else:
+            out = handler.contract(weight, x, use, eqn, values[2:])
+    elif use is not None:
+        out = _of_parts(eqn, values, place, use, handler, x_fixed, part)
+    if out is not None:
+        return out
+    given = list(values)
+    given[place] = as_array(weight, handler, eqn.primitive.name)
+    return bind(eqn, given)[0]
+
+
+def _of_parts(
+    eqn: Any,
+    values: list[Any],
+    place: int,
+    use: Use,
+    handler: Handler,
+    x_fixed: bool,
+    part: tuple[int, ...],
+) -> Any:
+    """A contraction of joined weights: with each of them, then joined or summed."""
+    joined, x = values[place], values[1 - place]
+    dim, partner, result = joined.dim, None, None
+    spec = eqn.params["dimension_numbers"] if use.kind == "conv" else None
+    if use.groups > 1:
+        return None
+    if dim in use.free:
+        result = _place_in_result(eqn, use, x, dim)
+    elif dim in use.batch and use.kind == "dot":
+        partner, result = use.x_batch[use.batch.index(dim)], use.batch.index(dim)
+    elif spec is not None and dim == spec.rhs_spec[1]:
+        partner = spec.lhs_spec[1]
+    elif dim in use.contracted and use.kind != "conv":
+        partner = use.x_contracted[use.contracted.index(dim)]
+    else:
+        return None
+    outputs, start = [], 0
+    for i, weight in enumerate(joined.parts):
+        end = start + weight.shape[dim]
+        given = list(values)
+        given[place] = weight
+        if partner is not None:
+            given[1 - place] = jax.lax.slice_in_dim(x, start, end, axis=partner)
+        outputs.append(_product(eqn, given, place, handler, x_fixed, (*part, i)))
+        start = end
+    if result is None:
+        return functools.reduce(operator.add, outputs)
+    return jnp.concatenate(outputs, result)
+
+
+def _is_indexed(view: View, dim: int) -> bool:
+    """Whether a dimension runs over entries that an array of indices took."""
+    return any(a.axis in view.indexed for a in view.dims[dim] if a.size > 1)
+
+
+def _spread_product(
+    eqn: Any, view: View, x: Any, use: Use, spread: list[int], handler: Handler
+) -> Any:
+    """A product with several matrices for each row of x, which gets a copy for each."""
+    count, batch = len(spread), len(use.batch)
+    wide = jax.lax.broadcast(x, [view.shape[d] for d in spread])
+    numbers = (
+        (tuple(count + d for d in use.x_contracted), use.contracted),
+        (
+            (*(count + d for d in use.x_batch), *range(count)),
+            (*use.batch, *spread),
+        ),
+    )
+    product = functools.partial(
+        jax.lax.dot_general,
+        dimension_numbers=numbers,
+        precision=eqn.params["precision"],
+        preferred_element_type=eqn.params["preferred_element_type"],
+    )
+    shape = jax.ShapeDtypeStruct(view.shape, view.dtype)
+    (new,) = jax.make_jaxpr(product)(wide, shape).jaxpr.eqns
+    batched = _use(new, view, wide, 1)
+    if batched is None:
+        return None
+    batched = batched._replace(x_fixed=use.x_fixed, place=use.place)
+    out = handler.contract(view, wide, batched, new)
+    if out is None:
+        return None
+    now: list[int | None] = [*use.batch, *spread]  # the view's dimensions in `out`
+    rows = range(len(now), out.ndim - len(use.free) + count)
+    now += [None] * len(rows) + [d for d in use.free if d not in spread]
+    ours = [now.index(d) for d in use.free]
+    sides = ([*ours, *rows], [*rows, *ours])
+    return jnp.transpose(out, (*range(batch), *sides[use.position]))
+
+
+def _place_in_result(eqn: Any, use: Use, x: Any, dim: int) -> int:
+    """The dimension of a contraction's result that a free one of the weight becomes."""
+    if use.kind == "conv":
+        return int(eqn.params["dimension_numbers"].out_spec[1])
+    rows = x.ndim - len(use.x_contracted) - len(use.x_batch)
+    before = len(use.x_batch) + rows * use.position
+    return before + use.free.index(dim)
+
+
+def _use(eqn: Any, weight: Any, x: Any, place: int) -> Use | None:
+    name = eqn.primitive.name
+    if name == "conv_general_dilated":
         numbers = eqn.params["dimension_numbers"]
         out, *contracted = numbers.rhs_spec
-        groups = max(eqn.params["feature_group_count"], eqn.params["batch_group_count"])
+        shape = eqn.outvars[0].aval.shape
         return Use(
             kind="conv",
             position=1,
@@ -260,158 +259,36 @@ def _use(eqn: Any, values: Sequence[Any]) -> Use | None:
             free=(out,),
             x_contracted=tuple(numbers.lhs_spec[1:]),
             x_batch=(),
-            groups=groups,
+            rows=math.prod(
+                shape[d] for d in (numbers.out_spec[0], *numbers.out_spec[2:])
+            ),
+            groups=max(
+                eqn.params["feature_group_count"], eqn.params["batch_group_count"]
+            ),
         )
-    return None
-
-
-# Layout: what changes the description of a view and not its data
-
-
-def _convert(eqn: Any, values: list[Any], handler: Handler) -> View | None:
-    dtype = jnp.dtype(eqn.params["new_dtype"])
-    if not jnp.issubdtype(dtype, jnp.floating):
-        return None
-    return values[0].replace(dtype=dtype)
-
-
-def _transpose(eqn: Any, values: list[Any], handler: Handler) -> View:
-    (view,) = values
-    return view.replace(dims=tuple(view.dims[d] for d in eqn.params["permutation"]))
-
-
-def _reshape(eqn: Any, values: list[Any], handler: Handler) -> View | None:
-    if eqn.params["dimensions"] is not None or len(values) > 1:
-        return None
-    return _regroup(values[0], eqn.params["new_sizes"])
-
-
-def _regroup(view: View, shape: Sequence[int]) -> View | None:
-    """The view in a new shape, or None when a dimension would straddle an axis."""
-    queue = [atom for dim in view.dims for atom in dim]
-    dims: list[tuple[Atom, ...]] = []
-    for size in shape:
-        dim: list[Atom] = []
-        if size == 1 and queue and queue[0].size == 1:
-            dim.append(queue.pop(0))
-        while size > 1:
-            if not queue:
-                return None
-            axis, stride, extent = queue.pop(0)
-            if size % extent == 0:
-                dim.append(Atom(axis, stride, extent))
-                size //= extent
-            elif extent % size == 0:
-                rest = extent // size
-                dim.append(Atom(axis, stride * rest, size))
-                queue.insert(0, Atom(axis, stride, rest))
-                size = 1
-            else:
-                return None
-        dims.append(tuple(dim))
-    return view.replace(dims=tuple(dims)) if all(a.size == 1 for a in queue) else None
-
-
-def _squeeze(eqn: Any, values: list[Any], handler: Handler) -> View:
-    (view,) = values
-    gone = eqn.params["dimensions"]
-    return view.replace(dims=tuple(d for i, d in enumerate(view.dims) if i not in gone))
-
-
-def _broadcast_in_dim(eqn: Any, values: list[Any], handler: Handler) -> View | None:
-    view, shape = values[0], eqn.params["shape"]
-    kept = eqn.params["broadcast_dimensions"]
-    if len(values) > 1 or math.prod(shape) != math.prod(view.shape):
-        return None
-    dims: list[tuple[Atom, ...]] = [()] * len(shape)
-    for position, dim in zip(kept, view.dims, strict=True):
-        dims[position] = dim
-    return view.replace(dims=tuple(dims))
-
-
-def _same(eqn: Any, values: list[Any], handler: Handler) -> View:
-    return values[0]
-
-
-def _each(eqn: Any, values: list[Any], handler: Handler) -> View | None:
-    if len(values) > 1:
-        return None
-    (view,) = values
-    return view.replace(data=tuple(bind(eqn, [array])[0] for array in view.data))
-
-
-def _scale(eqn: Any, values: list[Any], handler: Handler) -> View | None:
-    name = eqn.primitive.name
-    if name == "neg":
-        return handler.scale(values[0], jnp.negative)
-    position = 0 if isinstance(values[0], View) else 1
-    factor = values[1 - position]
-    if (
-        isinstance(factor, View)
-        or np.shape(factor) != ()
-        or values[position].dims == ()
-    ):
-        return None
-    if name == "div":
-        if position == 1:
-            return None
-        factor = 1 / factor
-    return handler.scale(
-        values[position], lambda array: array * jnp.asarray(factor, array.dtype)
-    )
-
-
-def _slice(eqn: Any, values: list[Any], handler: Handler) -> View | None:
-    """One entry of a stack axis: what `w[i]` is for a leaf that stacks matrices."""
-    view, *starts = values
-    if eqn.primitive.name == "slice":
-        if eqn.params["strides"] is not None:
-            return None
-        starts = list(eqn.params["start_indices"])
-        sizes = np.subtract(eqn.params["limit_indices"], starts)
+    ours, theirs, stack = place, 1 - place, ()
+    if name == "dot_general":
+        contracting, batch = eqn.params["dimension_numbers"]
     else:
-        sizes = np.asarray(eqn.params["slice_sizes"])
-    cut = [d for d, size in enumerate(view.shape) if sizes[d] != size]
-    if len(cut) != 1 or sizes[cut[0]] != 1:
-        return None
-    axis = _whole_axis(view, cut[0])
-    moved = None if axis is None else handler.unstack(view, axis)
-    if moved is None or axis is None:
-        return None
-    index = starts[cut[0]]
-    data = tuple(
-        jax.lax.dynamic_index_in_dim(array, index, keepdims=False) for array in moved
+        numbers = eqn.params["ragged_dot_dimension_numbers"]
+        contracting, batch = numbers.dot_dimension_numbers
+        stack = tuple(numbers.rhs_group_dimensions)
+        ragged = numbers.lhs_ragged_dimensions
+        if batch[0] or len(stack) != 1 or {*ragged} & {*contracting[0]}:
+            return None
+    used = {*contracting[ours], *batch[ours], *stack}
+    gone = {*contracting[theirs], *batch[theirs]}
+    rows = math.prod(n for d, n in enumerate(x.shape) if d not in gone)
+    return Use(
+        kind="ragged" if stack else "dot",
+        position=place,
+        contracted=tuple(contracting[ours]),
+        batch=(*batch[ours], *stack),
+        free=tuple(d for d in range(len(weight.shape)) if d not in used),
+        x_contracted=tuple(contracting[theirs]),
+        x_batch=tuple(batch[theirs]),
+        rows=rows // weight.shape[stack[0]] if stack else rows,
     )
-    dims = tuple(() if d == cut[0] else dim for d, dim in enumerate(view.dims))
-    return view.replace(data=data, dims=dims, taken=(*view.taken, axis))
-
-
-def _whole_axis(view: View, dim: int) -> int | None:
-    """The axis of the leaf that a dimension is, when it is exactly one whole axis."""
-    if len(view.dims[dim]) != 1:
-        return None
-    axis, _, size = view.dims[dim][0]
-    return axis if size == view.leaf_shape[axis] else None
-
-
-_LAYOUT: dict[str, Callable[[Any, list[Any], Handler], View | None]] = {
-    "convert_element_type": _convert,
-    "transpose": _transpose,
-    "reshape": _reshape,
-    "squeeze": _squeeze,
-    "broadcast_in_dim": _broadcast_in_dim,
-    "slice": _slice,
-    "dynamic_slice": _slice,
-    "mul": _scale,
-    "div": _scale,
-    "neg": _scale,
-    "copy": _same,
-    "name": _same,
-    "sharding_constraint": _same,  # speaks of the dense array, which does not exist
-    "stop_gradient": _each,
-    "optimization_barrier": _each,
-    "pvary": _each,
-}
 
 
 # Control flow: views are pytrees, so they cross into the body of any transformation
@@ -442,7 +319,7 @@ def _remat(
     through = {  # views that the body hands on as they are
         i: given[var]
         for i, var in enumerate(body.outvars)
-        if not isinstance(var, jex.Literal) and isinstance(given.get(var), View)
+        if not isinstance(var, jex.Literal) and isinstance(given.get(var), LAZY)
     }
 
     def run(values: list[Any]) -> list[Any]:
@@ -526,14 +403,203 @@ def _scan(
 
 def _scanned(value: Any, handler: Handler) -> tuple[View | None, Any]:
     """What one step of a scan sees of a value, and the arrays to scan over."""
-    if not isinstance(value, View):
+    if not isinstance(value, LAZY):
         return None, value
-    axis = _whole_axis(value, 0)
-    data = None if axis is None else handler.unstack(value, axis)
-    if data is None or axis is None:
+    axis = whole_axis(value, 0) if isinstance(value, View) else None
+    if axis is None or not isinstance(value, View) or not handler.stacks(value, axis):
         return None, as_array(value, handler, "scan")
+    data = handler.along(value, axis, lambda array, at: jnp.moveaxis(array, at, 0))
     return value.replace(dims=value.dims[1:], taken=(*value.taken, axis)), data
 
+
+def _shard_map(
+    eqn: Any, values: list[Any], handler: Handler, fixed: Sequence[bool]
+) -> list[Any]:
+    """Factors go whole to every device, which cuts its own part of them."""
+    params, mesh = eqn.params, eqn.params["mesh"]
+    specs, given = list(params["in_specs"]), list(values)
+    divided: dict[int, Any] = {}
+    for i, (value, spec) in enumerate(zip(values, specs, strict=True)):
+        if not isinstance(value, LAZY):
+            continue
+        names = {d: x for d, x in enumerate(spec) if x is not None}
+        if isinstance(value, View) and all(
+            sum(a.size > 1 for a in value.dims[d]) == 1 for d in names
+        ):
+            divided[i], specs[i] = names, jax.sharding.PartitionSpec()
+        else:
+            given[i] = as_array(value, handler, "shard_map")
+
+    def local(value: Any, names: dict[int, Any]) -> Any:
+        for dim, name in names.items():
+            along = (name,) if isinstance(name, str) else tuple(name)
+            count = math.prod(mesh.shape[x] for x in along)
+            size = value.shape[dim] // count
+            value = cut(value, dim, jax.lax.axis_index(along) * size, size, handler)
+        return value
+
+    def body(*given: Any) -> tuple[Any, ...]:
+        local_values = [
+            local(x, divided[i]) if i in divided else x for i, x in enumerate(given)
+        ]
+        return tuple(
+            _arrays(params["jaxpr"], local_values, handler, "shard_map", fixed)
+        )
+
+    names = params.get("manual_axes", params.get("newly_manual_axes"))
+    return list(
+        jax.shard_map(
+            body,
+            mesh=mesh,
+            in_specs=tuple(specs),
+            out_specs=tuple(params["out_specs"]),
+            check_vma=params["check_vma"],
+            axis_names=names,
+        )(*given)
+    )
+
+
+def _custom_vjp(
+    eqn: Any, values: list[Any], handler: Handler, fixed: Sequence[bool]
+) -> list[Any]:
+    """A function with its own rule: rule and function are walked like any program.
+
+    The gradient that the rule gives to the dense weight is projected; where it is a
+    product of two arrays, without ever being computed.
+    """
+    name = eqn.primitive.name
+    values = [x if isinstance(x, View) else as_array(x, handler, name) for x in values]
+    if not all(map(_is_real, eqn.outvars)):
+        return bind(eqn, [as_array(value, handler, name) for value in values])
+    forward, backward, count = _rule(eqn)
+
+    @jax.custom_vjp
+    def run(values: list[Any]) -> list[Any]:
+        return _arrays(eqn.params["call_jaxpr"], values, handler, name, fixed)
+
+    def run_forward(values: list[Any]) -> tuple[list[Any], Any]:
+        outputs = evaluate(forward, values, handler, fixed)
+        arrays = [as_array(x, handler, f"output of {name}") for x in outputs[:count]]
+        views = [x if isinstance(x, View) else None for x in values]
+        return arrays, (views, outputs[count:])
+
+    def run_backward(saved: Any, gradients: list[Any]) -> tuple[list[Any]]:
+        views, residuals = saved
+        env = _environment(backward, [*residuals, *gradients], handler)
+        made = {var: x for x in backward.jaxpr.eqns for var in x.outvars}
+        given = iter(backward.jaxpr.outvars)
+        new: list[Any] = []
+        for x, view in zip(eqn.invars, views, strict=True):
+            if not _is_real(x):
+                new.append(None)
+            elif view is None:
+                found = _read(env, next(given))
+                new.append(as_array(found, handler, f"output of {name}"))
+            else:
+                data = _projected(view, next(given), env, made, handler)
+                new.append(view.replace(data=data))
+        return (new,)
+
+    run.defvjp(run_forward, run_backward)
+    return run(values)
+
+
+def _rule(eqn: Any) -> tuple[Any, Any, int]:
+    """The jaxprs of a custom rule: to outputs and residuals, and from these back.
+
+    Back come the gradients of the real inputs.
+    """
+    real = [*map(_is_real, eqn.invars)]
+
+    def call(*arrays: Any) -> Any:
+        def of_real(*given: Any) -> Any:
+            left = iter(given)
+            each = zip(arrays, real, strict=True)
+            return tuple(bind(eqn, [next(left) if is_in else x for x, is_in in each]))
+
+        return jax.vjp(of_real, *(x for x, i in zip(arrays, real, strict=True) if i))
+
+    shapes = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in eqn.invars]
+    forward, (outputs, pull) = jax.make_jaxpr(call, return_shape=True)(*shapes)
+    residuals, tree = jax.tree.flatten(pull)
+
+    def back(residuals: list[Any], gradients: Any) -> Any:
+        return jax.tree.unflatten(tree, residuals)(gradients)
+
+    return forward, jax.make_jaxpr(back)(residuals, outputs), len(outputs)
+
+
+def _is_real(var: Any) -> bool:
+    return bool(jnp.issubdtype(var.aval.dtype, jnp.floating))
+
+
+def _projected(
+    view: View, var: Any, env: dict[Any, Any], made: dict[Any, Any], handler: Handler
+) -> tuple[Any, ...]:
+    """The gradient of a view's data from that of its present value, which is `var`.
+
+    The gradient's inner product with the value is <b, a W> where it is a product of a
+    and b: the gradient of that is what the data get.
+    """
+    steps: list[Callable[[Any], Any]] = []  # from the view to what `var` is paired with
+    first = var
+
+    def now(data: Any) -> Any:
+        value: Any = view.replace(data=data)
+        for step in steps:
+            value = None if value is None else step(value)
+        return value
+
+    eqn = made.get(var)
+    while eqn is not None and eqn.primitive.name in _LINEAR:
+        steps.append(_LINEAR[eqn.primitive.name](eqn))
+        var, eqn = eqn.invars[0], made.get(eqn.invars[0])
+    value = now(view.data)
+    if eqn is not None and eqn.primitive.name == "dot_general" and value is not None:
+        a, b = (_read(env, x) for x in eqn.invars)
+        if not isinstance(a, LAZY) and not isinstance(b, LAZY):
+            product, b = _transposed_product(eqn, a, b, value)
+            out, pull = jax.vjp(
+                lambda data: evaluate(product, [a, now(data)], handler)[0], view.data
+            )
+            (gradient,) = pull(b.astype(out.dtype))
+            return tuple(gradient)
+    handler.unknown(view, "custom_vjp_call")
+    steps.clear()
+    out, pull = jax.vjp(lambda x: handler.materialize(now(x)), view.data)
+    dense = as_array(_read(env, first), handler, "custom_vjp_call")
+    (gradient,) = pull(dense.astype(out.dtype))
+    return tuple(gradient)
+
+
+def _transposed_product(eqn: Any, a: Any, b: Any, value: Any) -> tuple[Any, Any]:
+    """The jaxpr of a W, where a b is W's gradient; and b as the result's gradient."""
+    (left, right), (batch, other) = eqn.params["dimension_numbers"]
+    free = [d for d in range(a.ndim) if d not in (*left, *batch)]
+    count = len(batch)
+    numbers = (
+        (tuple(free), tuple(range(count, count + len(free)))),
+        (tuple(batch), tuple(range(count))),
+    )
+    shape = jax.ShapeDtypeStruct(value.shape, value.dtype)
+    product = jax.make_jaxpr(lambda x, w: jax.lax.dot_general(x, w, numbers))(a, shape)
+    rows = [right[left.index(d)] for d in sorted(left)]
+    columns = [d for d in range(b.ndim) if d not in (*right, *other)]
+    return product, jnp.transpose(b, (*other, *rows, *columns))
+
+
+def _untransposed(eqn: Any) -> Callable[[Any], Any]:
+    order = eqn.params["permutation"]
+    inverse = [order.index(d) for d in range(len(order))]
+    return lambda value: transpose(value, inverse)
+
+
+_LINEAR: dict[str, Callable[[Any], Callable[[Any], Any]]] = {
+    "transpose": _untransposed,
+    "reshape": lambda eqn: lambda x: reshape(x, eqn.invars[0].aval.shape),
+    "convert_element_type": lambda eqn: lambda x: cast(x, eqn.invars[0].aval.dtype),
+}
+"""What W is paired with a value by, in the place of what a primitive made of it."""
 
 _CONTROL_FLOW: dict[
     str, Callable[[Any, list[Any], Handler, Sequence[bool]], list[Any]]
@@ -543,108 +609,6 @@ _CONTROL_FLOW: dict[
     "cond": _cond,
     "while": _while,
     "scan": _scan,
+    "shard_map": _shard_map,
+    "custom_vjp_call": _custom_vjp,
 }
-
-
-# Tracing a user's function
-
-
-class Traced(NamedTuple):
-    """A function as a closed jaxpr over its array arguments.
-
-    `leaves` are the array arguments in order, LowRank-like nodes as they came, each
-    with its path in (args, kwargs); `rebuild` gives the function's result from the
-    jaxpr's outputs. Where the function changes its arguments in place, `arguments`
-    gives (args, kwargs) as they are afterwards, from the same outputs; else it is None.
-    `replaced` tells which of these outputs, by position, stand in the place of which
-    leaf. Nothing is written into the arguments themselves.
-    """
-
-    jaxpr: Any
-    leaves: tuple[tuple[tuple[Any, ...], Any], ...]
-    rebuild: Callable[[Sequence[Any]], Any]
-    arguments: Callable[[Sequence[Any]], Any] | None
-    replaced: dict[int, int]
-
-
-def trace(
-    fn: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    is_node: Callable[[Any], bool],
-    *,
-    share: bool = False,
-    axis_env: Sequence[tuple[str, int]] = (),
-) -> Traced:
-    """The jaxpr of fn(*args, **kwargs) with dense abstract values in place of nodes.
-
-    Arrays, tracers and `jax.ShapeDtypeStruct` are traced; every other argument (flags,
-    strings, functions, None) is closed over, as a static argument of `jax.jit` is. With
-    `share`, an object that is in the arguments twice is one object for the function.
-    `axis_env` has mapped axes, names and sizes, beside those that are bound already.
-    """
-    flat, treedef = jax.tree_util.tree_flatten_with_path(
-        (args, kwargs), is_leaf=is_node
-    )
-    is_traced = [is_node(leaf) or _is_array(leaf) for _, leaf in flat]
-    leaves = tuple(item for item, keep in zip(flat, is_traced, strict=True) if keep)
-    traced: list[effects.Template] = []
-    changed: list[tuple[Any, ...]] = []
-
-    def on_arrays(*arrays: Any) -> list[Any]:
-        remaining = iter(arrays)
-        full = [
-            next(remaining) if keep else leaf
-            for (_, leaf), keep in zip(flat, is_traced, strict=True)
-        ]
-        copies = jax.tree.unflatten(treedef, full)
-        if share:
-            effects.share((args, kwargs), copies)
-        before = jax.tree.structure(copies)
-        out = fn(*copies[0], **copies[1])
-        result, outputs = effects.Template.of(out, (*_ARRAYS, *_SCALARS))
-        origin = {id(x): leaf for x, (_, leaf) in zip(full, flat, strict=True)}
-        after, changes = effects.Template.of(copies, _ARRAYS, origin, len(outputs))
-        now = jax.tree.leaves(copies)
-        traced[:] = [result, after]
-        if after.tree == before and all(map(operator.is_, now, full)):
-            return outputs  # nothing was changed in place
-        changed[:] = [path for path, _ in jax.tree_util.tree_leaves_with_path(copies)]
-        return [*outputs, *changes]
-
-    abstract = [
-        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_node(leaf) else leaf
-        for _, leaf in leaves
-    ]
-    jaxpr = jax.make_jaxpr(on_arrays, axis_env=axis_env)(*abstract)
-    result, after = traced
-    places = {path: i for i, (path, _) in enumerate(leaves)}
-    aligned = (changed, after.leaves, after.is_output) if changed else ((), (), ())
-    replaced = {
-        output: places[path]
-        for path, output, keep in zip(*aligned, strict=True)
-        if keep and path in places
-    }
-    return Traced(jaxpr, leaves, result.fill, after.fill if changed else None, replaced)
-
-
-@contextlib.contextmanager
-def axis_names(axis_env: Sequence[tuple[str, int]]) -> Iterator[None]:
-    """Names `axis_env` in the error of a function that uses an axis not in it."""
-    try:
-        yield
-    except NameError as error:
-        if "axis name" not in str(error):
-            raise
-        raise ValueError(
-            f"the function uses a mapped axis that is not in axis_env={[*axis_env]}: "
-            f'pass axis_env=[(name, size)], say axis_env=[("batch", 8)] ({error})'
-        ) from error
-
-
-_ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
-_SCALARS = (bool, int, float, complex, np.generic)
-
-
-def _is_array(x: Any) -> bool:
-    return isinstance(x, _ARRAYS)

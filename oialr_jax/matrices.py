@@ -4,15 +4,14 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
-from oialr_jax import interpret
+from oialr_jax import cost, interpret, readers, tracing, views
 from oialr_jax.lowrank import (
     Axes,
     PyTree,
@@ -21,6 +20,7 @@ from oialr_jax.lowrank import (
     path_name,
     unique_names,
 )
+from oialr_jax.views import Use, View, as_array, is_same
 
 
 class Matrix(NamedTuple):
@@ -30,6 +30,8 @@ class Matrix(NamedTuple):
     tokens, or batch x output positions for a convolution, per matrix of a stack).
     `uses` counts contractions in the program; a scanned body counts once. `other` names
     what else the function does with the leaf, or why it cannot be held in low rank.
+    `is_head` says that no other matrix reads what this one gives. `loads` has what each
+    use costs in a training step, at full rank, in entries of `itemsize` bytes.
     """
 
     path: str
@@ -38,6 +40,9 @@ class Matrix(NamedTuple):
     kind: str
     uses: int = 1
     other: tuple[str, ...] = ()
+    is_head: bool = False
+    loads: tuple[cost.Workload, ...] = ()
+    itemsize: int = 4
 
     @property
     def m(self) -> int:
@@ -48,6 +53,24 @@ class Matrix(NamedTuple):
     def n(self) -> int:
         """Columns of the matrix: the fan-out."""
         return self.axes.n
+
+    def flops(self, rank: int | None = None, rates: cost.Rates | None = None) -> int:
+        """FLOPs of a training step, dense or at a rank.
+
+        Args:     rates: of the device, which decide on the order of each use; without
+                  them it is the one of least FLOPs.
+        Raises:   ValueError: a rank outside [1, min(m, n)].
+        """
+        if rank is None:
+            return sum(cost.flops(cost.Order.DENSE, x).total for x in self.loads)
+        full = min(self.m, self.n)
+        if not 1 <= rank <= full:
+            raise ValueError(
+                f"`rank` must be in [1, {full}] for {self.path}, got {rank}"
+            )
+        loads = [dataclasses.replace(x, rank=rank) for x in self.loads]
+        orders = [cost.cheapest(x, rates, self.itemsize) for x in loads]
+        return sum(cost.flops(*use).total for use in zip(orders, loads, strict=True))
 
 
 class Skipped(NamedTuple):
@@ -126,43 +149,46 @@ def find_matrices(
     ('q', 8, 8, 32)
     """
     axes = tuple(dict(axis_env).items())
-    with interpret.axis_names(axes):
-        traced = interpret.trace(
-            fn, (params, *args), kwargs, is_low_rank, axis_env=axes
-        )
+    with tracing.axis_names(axes):
+        traced = tracing.trace(fn, (params, *args), kwargs, is_low_rank, axis_env=axes)
     unique_names(path[2:] for path, _ in traced.leaves if _in_params(path))
     probe = _Probe()
 
-    def walk(*arrays: Array) -> list[Array]:
+    def walk(*arrays: Array) -> list[Any]:
         values = [
-            interpret.View.of((array,), path_name(path[2:]), array.shape, array.dtype)
+            View.of((array,), path_name(path[2:]), array.shape, array.dtype)
             if _is_candidate(path, array)
             else array
             for (path, _), array in zip(traced.leaves, arrays, strict=True)
         ]
-        outputs = interpret.evaluate(traced.jaxpr, values, probe)
+        probe.shapes = {x.path: x.leaf_shape for x in values if isinstance(x, View)}
+        fixed = [not _in_params(path) for path, _ in traced.leaves]
+        outputs = interpret.evaluate(traced.jaxpr, values, probe, fixed)
         for output, leaf in traced.replaced.items():
             view = values[leaf]
-            if not isinstance(view, interpret.View):
+            if not isinstance(view, View):
                 continue
-            if interpret.is_same(outputs[output], view):
+            if is_same(outputs[output], view):
                 outputs[output] = arrays[leaf]
             else:
                 probe.unknown(view, "replaced in place")
+        probe.outputs = {x.path for x in outputs if isinstance(x, View)}
         return [
-            probe.output(out) if isinstance(out, interpret.View) else out
-            for out in outputs
+            probe.materialize(x)
+            if isinstance(x, View)
+            else as_array(x, probe, "output")
+            for x in outputs
         ]
 
     abstract = [_abstract(leaf) for _, leaf in traced.leaves]
-    jax.make_jaxpr(walk, axis_env=axes)(*abstract)
-    return probe.matrices(named_leaves(params))
+    walked = jax.make_jaxpr(walk, axis_env=axes)(*abstract)
+    return probe.matrices(named_leaves(params), readers.read_by_others(walked))
 
 
 def select(
     matrices: Sequence[Matrix],
     *,
-    min_aspect: float = 0.1,
+    min_aspect: float | None = None,
     keep_first: int = 0,
     keep_last: int = 1,
     keep_eligible: bool = False,
@@ -171,19 +197,26 @@ def select(
 ) -> tuple[Matrix, ...]:
     """The matrices to hold in low rank, in execution order.
 
-    A matrix is eligible when min(m, n) > min_aspect * max(m, n) and every use of it is
-    a contraction of the same axes (so a tied embedding is not). The first `keep_first`
-    and the last `keep_last` matrices that the network executes stay dense, eligible or
-    not; with `keep_eligible` they are counted among the eligible ones alone, which is
-    what the authors' code does and which often spares the layer before the head.
+    A matrix is eligible when every use of it is a contraction of the same axes (so a
+    tied embedding is not), a quarter of its rank pays, in stored weights and in FLOPs,
+    and there are ranks to choose from: it has at least `SHORT` rows and columns, or is
+    about square, min(m, n) > 0.1 max(m, n). With `min_aspect` that takes the place of
+    0.1, and decides alone.
+
+    The first `keep_first` and the last `keep_last` matrices that the network executes
+    stay dense, eligible or not; and if any of the last do, so does every head, a matrix
+    whose result no other matrix reads. With `keep_eligible` they are counted among the
+    eligible ones alone, which is what the authors' code does and which often spares the
+    layer before the head.
 
     Args:     include: regular expressions; exactly the matrices whose path matches one
               are taken, whatever their shape, place and other uses. exclude: regular
               expressions; a match is never taken.
     Raises:   ValueError: a pattern matches no matrix, or `include` asks for a grouped
               convolution, whose groups one factorisation would mix.
-    Source:   OIALR's rule for linear layers, here for convolutions too, where the
-              authors' code tests one side only by mistake.
+    Source:   OIALR's rule for linear layers is min_aspect=0.1 with keep_eligible=True,
+              here for convolutions too, where the authors' code tests one side only by
+              mistake.
     """
     matrices = tuple(matrices)
     included = _matching(matrices, include, "include")
@@ -194,21 +227,32 @@ def select(
             if _groups(x):
                 raise ValueError(f"`include` asks for {x.path}, a {_groups(x)}")
         return tuple(chosen)
-    square = [
-        x
-        for x in matrices
-        if min(x.m, x.n) > min_aspect * max(x.m, x.n) and x.path not in excluded
-    ]
-    eligible = [x for x in square if not x.other]
+    fitting = [x for x in matrices if _fits(x, min_aspect) and x.path not in excluded]
+    eligible = [x for x in fitting if not x.other]
     kept = eligible if keep_eligible else matrices
-    dense = {
-        x.path for x in (*kept[:keep_first], *kept[max(0, len(kept) - keep_last) :])
-    }
-    grouped = [x for x in square if _groups(x) and x.path not in dense]
+    heads = [x for x in matrices if x.is_head and keep_last and not keep_eligible]
+    last = kept[max(0, len(kept) - keep_last) :]
+    dense = {x.path for x in (*kept[:keep_first], *last, *heads)}
+    grouped = [x for x in fitting if _groups(x) and x.path not in dense]
     if grouped:
         listed = ", ".join(f"{x.path} ({_groups(x)})" for x in grouped)
         warnings.warn(f"left dense: {listed}", stacklevel=2)
     return tuple(x for x in eligible if x.path not in dense)
+
+
+SHORT = 32
+"""Rows or columns of a long matrix from which on low rank has ranks to choose from."""
+
+
+def _fits(matrix: Matrix, min_aspect: float | None) -> bool:
+    """Whether a matrix is one that low rank serves, by its shape and cost."""
+    short, long = sorted((matrix.m, matrix.n))
+    if min_aspect is not None:
+        return short > min_aspect * long
+    rank = max(1, short // 4)
+    weights = rank * (matrix.m + matrix.n + rank)
+    pays = weights <= matrix.m * matrix.n and matrix.flops(rank) <= matrix.flops()
+    return pays and (short >= SHORT or short > 0.1 * long)
 
 
 def _matching(
@@ -255,9 +299,11 @@ def _unfit(leaf: Any) -> str:
 @dataclasses.dataclass
 class _Record:
     axes: Axes
+    single: frozenset[int]  # axes that are of size one in every use so far
     rows: int
     kind: str
-    uses: int
+    loads: list[cost.Workload]
+    itemsize: int
     other: list[str]
 
 
@@ -269,21 +315,27 @@ class _Probe:
     """
 
     def __init__(self) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
         self.records: dict[str, _Record] = {}
-        self.seen: dict[tuple[str, int], Any] = {}
+        self.seen: dict[tuple[str, tuple[int, ...]], Any] = {}
         self.other: dict[str, list[str]] = {}
+        self.sides: dict[str, dict[frozenset[int], str]] = {}
         self.outputs: set[str] = set()
         self.detail = ""  # of the contraction that is about to be unknown
 
-    def matrices(self, leaves: Mapping[str, Any]) -> Matrices:
+    def matrices(self, leaves: Mapping[str, Any], read: Collection[str]) -> Matrices:
+        """What was found; `read` are the matrices whose result another one reads."""
         matrices = (
             Matrix(
                 path=path,
                 axes=record.axes,
                 rows=record.rows,
                 kind=record.kind,
-                uses=record.uses,
-                other=tuple(dict.fromkeys(record.other + self.other.get(path, []))),
+                uses=len(record.loads),
+                other=tuple(dict.fromkeys(self.others(path, record))),
+                is_head=path not in read,
+                loads=tuple(record.loads),
+                itemsize=record.itemsize,
             )
             for path, record in self.records.items()
         )
@@ -294,67 +346,122 @@ class _Probe:
         )
         return Matrices(matrices, skipped)
 
+    def others(self, path: str, record: _Record) -> list[str]:
+        """What is done with a matrix besides contractions of the same axes."""
+        found = record.other + self.other.get(path, [])
+        rows, columns = {*record.axes.inputs}, {*record.axes.outputs}
+        for axes, primitive in self.sides.get(path, {}).items():
+            both = axes & rows and axes & columns
+            part = any(0 < len(axes & side) < len(side) for side in (rows, columns))
+            if (primitive == "mul" and both) or (primitive == "reduce_sum" and part):
+                found.append(primitive)
+        return found
+
     def reason(self, path: str) -> str:
         """Why a leaf is no matrix."""
-        found = [*self.other.get(path, ()), *["output"] * (path in self.outputs)]
-        return ", ".join(dict.fromkeys(found)) or "never used"
+        known = [*self.other.get(path, ()), *self.sides.get(path, {}).values()]
+        known += ["output"] * (path in self.outputs)
+        return ", ".join(dict.fromkeys(known)) or "never used"
 
-    def output(self, view: interpret.View) -> Array:
-        self.outputs.add(view.path)
-        return self.materialize(view)
+    def materialize(self, view: View) -> Array:
+        return views.arrange(view, view.data[0])
 
-    def materialize(self, view: interpret.View) -> Array:
-        return interpret.arrange(view, view.data[0])
+    def along(
+        self, view: View, axis: int, change: Callable[[Array, int], Array]
+    ) -> tuple[Array, ...]:
+        return (change(view.data[0], view.present.index(axis)),)
 
-    def scale(
-        self, view: interpret.View, times: Callable[[Array], Array]
-    ) -> interpret.View:
-        return view.replace(data=(times(view.data[0]),))
+    def stacks(self, view: View, axis: int) -> bool:
+        return True
 
-    def unstack(self, view: interpret.View, axis: int) -> tuple[Array, ...]:
-        left = [a for a in range(len(view.leaf_shape)) if a not in view.taken]
-        return (jnp.moveaxis(view.data[0], left.index(axis), 0),)
+    def scale(self, view: View, factor: Array, axes: tuple[int, ...]) -> View | None:
+        if len(view.present) == len(axes) > 1:
+            return None  # along rows and columns, whichever are which
+        if axes:
+            self.sides.setdefault(view.path, {})[frozenset(axes)] = "mul"
+        over = views.over_axes(view, factor, view.present).astype(view.data[0].dtype)
+        return view.replace(data=(view.data[0] * over,))
+
+    def sum_squares(self, view: View, dims: tuple[int, ...]) -> Array:
+        axes = frozenset(atom.axis for atom in views.atoms(view, dims))
+        self.sides.setdefault(view.path, {})[axes] = "reduce_sum"
+        return jnp.sum(jnp.square(self.materialize(view)), dims)
 
     def contract(
-        self, view: interpret.View, x: Array, use: interpret.Use, eqn: Any
+        self, view: View, x: Array, use: Use, eqn: Any, rest: Sequence[Any] = ()
     ) -> Array | None:
-        axes = _axes(view, use)
+        axes = _axes(view, use, self.shapes[view.path])
         if isinstance(axes, str):
             self.detail = axes
             return None
-        if (view.path, id(eqn)) not in self.seen:
-            self.seen[view.path, id(eqn)] = eqn  # held, so that its id stays its own
-            self.note(view.path, axes, use, _rows(x, use, eqn))
-        operands = [x, x]
+        if (view.path, use.place) not in self.seen:
+            self.seen[view.path, use.place] = eqn
+            self.note(view, axes, use, x)
+        operands = [readers.reads(view.path, x)] * 2
         operands[use.position] = self.materialize(view)
-        return interpret.bind(eqn, operands)[0]
+        (out,) = views.bind(eqn, [*operands, *rest])
+        return readers.gives(view.path, out)
 
-    def note(self, path: str, axes: Axes, use: interpret.Use, rows: int) -> None:
-        record = self.records.setdefault(path, _Record(axes, rows, use.kind, 0, []))
-        record.uses += 1
-        record.rows = max(record.rows, rows)
+    def note(self, view: View, axes: Axes, use: Use, x: Array) -> None:
+        m, n, stack = (
+            math.prod(view.shape[d] for d in dims)
+            for dims in (use.contracted, use.free, use.batch)
+        )
+        load = cost.Workload(
+            rows=use.rows,
+            m=m,
+            n=n,
+            rank=min(m, n),
+            window=m // x.shape[use.x_contracted[0]] if use.kind == "conv" else 0,
+            stack=stack,
+            input_gradient=not use.x_fixed,
+        )
+        itemsize = jnp.promote_types(x.dtype, view.dtype).itemsize
+        single = frozenset(a for a, n in enumerate(view.leaf_shape) if n == 1)
+        record = self.records.setdefault(
+            view.path, _Record(axes, single, use.rows, use.kind, [], itemsize, [])
+        )
+        record.loads.append(load)
+        record.rows = max(record.rows, use.rows)
         if use.groups > 1:
             record.other.append(f"grouped convolution, {use.groups} groups")
-        turned = dataclasses.replace(axes, inputs=axes.outputs, outputs=axes.inputs)
-        if record.axes not in (axes, turned):
+        if not _agree(record.axes, axes, record.single | single):
             record.other.append(f"{use.kind} over other axes")
+        elif single < record.single:  # this use tells what the axis is
+            record.axes, record.single = axes, single
 
-    def unknown(self, view: interpret.View, primitive: str) -> None:
+    def unknown(self, view: View, primitive: str) -> None:
         said = f"{primitive} {self.detail}".rstrip()
         self.detail = ""
         self.other.setdefault(view.path, []).append(said)
 
 
-def _axes(view: interpret.View, use: interpret.Use) -> Axes | str:
+def _agree(one: Axes, other: Axes, single: frozenset[int]) -> bool:
+    """Whether two uses contract the same axes, or one of them the transposed matrix.
+
+    Axes of which a use sees one entry alone may be anything in it.
+    """
+
+    def groups(axes: Axes) -> list[set[int]]:
+        return [{*x} - single for x in (axes.stack, axes.inputs, axes.outputs)]
+
+    (stack, inputs, outputs), theirs = groups(one), groups(other)
+    return theirs in ([stack, inputs, outputs], [stack, outputs, inputs])
+
+
+def _axes(view: View, use: Use, shape: tuple[int, ...]) -> Axes | str:
     """Stack, inputs and outputs of the leaf under one use, or why it has none.
 
-    Axes of size one that a squeeze or reshape dropped count as outputs.
+    An axis of which one entry was taken is a stack. Other axes of size one that a
+    squeeze or reshape dropped count as outputs.
     """
 
     def axes_of(dims: Sequence[int]) -> set[int]:
         return {atom.axis for d in dims for atom in view.dims[d]}
 
-    stack = axes_of(use.batch).union(view.taken)
+    shown = axes_of(range(len(view.dims)))
+    single = {a for a, n in enumerate(shape) if view.leaf_shape[a] == 1 < n}
+    stack = axes_of(use.batch).union(view.taken, single - shown)
     inputs, outputs = axes_of(use.contracted), axes_of(use.free)
     if not inputs:
         return "over no axis"
@@ -362,13 +469,7 @@ def _axes(view: interpret.View, use: interpret.Use) -> Axes | str:
         return "over every axis"
     if stack & inputs or stack & outputs or inputs & outputs:
         return "over part of an axis"
-    outputs |= set(range(len(view.leaf_shape))) - stack - inputs
-    return Axes(view.leaf_shape, *(tuple(sorted(g)) for g in (stack, inputs, outputs)))
-
-
-def _rows(x: Array, use: interpret.Use, eqn: Any) -> int:
-    if use.kind == "conv":
-        out, spec = eqn.outvars[0].aval, eqn.params["dimension_numbers"].out_spec
-        return int(np.prod([out.shape[d] for d in (spec[0], *spec[2:])]))
-    gone = (*use.x_contracted, *use.x_batch)
-    return int(np.prod([s for d, s in enumerate(x.shape) if d not in gone]))
+    if {*view.indexed} & (inputs | outputs):
+        return "over an axis that is indexed"
+    outputs |= set(range(len(shape))) - stack - inputs
+    return Axes(shape, *(tuple(sorted(g)) for g in (stack, inputs, outputs)))

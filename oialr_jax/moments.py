@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from oialr_jax.lowrank import Axes, PyTree, compute_dtype, owner_of, path_name
+from oialr_jax.linalg import compute_dtype
+from oialr_jax.lowrank import Axes, PyTree, owner_of, path_name
 from oialr_jax.states import (
     AFRESH,
     COVER,

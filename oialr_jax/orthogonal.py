@@ -24,7 +24,8 @@ from oialr_jax.directions import (
     named_map,
     stateless,
 )
-from oialr_jax.lowrank import PyTree, compute_dtype
+from oialr_jax.linalg import compute_dtype
+from oialr_jax.lowrank import PyTree
 from oialr_jax.matrices import Matrix
 from oialr_jax.polar import LAPACK, polar_by, unit
 

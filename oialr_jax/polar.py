@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from oialr_jax.lowrank import svd
+from oialr_jax.linalg import svd
 
 METHODS = ("auto", "svd", "newton_schulz", "polar_express", "qdwh")
 LAPACK = ("svd", "qdwh")

@@ -19,7 +19,6 @@ from oialr_jax.lowrank import (
     abstract_low_rank,
     arrays_only,
     is_low_rank,
-    named_leaves,
     path_name,
 )
 from oialr_jax.matrices import Matrix
@@ -356,24 +355,3 @@ def _indivisible(places: list[Any], tree: PyTree, multiple: int) -> str:
                 except ValueError:
                     return path_name(path)
     return ""
-
-
-def check_matrices(params: PyTree, matrices: Sequence[Matrix]) -> None:
-    """Host side: every matrix names a leaf of the params, and has its shape.
-
-    Raises:   ValueError: it does not.
-    """
-    leaves = named_leaves(params)
-    for matrix in matrices:
-        if matrix.path not in leaves:
-            raise ValueError(
-                f"`matrices` names {matrix.path}, which `state.params` has not; it "
-                f"has: {', '.join(leaves)}. Find them in the same params: "
-                "find_matrices(forward, state.params, ...)"
-            )
-        shape = np.shape(leaves[matrix.path])
-        if shape != matrix.axes.shape:
-            raise ValueError(
-                f"{matrix.path} has shape {shape} in `state.params` and "
-                f"{matrix.axes.shape} in `matrices`: find them in the same params"
-            )

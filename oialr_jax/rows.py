@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from oialr_jax import interpret
 from oialr_jax.lowrank import Axes
+from oialr_jax.views import Use, View, atoms, split
 
 WIDE = 512
 """From this side on sums are computed in blocks, five eighths of the products."""
@@ -41,9 +41,9 @@ class Meeting(NamedTuple):
     for independent rows.
     """
 
-    view: interpret.View
+    view: View
     axes: Axes
-    use: interpret.Use
+    use: Use
     eqn: Any
     is_turned: bool
     examples: int | None
@@ -170,18 +170,18 @@ def _laid_out(
     view, axes = meeting.view, meeting.axes
     examples = array.shape[rows[0]] if rows else 1
     count = math.prod(array.shape[d] for d in rows)
-    stacked, inner = (interpret.atoms(view, x) for x in (meeting.use.batch, dims))
+    stacked, inner = (atoms(view, x) for x in (meeting.use.batch, dims))
     array = jnp.transpose(array, (*batch, *rows, *columns))
     array = array.reshape(
         *(atom.size for atom in stacked), count, *(atom.size for atom in inner)
     )
-    stack = [a for a in axes.stack if a not in view.taken]
+    stack = [a for a in axes.stack if a in view.present]
     present = {atom.axis for atom in inner}
     side = [a for group in (axes.inputs, axes.outputs) for a in group if a in present]
     order = [
-        *(stacked.index(atom) for atom in interpret.split(view, stack)),
+        *(stacked.index(atom) for atom in split(view, stack)),
         len(stacked),
-        *(len(stacked) + 1 + inner.index(atom) for atom in interpret.split(view, side)),
+        *(len(stacked) + 1 + inner.index(atom) for atom in split(view, side)),
     ]
     sizes = [view.leaf_shape[a] for a in stack]
     width = math.prod(atom.size for atom in inner)

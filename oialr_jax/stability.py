@@ -21,13 +21,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from oialr_jax.decompose import NOW, decomposed, mesh_of, on_host
+from oialr_jax.linalg import compute_dtype, singular_values, token_of
 from oialr_jax.lowrank import (
     Axes,
     PyTree,
-    compute_dtype,
     is_low_rank,
+    leaf_at,
     named_leaves,
-    singular_values,
     without_identity,
 )
 from oialr_jax.matrices import Matrix
@@ -184,13 +184,13 @@ def sigmas(portraits: Portraits, after: PyTree = ()) -> dict[str, Array]:
     groups: dict[Any, list[str]] = defaultdict(list)
     for path, one in portraits.items():
         groups[_side(one.r)].append(path)
-    token = _known([*jax.tree.leaves(after), _end(portraits)])
+    token = token_of([*jax.tree.leaves(after), _end(portraits)])
     found: dict[str, Array] = {}
     for paths in groups.values():
         members = [portraits[path].r for path in paths]
         batch = jnp.concatenate([r.reshape(-1, *r.shape[-2:]) for r in members])
         sigma = singular_values(batch + token.astype(batch.dtype))
-        token = _known([sigma])
+        token = token_of([sigma])
         stacks = [r.shape[:-2] for r in members]
         for path, stack, x in zip(
             paths, stacks, jnp.split(sigma, _ends(stacks)), strict=True
@@ -231,19 +231,12 @@ def subspaces(
 
 def _leaves(params: PyTree, matrices: Sequence[Matrix]) -> list[Any]:
     named = named_leaves(params)
-    for matrix in matrices:
-        if matrix.path not in named:
-            raise ValueError(f"params has no leaf {matrix.path}")
-        shape = named[matrix.path].shape
-        if shape != matrix.axes.shape:
-            raise ValueError(
-                f"{matrix.path} has shape {shape}, expected {matrix.axes.shape}"
-            )
-    leaves = [without_identity(named[matrix.path]) for matrix in matrices]
+    found = [leaf_at(matrix.path, named, matrix.axes.shape) for matrix in matrices]
+    leaves = without_identity(found)
     mesh = mesh_of([leaf.s if is_low_rank(leaf) else leaf for leaf in leaves])
     if mesh is None:
         return leaves
-    # each device would call LAPACK, and on a CPU two calls at once may deadlock
+    # each device would call LAPACK, and no two calls may overlap (`linalg`)
     return jax.tree.map(lambda x: x.addressable_data(0), _gathered(mesh)(leaves))
 
 
@@ -287,25 +280,15 @@ def _portrayed(
     return portraits, token
 
 
-@jax.jit
-def _known(arrays: list[Array]) -> Array:
-    """A token: 0, once all of these, none of them empty, are computed.
-
-    LAPACK calls wait for the token of those before: see `_solved`.
-    """
-    corners = jnp.stack([jnp.ravel(x)[0].astype(jnp.float32) for x in arrays])
-    return 0 * jnp.sum(jnp.nan_to_num(corners))
-
-
 def _end(portraits: Portraits) -> Array:
     """A token: 0, once all that is in them is computed."""
-    return _known([x for one in portraits.values() for x in (one.x, one.r)])
+    return token_of([x for one in portraits.values() for x in (one.x, one.r)])
 
 
 def _waiting(portraits: Portraits, nulls: list[Array]) -> Portraits:
     """The same portraits, whose next comparison waits for the nulls of this one."""
     path, one = next(iter(portraits.items()))
-    token = _known(nulls).astype(one.r.dtype)
+    token = token_of(nulls).astype(one.r.dtype)
     return portraits | {path: one._replace(r=one.r + token)}
 
 
@@ -330,23 +313,19 @@ def _view(leaf: Any, axes: Axes) -> tuple[Any, Array]:
 def _solved(
     cores: list[Array], token: Array
 ) -> tuple[list[tuple[Array, Array]], Array]:
-    """(X, R) of each core C, and a token that makes the next call wait for this one.
-
-    Two LAPACK calls that run at the same time may deadlock on a CPU, also within one
-    program of the caller's.
-    """
+    """(X, R) of each core C, and a token that makes the next call wait for this one."""
     side = cores[0].shape[-2:]
     batch = jnp.concatenate([c.reshape(-1, *side) for c in cores])
     # `token` is 0: it orders the calls and changes nothing
     ordered = batch + token.astype(batch.dtype)
     if side[0] > side[1]:  # P of Q R is Q times that of R, which is smaller
         q, r = jnp.linalg.qr(ordered)
-        token = _known([q, r])  # polar factors need no LAPACK: the next call goes on
+        token = token_of([q, r])  # polar factors need no LAPACK: the next call goes on
         with jax.default_matmul_precision("highest"):
             x = q @ polar(r)
     else:
         r = jnp.linalg.qr(ordered, mode="r")
-        token = _known([r])
+        token = token_of([r])
         x = polar(batch)
     r = _upright(r)
     ends = _ends([c.shape[:-2] for c in cores])

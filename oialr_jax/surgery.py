@@ -1,22 +1,21 @@
 """The only place where shapes change: factorize, truncate and densify, host side.
 
-An event computes on the devices (one batched, jitted call for all matrices of a shape),
-brings the singular values to the host once, chooses ranks there, and builds new params
-and a new optimizer state. Nothing is changed in place: on an error the caller's trees
-are as they were.
+There is one event, `_event`: it decomposes the leaves concerned (one batched, jitted
+call for all matrices of a shape), brings the singular values to the host once, chooses
+ranks there, and builds new params and a new optimizer state. Every verb here says which
+leaves and which ranks. Nothing is changed in place: on an error the caller's trees are
+as they were.
 """
 
 import dataclasses
 import functools
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from oialr_jax import moments
@@ -30,29 +29,37 @@ from oialr_jax.decompose import (
     is_committed,
     mesh_of,
     on_host,
+    part,
+    ranks_by,
 )
 from oialr_jax.labels import check_labels
-from oialr_jax.lowrank import (
+from oialr_jax.linalg import (
     RESOLVED,
+    alone,
+    compute_dtype,
+    diagonal,
+    orthogonality_error,
+    signed_qr,
+    token_of,
+)
+from oialr_jax.lowrank import (
     Axes,
     Basis,
     LowRank,
     PyTree,
     abstract_node,
     arrays_only,
-    compute_dtype,
-    diagonal,
     is_low_rank,
+    leaf_at,
     leaves_by_path,
     named_leaves,
-    orthogonality_error,
     path_name,
-    signed_qr,
-    unique_names,
+    with_leaves,
     without_identity,
 )
 from oialr_jax.matrices import Matrix
 from oialr_jax.moments import MomentRule, Move
+from oialr_jax.reports import LayerReport, Report, layer_report
 from oialr_jax.schedule import RankRule
 from oialr_jax.sharding import Layout, on_auto_axes
 from oialr_jax.transform import (
@@ -65,57 +72,16 @@ from oialr_jax.transform import (
 )
 
 
-class LayerReport(NamedTuple):
-    """What one event did to one leaf.
+class Setup(NamedTuple):
+    """What the events of a run have in common.
 
-    `before` is None where the leaf was dense. `energy` is the kept fraction of the sum
-    of squared singular values. `sigma` holds all singular values before the cut, one
-    row per matrix of the stack. A leaf that is not `finite` was left as it was.
+    The optimizer or None, how its second moments cross an event, and where the result
+    lies.
     """
 
-    path: str
-    m: int
-    n: int
-    before: int | None
-    after: int | None
-    energy: float
-    finite: bool
-    orthogonality_error: float
-    sigma: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What one event did: prints as a table, `to_dict` is ready for JSON."""
-
-    layers: tuple[LayerReport, ...]
-    kind: str
-    step: int | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings and lists; singular values to six digits."""
-        layers = []
-        for layer in self.layers:
-            sigma = [[float(f"{x:.6g}") for x in row] for row in layer.sigma.tolist()]
-            layers.append({**layer._asdict(), "sigma": sigma})
-        return {"step": self.step, "kind": self.kind, "layers": layers}
-
-    def __str__(self) -> str:
-        when = "" if self.step is None else f" at step {self.step}"
-        width = max([len(layer.path) for layer in self.layers] + [5])
-        lines = [
-            f"{self.kind}{when}",
-            f"{'layer':<{width}}  {'shape':>11}  {'rank':>12}  {'energy':>7}  UᵀU-I",
-        ]
-        for x in self.layers:
-            before = "dense" if x.before is None else str(x.before)
-            after = "dense" if x.after is None else str(x.after)
-            note = "" if x.finite else "  not finite, left as it was"
-            lines.append(
-                f"{x.path:<{width}}  {f'{x.m}x{x.n}':>11}  {before:>5} -> {after:<5}"
-                f" {x.energy:>7.1%}  {x.orthogonality_error:.0e}{note}"
-            )
-        return "\n".join(lines)
+    tx: Any
+    moment_rule: MomentRule = MomentRule()
+    layout: Layout | None = None
 
 
 @on_auto_axes
@@ -148,7 +114,23 @@ def factorize(
     Source:   OIALR, conversion; the authors' code zeroes the moments and keeps the step
               count, which makes Adam's next steps about three learning rates long.
     """
-    return _factorized(params, opt_state, matrices, rank, tx, moment_rule, layout, NOW)
+    leaves = named_leaves(params)
+    known = {x.path: x.axes for x in matrices}
+    given = rank if isinstance(rank, Mapping) else {}
+    for name in given:
+        leaf_at(name, known, what="`rank` names")
+    ranks = {}
+    for name, axes in known.items():
+        full = min(axes.m, axes.n)
+        wanted = given.get(name) if isinstance(rank, Mapping) else rank
+        wanted = full if wanted is None else wanted
+        _check_rank(wanted, full, name)
+        if not is_low_rank(leaf_at(name, leaves, axes.shape)):
+            ranks[name] = wanted
+    dense = {name: known[name] for name in ranks}
+    setup = Setup(tx, moment_rule, layout)
+    params, opt_state, (report, _) = _event(params, opt_state, dense, ranks, setup)
+    return params, opt_state, report
 
 
 @on_auto_axes
@@ -180,9 +162,22 @@ def truncate(
     Source:   OIALR, update step; the authors' code turns bases and core but only slices
               the moments, which leaves them in axes that no longer exist.
     """
-    if paths is None and isinstance(rule, Mapping):
-        paths = rule
-    return _truncated(params, opt_state, rule, paths, tx, moment_rule, layout, NOW)
+    nodes = {x: leaf for x, leaf in named_leaves(params).items() if is_low_rank(leaf)}
+    if paths is None:
+        paths = rule if isinstance(rule, Mapping) else nodes
+    axes = {x: leaf_at(x, nodes, what="no low-rank leaf at").axes for x in paths}
+    setup, ranks = Setup(tx, moment_rule, layout), {}
+    if isinstance(rule, Mapping):
+        ranks = {x: leaf_at(x, rule, what="`rule` has no rank for") for x in axes}
+    params, opt_state, (_, report) = _event(
+        params,
+        opt_state,
+        axes,
+        ranks,
+        setup,
+        rule=rule if isinstance(rule, RankRule) else None,
+    )
+    return params, opt_state, report
 
 
 @on_auto_axes
@@ -199,115 +194,13 @@ def choose(
     Raises:   ValueError: a matrix names no leaf of `params`; a budget is too small.
     """
     leaves = named_leaves(params)
-    items = [_named(matrix.path, leaves) for matrix in matrices]
+    items = [leaf_at(matrix.path, leaves) for matrix in matrices]
     axes = [x.axes for x in matrices]
-    kept = _kept_of(rule, axes)
+    exact = rule.budget is not None or rule.cutoff < RESOLVED  # small values count
+    kept = None if exact else [1] * len(axes)
     found = decomposed(items, axes, NOW, vectors=False, kept=kept)
-    ranks = _ranks(rule, on_host(found, NOW), axes)
+    ranks = ranks_by(rule, on_host(found, NOW), axes)
     return {x.path: r for x, r in zip(matrices, ranks, strict=True) if r}
-
-
-def _kept_of(rule: RankRule, axes: Sequence[Axes]) -> list[int] | None:
-    """The `kept` of values to choose by: None where small ones count, or the least."""
-    exact = rule.budget is not None or rule.cutoff < RESOLVED
-    return None if exact else [1] * len(axes)
-
-
-def _ranks(
-    rule: RankRule, spectra: Sequence[np.ndarray], axes: Sequence[Axes]
-) -> list[int | None]:
-    """The rank of each matrix, None where it is not finite."""
-    good = [i for i, sigma in enumerate(spectra) if np.isfinite(sigma).all()]
-    chosen = rule.choose_all(
-        [spectra[i].reshape(-1, spectra[i].shape[-1]) for i in good],
-        [(axes[i].m, axes[i].n) for i in good],
-    )
-    ranks: list[int | None] = [None] * len(spectra)
-    for i, r in zip(good, chosen, strict=True):
-        ranks[i] = r
-    return ranks
-
-
-@on_auto_axes
-def project(params: PyTree, rule: RankRule, matrices: Sequence[Matrix]) -> PyTree:
-    """Host side: params with the nearest matrices of the ranks that `rule` chooses.
-
-    They stay dense, and those that are LowRank, or not finite, are left alone. Of a
-    stack all have the same rank. The optimizer state needs no change.
-
-    Raises:   ValueError: a matrix names no leaf of `params`, or one of another shape; a
-              budget is too small.
-    Source:   Jain, Meka and Dhillon 2010 (singular value projection).
-
-    >>> axes = Axes(shape=(2, 2), stack=(), inputs=(0,), outputs=(1,))
-    >>> params = {"w": jnp.array([[2.0, 0.0], [0.0, 0.1]])}
-    >>> project(params, RankRule(), [Matrix("w", axes, rows=1, kind="dot")])
-    {'w': Array([[2., 0.],
-           [0., 0.]], dtype=float32)}
-    """
-    leaves = leaves_by_path(params)
-    by_name = dict(zip(unique_names(leaves), leaves, strict=True))
-    paths = [_path_of(matrix, by_name, leaves) for matrix in matrices]
-    dense = {
-        path: matrix.axes
-        for path, matrix in zip(paths, matrices, strict=True)
-        if not is_low_rank(leaves[path])
-    }
-    axes = list(dense.values())
-    solved = decomposed([leaves[path] for path in dense], axes, NOW, vectors=True)
-    ranks = _ranks(rule, on_host(solved, NOW), axes)
-    NOW.agree(ranks)
-    new = {
-        path: _recomposed(
-            leaves[path],
-            x.batch,
-            NOW.put(x.start, x.batch[0]),
-            NOW.put(r, x.batch[0]),
-            stack=x.stack,
-            axes=dense[path],
-            where=_place(leaves[path]),
-        )
-        for path, x, r in zip(dense, solved, ranks, strict=True)
-        if r
-    }
-    return _replaced(params, new)
-
-
-def _place(leaf: Any) -> NamedSharding | None:
-    """Where on a mesh a leaf lies, if it lies on one."""
-    where = getattr(leaf, "sharding", None)
-    return where if isinstance(where, NamedSharding) else None
-
-
-@functools.partial(jax.jit, static_argnames=("stack", "axes", "where"))
-def _recomposed(
-    leaf: Array,
-    batch: tuple[Array, Array, Array],
-    start: Any,
-    rank: Any,
-    *,
-    stack: tuple[int, ...],
-    axes: Axes,
-    where: NamedSharding | None,
-) -> Array:
-    """One dense leaf again, of its first `rank` singular vectors."""
-    left, sigma, right = _part(batch, start, stack)
-    kept = jnp.where(jnp.arange(sigma.shape[-1]) < rank, sigma, 0)
-    with jax.default_matmul_precision("highest"):
-        matrix = (left * kept[..., None, :]) @ right
-    new = axes.to_array(matrix).astype(leaf.dtype)
-    return new if where is None else jax.lax.with_sharding_constraint(new, where)
-
-
-def _part(
-    batch: tuple[Array, Array, Array], start: Any, stack: tuple[int, ...]
-) -> list[Array]:
-    """Of a batched decomposition that of one leaf."""
-    count = math.prod(stack)
-    return [
-        jax.lax.dynamic_slice_in_dim(x, start, count).reshape(*stack, *x.shape[1:])
-        for x in batch
-    ]
 
 
 @on_auto_axes
@@ -331,11 +224,12 @@ def compile_ahead(
     Args:     params, opt_state: arrays, or `jax.ShapeDtypeStruct` with the sharding of
               those that are committed to one.
     """
-    params, opt_state, _ = _ranks_applied(
-        params, opt_state, matrices, ranks, tx, moment_rule, layout, AHEAD
+    setup = Setup(tx, moment_rule, layout)
+    params, opt_state, _ = _event(
+        params, opt_state, _axes_in(ranks, matrices), ranks, setup, run=AHEAD
     )
     leaves = named_leaves(params)
-    items = [leaves[matrix.path] for matrix in then]
+    items = [leaf_at(matrix.path, leaves) for matrix in then]
     decomposed(items, [x.axes for x in then], AHEAD, vectors=False)
     return params, opt_state
 
@@ -355,38 +249,52 @@ def apply_ranks(
 
     Raises:   ValueError: what `factorize` and `truncate` raise.
     """
-    return _ranks_applied(
-        params, opt_state, matrices, ranks, tx, moment_rule, layout, NOW
+    setup = Setup(tx, moment_rule, layout)
+    params, opt_state, reports = _event(
+        params, opt_state, _axes_in(ranks, matrices), ranks, setup
     )
+    return params, opt_state, [x for x in reports if x.layers]
 
 
-def _ranks_applied(
+def _axes_in(names: Container[str], matrices: Iterable[Matrix]) -> dict[str, Axes]:
+    """The axes of the matrices of these names, in one order: one program."""
+    return {x.path: x.axes for x in matrices if x.path in names}
+
+
+@on_auto_axes
+def apply_rule(
     params: PyTree,
     opt_state: PyTree,
     matrices: Sequence[Matrix],
-    ranks: Mapping[str, int],
+    rule: RankRule,
+    treated: Sequence[Matrix],
+    *,
     tx: optax.GradientTransformation | None,
-    moment_rule: MomentRule,
-    layout: Layout | None,
-    run: "Run",
+    moment_rule: MomentRule = MomentRule(),  # noqa: B008 -- frozen
+    layout: Layout | None = None,
 ) -> tuple[PyTree, PyTree, list[Report]]:
+    """Host side: the `matrices` in low rank, the `treated` at the ranks of the rule.
+
+    Those of `matrices` that are dense and not treated are converted at full rank. What
+    `factorize` and then `truncate` of the treated do, by one decomposition of each
+    matrix; and reported as theirs: a dense matrix that is treated has a line of its
+    conversion at full rank, and one of its truncation.
+
+    Raises:   ValueError: what `factorize` and `truncate` raise; a budget is too small.
+    """
     leaves = named_leaves(params)
-    chosen = [x for x in matrices if x.path in ranks]  # in one order: one program
-    low = {x.path: ranks[x.path] for x in chosen if is_low_rank(leaves.get(x.path))}
-    dense = [x for x in chosen if x.path not in low]
-    reports = []
-    if dense:
-        wanted = {x.path: ranks[x.path] for x in dense}
-        params, opt_state, report = _factorized(
-            params, opt_state, dense, wanted, tx, moment_rule, layout, run
-        )
-        reports.append(report)
-    if low:
-        params, opt_state, report = _truncated(
-            params, opt_state, low, low, tx, moment_rule, layout, run
-        )
-        reports.append(report)
-    return params, opt_state, reports
+    chosen = {x.path for x in treated}
+    ranks = {
+        x.path: min(x.m, x.n)
+        for x in matrices
+        if x.path not in chosen and not is_low_rank(leaves.get(x.path))
+    }
+    axes = _axes_in({*chosen, *ranks}, matrices)
+    setup = Setup(tx, moment_rule, layout)
+    params, opt_state, reports = _event(
+        params, opt_state, axes, ranks, setup, rule=rule
+    )
+    return params, opt_state, [x for x in reports if x.layers]
 
 
 @on_auto_axes
@@ -402,191 +310,221 @@ def densify(
     With an optimizer state and its `tx` the result is (params, opt_state), first
     moments lifted as U M Vᵀ.
     """
-    leaves = leaves_by_path(params)
-    nodes = {path: leaf for path, leaf in leaves.items() if is_low_rank(leaf)}
-    dense = _replaced(params, {p: node.materialize() for p, node in nodes.items()})
+    nodes = {x: leaf for x, leaf in named_leaves(params).items() if is_low_rank(leaf)}
+    dense = with_leaves(params, {x: node.materialize() for x, node in nodes.items()})
     if opt_state is None:
         return dense
     if tx is None:
         raise ValueError("`densify` needs `tx` to carry the optimizer state")
-    moves = [
-        Move(
+    moves = {
+        name: Move(
             node.u.astype(compute_dtype(node.dtype)),
             jnp.swapaxes(node.vt, -1, -2).astype(compute_dtype(node.dtype)),
             after=node.axes,
         )
-        for node in nodes.values()
-    ]
-    _check_wrapped(opt_state, tx)
-    return dense, _carried(
-        dense,
-        opt_state,
-        moves,
-        paths=tuple(nodes),
-        tx=tx,
-        rule=moment_rule,
-        layout=None,
-    )
-
-
-def _factorized(
-    params: PyTree,
-    opt_state: PyTree,
-    matrices: Sequence[Matrix],
-    rank: int | Mapping[str, int] | None,
-    tx: optax.GradientTransformation | None,
-    moment_rule: MomentRule,
-    layout: Layout | None,
-    run: "Run",
-) -> tuple[PyTree, PyTree, Report]:
-    leaves = leaves_by_path(params)
-    by_name = dict(zip(unique_names(leaves), leaves, strict=True))
-    jobs = {}
-    for matrix in matrices:
-        path = _path_of(matrix, by_name, leaves)
-        wanted = rank.get(matrix.path) if isinstance(rank, Mapping) else rank
-        full = min(matrix.m, matrix.n)
-        wanted = full if wanted is None else wanted
-        _check_rank(wanted, full, matrix.path)
-        if not is_low_rank(leaves[path]):
-            jobs[path] = (matrix, wanted)
-    if isinstance(rank, Mapping):
-        for name in rank:
-            _named(name, {matrix.path: () for matrix in matrices}, "`rank` names")
-
-    chosen = [matrix for matrix, _ in jobs.values()]
-    items, axes = [leaves[path] for path in jobs], [x.axes for x in chosen]
-    kept = [r for _, r in jobs.values()]
-    solved = decomposed(items, axes, run, vectors=True, kept=kept)
-    spectra = on_host(solved, run)
-    faint = [
-        i
-        for i, (sigma, r) in enumerate(zip(spectra, kept, strict=True))
-        if by_gram(axes[i], r) and np.any(sigma[..., r - 1] < RESOLVED * sigma[..., 0])
-    ]
-    if faint:
-        again = decomposed(
-            [items[i] for i in faint], [axes[i] for i in faint], run, vectors=True
-        )
-        for i, x, sigma in zip(faint, again, on_host(again, run), strict=True):
-            solved[i], spectra[i] = x, sigma
-    plan = [
-        _Cut(
-            path,
-            r if np.isfinite(sigma).all() else None,
-            matrix.axes,
-            Basis(0).after(sigma, r),
-        )
-        for (path, (matrix, r)), sigma in zip(jobs.items(), spectra, strict=True)
-    ]
-    new_params, new_state = _after(
-        params, opt_state, solved, plan, tx, moment_rule, layout, run
-    )
-    new = leaves_by_path(new_params)
-    nodes = [new[cut.path] for cut in plan if cut.rank]
-    errors = iter(run.get(run.call(_errors, [(x.u, x.vt) for x in nodes])))
-    layers = [
-        _layer(x.path, x.axes, None, cut.rank, sigma, next(errors) if cut.rank else 0)
-        for x, cut, sigma in zip(chosen, plan, spectra, strict=True)
-    ]
-    return new_params, new_state, Report(tuple(layers), "conversion")
-
-
-def _truncated(
-    params: PyTree,
-    opt_state: PyTree,
-    rule: RankRule | Mapping[str, int],
-    paths: Iterable[str] | None,
-    tx: optax.GradientTransformation | None,
-    moment_rule: MomentRule,
-    layout: Layout | None,
-    run: "Run",
-) -> tuple[PyTree, PyTree, Report]:
-    leaves = leaves_by_path(params)
-    nodes_by_name = {
-        path_name(path): path for path, leaf in leaves.items() if is_low_rank(leaf)
+        for name, node in nodes.items()
     }
-    if paths is None:
-        chosen = list(nodes_by_name.values())
-    else:
-        chosen = [_named(n, nodes_by_name, "no low-rank leaf at") for n in paths]
-
-    nodes = [leaves[path] for path in chosen]
-    if isinstance(rule, Mapping):
-        for path, node in zip(chosen, nodes, strict=True):
-            name = path_name(path)
-            _named(name, rule, "`rule` has no rank for")
-            _check_rank(rule[name], node.rank, name)
-    solved, spectra, errors = _facts(nodes, run)
-    drifted = [
-        i for i, e in enumerate(errors) if np.isfinite(e) and e > _bound(nodes[i])
-    ]
-    if drifted:  # a repair moves bases by no more than the drift: overlaps stay Us, Vs
-        repaired = [
-            dataclasses.replace(
-                _repaired(without_identity(nodes[i])), basis=nodes[i].basis
-            )
-            for i in drifted
-        ]
-        again, sigmas, _ = _facts(repaired, run)
-        for i, node, x, sigma in zip(drifted, repaired, again, sigmas, strict=True):
-            nodes[i], solved[i], spectra[i] = node, x, sigma
-    sound = [
-        sigma if np.isfinite(error) else np.full_like(sigma, np.nan)
-        for sigma, error in zip(spectra, errors, strict=True)
-    ]
-    if isinstance(rule, RankRule):
-        ranks = _ranks(rule, sound, [x.axes for x in nodes])
-    else:
-        ranks = [
-            rule[path_name(path)] if np.isfinite(sigma).all() else None
-            for path, sigma in zip(chosen, sound, strict=True)
-        ]
-    plan = [
-        _Cut(path, r, node.axes, Basis(node.basis).after(sigma, r or 0))
-        for path, r, node, sigma in zip(chosen, ranks, nodes, spectra, strict=True)
-    ]
-    layers = [
-        _layer(path_name(path), node.axes, node.rank, r, sigma, error)
-        for path, node, r, sigma, error in zip(
-            chosen, nodes, ranks, spectra, errors, strict=True
-        )
-    ]
-    repairs = _replaced(params, dict(zip(chosen, nodes, strict=True)))
-    new_params, new_state = _after(
-        repairs if drifted else params,
-        opt_state,
-        solved,
-        plan,
-        tx,
-        moment_rule,
-        layout,
-        run,
-    )
-    return new_params, new_state, Report(tuple(layers), "truncation")
+    _check_wrapped(opt_state, tx)
+    return dense, _carried(dense, opt_state, moves, setup=Setup(tx, moment_rule))
 
 
-ORTHOGONALITY_BOUND = 1e-3
-"""Entry of |UᵀU - I| past which float32 bases are repaired; bfloat16 rounding alone
-gives 4e-3, so narrower bases are repaired past ten times their machine epsilon."""
+def _event(
+    params: PyTree,
+    opt_state: PyTree,
+    axes: Mapping[str, Axes],
+    ranks: Mapping[str, int],
+    setup: Setup,
+    *,
+    rule: RankRule | None = None,
+    run: Run = NOW,
+) -> tuple[PyTree, PyTree, tuple[Report, Report]]:
+    """The one event: decomposes the leaves of `axes`, chooses ranks, and applies them.
+
+    Dense leaves are converted and LowRank ones truncated, in one pass. The reports are
+    of the conversion and of the truncation; they have no layers where there was none.
+
+    Args:     ranks: by name; a leaf that is not in it gets its rank from the rule.
+    """
+    _check_wrapped(opt_state, setup.tx)
+    leaves = named_leaves(params)
+    old = {x: leaf_at(x, leaves, a.shape) for x, a in axes.items()}
+    axes = {x: leaf.axes if is_low_rank(leaf) else axes[x] for x, leaf in old.items()}
+    full = {
+        x: leaf.rank if is_low_rank(leaf) else min(axes[x].m, axes[x].n)
+        for x, leaf in old.items()
+    }
+    for name in axes:
+        _check_rank(ranks.get(name, 1), full[name], name)
+    facts = _facts(old, axes, {x: ranks.get(x, k) for x, k in full.items()}, run)
+
+    finite = [x for x, fact in facts.items() if fact.is_finite()]
+    new = {x: ranks[x] for x in finite if x in ranks}
+    free = [x for x in finite if x not in ranks]
+    if rule is not None:
+        spectra = [facts[x].sigma for x in free]
+        chosen = ranks_by(rule, spectra, [axes[x] for x in free])
+        new |= {x: r for x, r in zip(free, chosen, strict=True) if r}
+    params, opt_state, nodes = _after(params, opt_state, facts, new, setup, run)
+
+    fresh = [x for x in nodes if not is_low_rank(old[x])]
+    drift = dict(zip(fresh, _drift([nodes[x] for x in fresh], run), strict=True))
+    reports: dict[str, list[LayerReport]] = {"conversion": [], "truncation": []}
+    for name, fact in facts.items():
+        before, after = full[name], new.get(name)
+        rows = [("truncation", before, after)]
+        if not is_low_rank(old[name]) and (name in ranks or after is None):
+            rows = [("conversion", None, after)]
+        elif not is_low_rank(old[name]):
+            rows.insert(0, ("conversion", None, before))
+        error = drift.get(name, fact.error)
+        for kind, was, now in rows:
+            row = layer_report(name, fact.axes, was, now, fact.sigma, error)
+            reports[kind].append(row)
+    first, second = (Report(tuple(rows), kind) for kind, rows in reports.items())
+    return params, opt_state, (first, second)
 
 
-class _Cut(NamedTuple):
-    """What becomes of one leaf: its new rank (None: left as it was), axes and bases."""
+class _Fact(NamedTuple):
+    """A leaf of an event, its bases repaired where that was due, and its decomposition.
 
-    path: tuple[Any, ...]
-    rank: int | None
+    On the host are its singular values and how far its bases were from orthonormal.
+    """
+
+    leaf: Any
     axes: Axes
-    basis: Basis
+    solved: Solved
+    sigma: np.ndarray
+    error: Any
+
+    def is_finite(self) -> bool:
+        return bool(np.isfinite(self.sigma).all() and np.isfinite(self.error))
 
 
 def _facts(
-    nodes: Sequence[LowRank], run: Run
-) -> tuple[list[Solved], list[np.ndarray], list[Any]]:
-    """The cores' SVDs; on the host their singular values and the bases' errors."""
-    solved = decomposed(nodes, [x.axes for x in nodes], run, vectors=True)
-    errors = run.call(_errors, [(x.u, x.vt) for x in nodes])
-    return solved, on_host(solved, run), run.get(errors)
+    leaves: Mapping[str, Any],
+    axes: Mapping[str, Axes],
+    ranks: Mapping[str, int],
+    run: Run,
+) -> dict[str, _Fact]:
+    """All leaves, by one decomposition for the ranks that they are to have at most.
+
+    And by a second one those cores whose bases were repaired, and dense leaves that are
+    to keep what their Gram matrix does not show.
+    """
+
+    def solved(leaves: Mapping[str, Any], kept: list[int] | None) -> dict[str, _Fact]:
+        items = list(leaves.values())
+        found = decomposed(
+            items, [axes[x] for x in leaves], run, vectors=True, kept=kept
+        )
+        errors = iter(_drift([x for x in items if is_low_rank(x)], run))
+        return {
+            x: _Fact(leaf, axes[x], y, sigma, next(errors) if is_low_rank(leaf) else 0)
+            for (x, leaf), y, sigma in zip(
+                leaves.items(), found, on_host(found, run), strict=True
+            )
+        }
+
+    facts = solved(leaves, [ranks[x] for x in leaves])
+    again = {}
+    for name, (leaf, view, _, sigma, error) in facts.items():
+        if is_low_rank(leaf):
+            if np.isfinite(error) and error > _bound(leaf):
+                # moves bases by no more than the drift: overlaps stay Us, Vs
+                new = alone(_repaired(without_identity(leaf)))
+                again[name] = dataclasses.replace(new, basis=leaf.basis)
+        elif by_gram(view, ranks[name]) and np.any(
+            sigma[..., ranks[name] - 1] < RESOLVED * sigma[..., 0]
+        ):
+            again[name] = leaf
+    for name, fact in solved(again, None).items():
+        facts[name] = fact._replace(error=facts[name].error)
+    return facts
+
+
+def _after(
+    params: PyTree,
+    opt_state: PyTree,
+    facts: Mapping[str, _Fact],
+    ranks: Mapping[str, int],
+    setup: Setup,
+    run: Run,
+) -> tuple[PyTree, PyTree, dict[str, LowRank]]:
+    """Params and state with leaves at new ranks, and these nodes by name."""
+    bases = {
+        x: Basis(getattr(facts[x].leaf, "basis", 0)).after(facts[x].sigma, r)
+        for x, r in ranks.items()
+    }
+    run.agree([(x, ranks.get(x), int(bases.get(x, 0))) for x in facts])
+    beside = next((x for x in jax.tree.leaves(params) if mesh_of([x])), None)
+    if beside is not None:
+        if setup.layout is None:
+            setup = setup._replace(layout=Layout(beside.sharding.mesh))
+        opt_state = jax.tree.map(
+            lambda x: x if is_committed(x) else run.put(x, beside), opt_state
+        )
+    if not ranks:
+        known = None if setup.tx is None else with_pending(params, opt_state, {})
+        return params, known, {}
+    places = {}
+    if setup.layout is not None:  # where it wants u, s and vt
+        shapes = {
+            x: abstract_node(facts[x].axes, r, jnp.float32) for x, r in ranks.items()
+        }
+        found = named_leaves(setup.layout(with_leaves(params, shapes)))
+        places = {x: (found[x].u, found[x].s, found[x].vt) for x in ranks}
+    nodes, moves = {}, {}
+    for name, rank in ranks.items():
+        leaf, axes, (batch, start, stack), *_ = facts[name]
+        node, moves[name] = run.call(
+            _rebased,
+            without_identity(leaf),
+            batch,
+            run.put(start, batch[0]),
+            stack=stack,
+            rank=rank,
+            axes=axes,
+            where=places.get(name),
+        )
+        nodes[name] = dataclasses.replace(node, basis=bases[name])
+    params = with_leaves(params, nodes)
+    if setup.tx is None:
+        return params, None, nodes
+    bare = arrays_only(without_identity(params))
+    return params, run.call(_carried, bare, opt_state, moves, setup=setup), nodes
+
+
+@functools.partial(jax.jit, static_argnames="setup")
+def _carried(
+    new_params: PyTree, opt_state: PyTree, moves: dict[str, Move], *, setup: Setup
+) -> PyTree:
+    tx, rule, layout = setup
+    paths = {path_name(path): path for path in leaves_by_path(new_params)}
+    moved = {paths[name]: move for name, move in moves.items()}
+    trained = trainable(new_params)
+    check_frozen(tx, new_params)
+    check_labels(tx, moments.shapes_before(trained, moved), trained)
+    new = moments.carry(
+        opt_state,
+        tx.init(new_params),
+        moved,
+        rule,
+        params=trained,
+        adam=adam_states(tx, trained),
+    )
+    new = jax.tree.map(
+        lambda x: x._replace(pending=jnp.zeros_like(x.pending)) if is_frozen(x) else x,
+        new,
+        is_leaf=is_frozen,
+    )
+    if layout is None:
+        return new
+    return jax.lax.with_sharding_constraint(new, layout.of_optimizer(new_params, new))
+
+
+def _drift(nodes: Sequence[LowRank], run: Run) -> list[Any]:
+    """How far the bases of each node are from orthonormal, on the host."""
+    return run.get(run.call(_errors, [(x.u, x.vt) for x in nodes])) if nodes else []
 
 
 @jax.jit
@@ -611,7 +549,7 @@ def _rebased(
     Of a dense leaf W = U Σ Vᵀ gradients become UᵀGV; of a core S = Us Σ Vsᵀ the bases
     become U Us and Vsᵀ Vᵀ and moments turn by Us and Vs.
     """
-    left, sigma, right = _part(batch, start, stack)
+    left, sigma, right = part(batch, start, stack)
     left, sigma, right = left[..., :rank], sigma[..., :rank], right[..., :rank, :]
     u, vt, core, old = left, right, diagonal(sigma), (leaf, leaf, leaf)
     if is_low_rank(leaf):
@@ -628,12 +566,19 @@ def _rebased(
     )
 
 
+ORTHOGONALITY_BOUND = 1e-3
+"""Entry of |UᵀU - I| past which float32 bases are repaired; bfloat16 rounding alone
+gives 4e-3, so narrower bases are repaired past ten times their machine epsilon."""
+
+
 @jax.jit
 def _repaired(node: LowRank) -> LowRank:
     """Orthonormal bases, the triangular parts in the core: U S Vᵀ does not change."""
     wide = compute_dtype(node.dtype)
     u, s, vt = (f.astype(wide) for f in (node.u, node.s, node.vt))
-    (qu, ru), (qv, rv) = signed_qr(u), signed_qr(jnp.swapaxes(vt, -1, -2))
+    qu, ru = signed_qr(u)
+    after = token_of([qu, ru]).astype(wide)  # no two LAPACK calls at once
+    qv, rv = signed_qr(jnp.swapaxes(vt, -1, -2) + after)
     with jax.default_matmul_precision("highest"):
         core = ru @ s @ jnp.swapaxes(rv, -1, -2)
     new = (qu, core, jnp.swapaxes(qv, -1, -2))
@@ -646,63 +591,9 @@ def _bound(node: LowRank) -> float:
     return max(ORTHOGONALITY_BOUND, 10 * float(jnp.finfo(node.u.dtype).eps))
 
 
-def _layer(
-    path: str,
-    axes: Axes,
-    before: int | None,
-    after: int | None,
-    sigma: np.ndarray,
-    error: Any,
-) -> LayerReport:
-    """`after` is None for a leaf that is not finite and was left as it was."""
-    flat = np.asarray(sigma, np.float64).reshape(-1, sigma.shape[-1])
-    energy, finite = 1.0, after is not None
-    if finite and np.sum(flat**2) > 0:
-        energy = float(np.sum(flat[:, :after] ** 2) / np.sum(flat**2))
-    return LayerReport(
-        path,
-        axes.m,
-        axes.n,
-        before,
-        after if finite else before,
-        energy,
-        finite,
-        float(error),
-        flat,
-    )
-
-
-def _named(name: str, known: Mapping[str, Any], what: str = "no leaf at") -> Any:
-    if name not in known:
-        raise ValueError(f"{what} {name}; there are: {', '.join(known)}")
-    return known[name]
-
-
-def _path_of(
-    matrix: Matrix, by_name: Mapping[str, Any], leaves: Mapping[Any, Any]
-) -> Any:
-    """The path of the leaf that a matrix names.
-
-    Raises:   ValueError: there is none, or it has another shape.
-    """
-    path = _named(matrix.path, by_name)
-    shape = leaves[path].shape
-    if shape != matrix.axes.shape:
-        raise ValueError(
-            f"{matrix.path} has shape {shape}, the matrix has {matrix.axes.shape}"
-        )
-    return path
-
-
 def _check_rank(rank: int, full: int, path: str) -> None:
     if not 1 <= rank <= full:
         raise ValueError(f"`rank` must be in [1, {full}] for {path}, got {rank}")
-
-
-def _replaced(params: PyTree, new: Mapping[tuple[Any, ...], Any]) -> PyTree:
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: new.get(path, leaf), params, is_leaf=is_low_rank
-    )
 
 
 def _check_wrapped(opt_state: PyTree, tx: optax.GradientTransformation | None) -> None:
@@ -713,108 +604,3 @@ def _check_wrapped(opt_state: PyTree, tx: optax.GradientTransformation | None) -
         map(is_frozen, jax.tree.leaves(opt_state, is_leaf=is_frozen))
     ):
         raise ValueError(f"the optimizer would move frozen bases: {UNWRAPPED}")
-
-
-def _after(
-    params: PyTree,
-    opt_state: PyTree,
-    solved: Sequence[Solved],
-    plan: Sequence[_Cut],
-    tx: optax.GradientTransformation | None,
-    rule: MomentRule,
-    layout: Layout | None,
-    run: Run,
-) -> tuple[PyTree, PyTree]:
-    """Params and state after an event."""
-    _check_wrapped(opt_state, tx)
-    run.agree([(path_name(cut.path), cut.rank, int(cut.basis)) for cut in plan])
-    leaves = leaves_by_path(params)
-    mesh = mesh_of(jax.tree.leaves(params))
-    if layout is None and mesh is not None:
-        layout = Layout(mesh)
-    beside = next((x for x in jax.tree.leaves(params) if mesh_of([x])), None)
-    opt_state = jax.tree.map(
-        lambda x: x if beside is None or is_committed(x) else run.put(x, beside),
-        opt_state,
-    )
-    places = _places(params, plan, layout)
-    moved = {
-        cut.path: run.call(
-            _rebased,
-            without_identity(leaves[cut.path]),
-            x.batch,
-            run.put(x.start, x.batch[0]),
-            stack=x.stack,
-            rank=cut.rank,
-            axes=cut.axes,
-            where=places.get(cut.path),
-        )
-        for x, cut in zip(solved, plan, strict=True)
-        if cut.rank
-    }
-    if not moved and tx is not None:
-        return params, with_pending(params, opt_state, {})
-    moves = [move for _, move in moved.values()]
-    bases = {cut.path: cut.basis for cut in plan}  # of the host: no program's business
-    nodes = {
-        path: dataclasses.replace(node, basis=bases[path])
-        for path, (node, _) in moved.items()
-    }
-    new_params = _replaced(params, nodes)
-    if tx is None:
-        return new_params, None
-    state = run.call(
-        _carried,
-        arrays_only(without_identity(new_params)),
-        opt_state,
-        moves,
-        paths=tuple(moved),
-        tx=tx,
-        rule=rule,
-        layout=layout,
-    )
-    return new_params, state
-
-
-def _places(
-    params: PyTree, plan: Sequence[_Cut], layout: Layout | None
-) -> dict[tuple[Any, ...], tuple[Any, ...]]:
-    """Where the layout wants u, s and vt of each leaf that moves."""
-    if layout is None:
-        return {}
-
-    nodes = {x.path: abstract_node(x.axes, x.rank, jnp.float32) for x in plan if x.rank}
-    places = leaves_by_path(layout(_replaced(params, nodes)))
-    return {path: (places[path].u, places[path].s, places[path].vt) for path in nodes}
-
-
-@functools.partial(jax.jit, static_argnames=("paths", "tx", "rule", "layout"))
-def _carried(
-    new_params: PyTree,
-    opt_state: PyTree,
-    moves: list[Move],
-    *,
-    paths: tuple[tuple[Any, ...], ...],
-    tx: optax.GradientTransformation,
-    rule: MomentRule,
-    layout: Layout | None,
-) -> PyTree:
-    moved, trained = dict(zip(paths, moves, strict=True)), trainable(new_params)
-    check_frozen(tx, new_params)
-    check_labels(tx, moments.shapes_before(trained, moved), trained)
-    new = moments.carry(
-        opt_state,
-        tx.init(new_params),
-        moved,
-        rule,
-        params=trained,
-        adam=adam_states(tx, trained),
-    )
-    new = jax.tree.map(
-        lambda x: x._replace(pending=jnp.zeros_like(x.pending)) if is_frozen(x) else x,
-        new,
-        is_leaf=is_frozen,
-    )
-    if layout is None:
-        return new
-    return jax.lax.with_sharding_constraint(new, layout.of_optimizer(new_params, new))

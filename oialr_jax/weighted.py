@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from oialr_jax.lowrank import compute_dtype, signed_qr, svd
+from oialr_jax.linalg import compute_dtype, signed_qr, svd, token_of
 
 RIDGE = 1e-3
 """What is added to the diagonal of C and D, in parts of their mean eigenvalue."""
@@ -57,6 +57,8 @@ def directions(
     stack = matrix.ndim - 2
     with jax.default_matmul_precision("highest"):
         a, a_inverse, known_a = _roots(inputs, stack, ridge)
+        if a is not None and outputs is not None:
+            outputs = outputs + token_of([a])
         b, b_inverse, known_b = _roots(outputs, stack, ridge)
         p, sigma, qt = svd(_times(a, matrix, b))
         left = _times(a_inverse, p * sigma[..., None, :], None)
@@ -72,7 +74,8 @@ def cut(found: Directions, rank: int) -> tuple[Array, Array, Array]:
     """
     with jax.default_matmul_precision("highest"):
         u, left = signed_qr(found.left[..., :rank])
-        v, right = signed_qr(found.right[..., :rank, :].mT)
+        token = token_of([u])
+        v, right = signed_qr(found.right[..., :rank, :].mT + token)
         return u, left @ right.mT, v.mT
 
 

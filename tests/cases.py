@@ -229,6 +229,126 @@ def stack_looped(p: Any, x: jax.Array) -> jax.Array:
     return jax.lax.scan(layer, x, jnp.arange(3))[0]
 
 
+def iterated(p: Any, x: jax.Array) -> jax.Array:
+    for w in p["w"]:  # slices whose strides are one
+        x = jnp.tanh(x @ w)
+    return x
+
+
+def gates(p: Any, x: jax.Array) -> jax.Array:
+    """Four gates' weights joined before their product, as in Flax's LSTM cell."""
+    w = jnp.concatenate([p[name] for name in "ifgo"], axis=-1)
+    i, f, g, o = jnp.split(x @ w, 4, axis=-1)
+    return jnp.tanh(i * f) + g * o
+
+
+def rows_joined(p: Any, x: jax.Array) -> jax.Array:
+    """Weights and an array one below the other: what each contracts is summed."""
+    return x @ jnp.concatenate([p["a"], jnp.ones((2, 5)), p["b"]], axis=0)
+
+
+def stacked(p: Any, x: jax.Array) -> jax.Array:
+    w = jnp.stack([p["a"], p["b"]])
+    return jnp.einsum("bi,nij->bnj", x, w) + jnp.einsum("nbi,nij->bnj", x[None], w[:1])
+
+
+def split_apart(p: Any, x: jax.Array) -> jax.Array:
+    q, k, v = jnp.split(p["qkv"], 3, axis=1)
+    top, bottom = p["wo"][:4], p["wo"][4:]
+    y = jnp.tanh(x @ q) * jnp.sin(x @ k) + x @ v
+    return y[:, :4] @ top + jnp.tanh(y[:, 4:]) @ bottom
+
+
+def heads_cut(p: Any, x: jax.Array) -> jax.Array:
+    """Heads split off a fused kernel by a reshape, then taken one at a time."""
+    w = p["w"].reshape(6, 3, 4)
+    return (x @ w[:, 1]) * (x @ w[:, 2, ::2]).sum(-1, keepdims=True)
+
+
+def conv_cut(p: Any, x: jax.Array) -> jax.Array:
+    """A convolution whose kernel is cut along channels, and its middle tap alone."""
+
+    def conv(x: jax.Array, w: jax.Array) -> jax.Array:
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", None, None, numbers)
+
+    w = p["w"]
+    low, high = conv(x[..., :2], w[:, :, :2]), conv(x, w[..., 3:])
+    return jnp.tanh(low[..., :5]) + high + (x @ w[1, 1])[..., :5]
+
+
+def conv_joined(p: Any, x: jax.Array) -> jax.Array:
+    w = jnp.concatenate([p["a"], p["b"]], axis=-1)
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, w, (2, 2), "SAME", None, None, numbers)
+
+
+def weight_normed(p: Any, x: jax.Array) -> jax.Array:
+    """Weight normalisation over the fan-in, a gain per column, and one per row."""
+    w = p["w"] / jnp.sqrt(jnp.sum(p["w"] ** 2, axis=0, keepdims=True) + 1e-6)
+    return x @ (w * p["gain"][None] * p["row"][:, None])
+
+
+def penalised(p: Any, x: jax.Array) -> jax.Array:
+    """What the usual penalties make of a weight: the core's own sums."""
+    norms = (
+        jnp.sum(p["a"] ** 2) + jnp.sum(jnp.square(p["b"].T)) + jnp.vdot(p["a"], p["a"])
+    )
+    rows = jnp.linalg.norm(p["b"], axis=1).sum() + jnp.sum(0.5 * (p["b"] * p["b"]))
+    return jnp.tanh(x @ p["a"]) @ p["b"] + 1e-2 * (norms + rows)
+
+
+def experts_by_index(p: Any, x: jax.Array) -> jax.Array:
+    """Experts for each row, taken by a computed index, in four spellings."""
+    best = jax.lax.top_k(x[:, :3], 2)[1]
+    index = best[:, 0]
+    y = jnp.einsum("bi,bij->bj", x, p["w"][index])
+    y += jnp.einsum("bi,bkij->bkj", y, p["w"][best]).sum(1)
+    y += jnp.einsum("bi,bij->bj", y, jnp.take(p["w"], index, axis=0))
+    return y + jax.vmap(lambda i, x: x @ p["w"][i])(index, y)
+
+
+def experts_ragged(p: Any, x: jax.Array) -> jax.Array:
+    sizes = jnp.array([3, 0, 5])
+    y = jax.nn.relu(jax.lax.ragged_dot(x, p["up"], sizes))
+    return jax.lax.ragged_dot(y, p["down"], sizes)
+
+
+def on_devices(p: Any, x: jax.Array) -> jax.Array:
+    """Columns of one weight and rows of another on each device of a mesh."""
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))
+
+    def block(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        return jax.lax.psum(jnp.tanh(x @ a) @ b, "model")
+
+    specs = (P(), P(None, "model"), P("model", None))
+    mapped = jax.shard_map(block, mesh=mesh, in_specs=specs, out_specs=P())
+    return mapped(x, p["a"], p["b"])
+
+
+@jax.custom_vjp
+def ruled(x: jax.Array, w: jax.Array) -> jax.Array:
+    return x @ w
+
+
+def ruled_forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, Any]:
+    return x @ w, (x, w)
+
+
+def ruled_backward(saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, w = saved
+    g = jnp.clip(g, -0.5, 0.5)
+    return g @ w.T, x.T @ g
+
+
+ruled.defvjp(ruled_forward, ruled_backward)
+
+
+def own_rule(p: Any, x: jax.Array) -> jax.Array:
+    """A product whose own rule clips what comes back; it needs no dense weight."""
+    return ruled(jnp.tanh(ruled(x, p["a"])), p["b"])
+
+
 ROW_COL = ((), (0,), (1,))
 
 CASES = (
@@ -401,6 +521,82 @@ CASES = (
         "stack_looped",
         plain(stack_looped, (4, 6), w=(3, 6, 6)),
         (("w", ((0,), (1,), (2,)), 4, "dot", 1),),
+    ),
+    Case(
+        "stack_iterated",
+        plain(iterated, (4, 6), w=(3, 6, 6)),
+        (("w", ((0,), (1,), (2,)), 4, "dot", 3),),
+    ),
+    Case(
+        "gates_joined",
+        plain(gates, (4, 6), i=(6, 5), f=(6, 5), g=(6, 5), o=(6, 5)),
+        tuple((name, ROW_COL, 4, "dot", 1) for name in "ifgo"),
+    ),
+    Case(
+        "rows_joined",
+        plain(rows_joined, (4, 10), a=(4, 5), b=(4, 5)),
+        (("a", ROW_COL, 4, "dot", 1), ("b", ROW_COL, 4, "dot", 1)),
+    ),
+    Case(
+        "weights_stacked",
+        plain(stacked, (4, 6), a=(6, 5), b=(6, 5)),
+        (("a", ROW_COL, 4, "dot", 2), ("b", ROW_COL, 4, "dot", 1)),
+    ),
+    Case(
+        "split_apart",
+        plain(split_apart, (4, 6), qkv=(6, 24), wo=(8, 5)),
+        (("qkv", ROW_COL, 4, "dot", 3), ("wo", ROW_COL, 4, "dot", 2)),
+    ),
+    Case(
+        "heads_cut",
+        plain(heads_cut, (4, 6), w=(6, 12)),
+        (("w", ROW_COL, 4, "dot", 2),),
+    ),
+    Case(
+        "conv_cut",
+        plain(conv_cut, (2, 4, 4, 4), w=(3, 3, 4, 8)),
+        (("w", ((), (0, 1, 2), (3,)), 32, "conv", 3),),
+    ),
+    Case(
+        "conv_joined",
+        plain(conv_joined, (2, 4, 4, 4), a=(3, 3, 4, 6), b=(3, 3, 4, 5)),
+        (
+            ("a", ((), (0, 1, 2), (3,)), 8, "conv", 1),
+            ("b", ((), (0, 1, 2), (3,)), 8, "conv", 1),
+        ),
+    ),
+    Case(
+        "weight_normed",
+        plain(weight_normed, (4, 6), w=(6, 5), gain=(5,), row=(6,)),
+        (("w", ROW_COL, 4, "dot", 1),),
+    ),
+    Case(
+        "penalised",
+        plain(penalised, (4, 6), a=(6, 8), b=(8, 5)),
+        (("a", ROW_COL, 4, "dot", 1), ("b", ROW_COL, 4, "dot", 1)),
+    ),
+    Case(
+        "experts_by_index",
+        plain(experts_by_index, (4, 6), w=(3, 6, 6)),
+        (("w", ((0,), (1,), (2,)), 1, "dot", 4),),
+    ),
+    Case(
+        "experts_ragged",
+        plain(experts_ragged, (8, 6), up=(3, 6, 7), down=(3, 7, 6)),
+        (
+            ("up", ((0,), (1,), (2,)), 2, "ragged", 1),
+            ("down", ((0,), (1,), (2,)), 2, "ragged", 1),
+        ),
+    ),
+    Case(
+        "on_devices",
+        plain(on_devices, (4, 6), a=(6, 8), b=(8, 5)),
+        (("a", ROW_COL, 4, "dot", 1), ("b", ROW_COL, 4, "dot", 1)),
+    ),
+    Case(
+        "own_rule",
+        plain(own_rule, (4, 6), a=(6, 8), b=(8, 5)),
+        (("a", ROW_COL, 4, "dot", 1), ("b", ROW_COL, 4, "dot", 1)),
     ),
     Case(
         "annotated",

@@ -22,7 +22,7 @@ from helpers import assert_close
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import oialr_jax as oialr
-from oialr_jax import surgery
+from oialr_jax import decompose, surgery
 from oialr_jax.lowrank import named_leaves
 from oialr_jax.transform import pending_ranks, reference_of
 
@@ -98,6 +98,21 @@ def test_dense_until_the_delay_then_low_rank_last_layers_first():
     ]
     assert all(rank < 16 for _, _, rank in oialr.ranks(state.params).values())
     assert int(state.step) == 14
+
+
+def test_a_conversion_with_a_cut_decomposes_every_matrix_once(monkeypatch):
+    asked = []
+    real = decompose._solved_group
+
+    def spy(arrays, axes, vectors, rank):
+        asked.append((len(arrays), vectors))
+        return real(arrays, axes=axes, vectors=vectors, rank=rank)
+
+    monkeypatch.setattr(decompose, "_solved_group", spy)
+    state, step, _ = problem()
+    run(state, step, 0, 5)
+    assert [x.kind for x in step.reports] == ["conversion", "truncation"]
+    assert asked == [(3, True)]
 
 
 def test_compiles_once_per_set_of_shapes():

@@ -164,8 +164,7 @@ def test_ties_go_to_the_earlier_order():
         ({"stack": 0}, r"^`stack` must be at least 1, got 0$"),
         ({"window": -1}, r"^`window` must be at least 0, got -1$"),
         ({"window": 9}, r"^`window` must divide m=100, .*; got 9$"),
-        ({"rank": 0}, r"^`rank` must be in \[1, 64\], got 0$"),
-        ({"rank": 80}, r"^`rank` must be in \[1, 64\], got 80$"),
+        ({"rank": 0}, r"^`rank` must be at least 1, got 0$"),
     ],
 )
 def test_bad_sizes_are_named(changed, message):

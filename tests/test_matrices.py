@@ -13,6 +13,7 @@ from cases import BY_NAME, CASES, normal, plain
 from helpers import assert_close, in_low_rank
 
 import oialr_jax as oialr
+from oialr_jax import cost
 from oialr_jax.lowrank import named_leaves
 
 
@@ -128,7 +129,8 @@ def test_keeping_more_than_there_are_keeps_all():
 
 def test_aspect_is_strict_as_the_authors():
     matrices = _chain(100, 10, 100, 11)
-    assert [m.path for m in oialr.select(matrices, keep_last=0)] == ["w2"]
+    chosen = oialr.select(matrices, keep_last=0, min_aspect=0.1)
+    assert [m.path for m in chosen] == ["w2"]
 
 
 def test_include_and_exclude():
@@ -152,6 +154,67 @@ def test_two_leaves_of_one_name():
         oialr.find_matrices(fn, params, jnp.ones((2, 4)))
 
 
+def test_narrow_cuts_do_not_pay():
+    """Each of 16 inputs meets 8 columns of its own: x U alone is more than x W."""
+
+    def fn(params, x):
+        w = params["w"]
+        parts = [x[i] @ w[:, 8 * i : 8 * i + 8] for i in range(16)]
+        return sum(parts) @ params["v"]
+
+    params = {"w": jnp.ones((128, 128)), "v": jnp.ones((8, 1))}
+    found = oialr.find_matrices(fn, params, jnp.ones((16, 4, 128)))
+    assert [(m.path, m.uses) for m in found] == [("w", 16), ("v", 1)]
+    assert found[0].flops(32) > found[0].flops()
+    assert oialr.select(found) == ()
+    assert oialr.select(found, min_aspect=0.1) == found[:1]
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        ("dense", {"layers_2/kernel"}),
+        ("scan_remat", {"Dense_0/kernel"}),
+        ("recurrent", {"wh"}),  # what it gives, it reads itself
+        ("split_apart", {"wo"}),
+        ("custom_rules", {"b"}),
+        ("on_devices", {"b"}),
+        ("own_rule", {"b"}),
+        ("cond", {"a"}),
+    ],
+)
+def test_a_head_is_read_by_no_other_matrix(name, heads):
+    fn, params, x = BY_NAME[name].build()
+    found = oialr.find_matrices(fn, params, x)
+    assert {m.path for m in found if m.is_head} == heads
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint, jax.jit])
+def test_every_head_is_spared_unless_none_is(wrap):
+    def fn(params, x):
+        y = jnp.tanh(jnp.tanh(x @ params["stem"]) @ params["trunk"])
+        return wrap(lambda p, y: (y @ p["policy"], y @ p["value"]))(params, y)
+
+    shapes = {"stem": (8, 8), "trunk": (8, 8), "policy": (8, 6), "value": (8, 4)}
+    params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    found = oialr.find_matrices(fn, params, jnp.ones((4, 8)))
+    assert [m.path for m in oialr.select(found)] == ["stem", "trunk"]
+    assert oialr.select(found, keep_last=0) == found
+    assert oialr.select(found, keep_eligible=True) == found[:-1]  # as the authors
+
+
+def test_what_a_loop_gives_the_next_turn_reads():
+    def fn(params, x):
+        def turn(_, y):
+            return jnp.tanh(jnp.tanh(y @ params["a"]) @ params["b"])
+
+        return jax.lax.fori_loop(0, 3, turn, x)
+
+    params = {"a": jnp.ones((8, 8)), "b": jnp.ones((8, 8))}
+    found = oialr.find_matrices(fn, params, jnp.ones((4, 8)))
+    assert [m.path for m in found if m.is_head] == []
+
+
 # What is no matrix
 
 STOPPED = {
@@ -160,8 +223,12 @@ STOPPED = {
     "add": lambda w, x: x @ (w + 1),
     "mul": lambda w, x: x.sum() + w * jnp.ones((4, 6)),
     "exp": lambda w, x: x @ jnp.exp(w),
+    "integer_pow": lambda w, x: x + jnp.sum(w**3),
+    "dot_general over an axis that is indexed": lambda w, x: jnp.tensordot(
+        x[:, :2], w.reshape(2, 2, 6)[:, jnp.array([1, 0])], 1
+    ),
     "reduce_sum": lambda w, x: x + w.sum(),
-    "slice": lambda w, x: x @ w[:, :3],
+    "rev": lambda w, x: x @ w[:, ::-1],
     "reshape": lambda w, x: x[:, :3] @ w.reshape(3, 8),
     "dot_general over every axis": lambda w, x: jnp.vdot(w, jnp.ones((4, 6))),
     "dot_general over part of an axis": lambda w, x: jnp.einsum(
@@ -336,3 +403,21 @@ def test_a_function_with_a_named_axis():
         for f, p in ((oialr.factored(fn), low), (fn, oialr.materialize(low)))
     )
     assert_close(actual, desired, 1e-5)
+
+
+@pytest.mark.parametrize("rates", [None, cost.RATES["cpu"]])
+def test_flops_at_any_rank_need_no_new_trace(monkeypatch, rates):
+    """Integers, equal to what `explain` finds in another trace of low-rank params."""
+    monkeypatch.setattr(cost, "RATES", {})
+    for name in ("attention", "conv2d_strided_dilated", "split_apart", "scan_remat"):
+        fn, params, x = BY_NAME[name].build()
+        matrices = oialr.find_matrices(fn, params, x)
+        dense = oialr.explain(fn, params, x)
+        assert sum(m.flops() for m in matrices) == dense.flops > 0
+        low = in_low_rank(params, matrices, 1 / 3)
+        held = oialr.ranks(low)
+        assert len(held) == len(matrices)
+        flops = [m.flops(held[m.path][2], rates) for m in matrices]
+        assert sum(flops) == oialr.explain(fn, low, x, rates=rates).flops
+    with pytest.raises(ValueError, match=r"`rank` must be in \[1, 6\] for w0, got 7"):
+        _chain(6, 8)[0].flops(7)

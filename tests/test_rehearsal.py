@@ -126,8 +126,8 @@ def test_a_step_that_gives_dense_params_back():
 @pytest.mark.parametrize(
     ("matrix", "match"),
     [
-        (("c", (6, 4)), "names c, which `state.params` has not; it has: a, b"),
-        (("a", (4, 6)), r"a has shape \(6, 4\) in `state.params` and \(4, 6\)"),
+        (("c", (6, 4)), "no leaf at c; there are: a, b"),
+        (("a", (4, 6)), r"a has shape \(6, 4\), the matrix has \(4, 6\)"),
     ],
     ids=["path", "shape"],
 )

@@ -17,7 +17,8 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 import oialr_jax as oialr
-from oialr_jax.lowrank import singular_values
+from oialr_jax import linalg, surgery
+from oialr_jax.linalg import singular_values
 from oialr_jax.polar import polar
 from oialr_jax.stability import _gathered as gathered
 from oialr_jax.stability import sigmas
@@ -336,8 +337,11 @@ def test_leading_subspaces():
 @pytest.mark.parametrize(
     ("params", "error"),
     [
-        ({"v": jnp.zeros((24, 10))}, "no leaf w"),
-        ({"w": jnp.zeros((24, 11))}, r"w has shape \(24, 11\), expected \(24, 10\)"),
+        ({"v": jnp.zeros((24, 10))}, "no leaf at w; there are: v"),
+        (
+            {"w": jnp.zeros((24, 11))},
+            r"w has shape \(24, 11\), the matrix has \(24, 10\)",
+        ),
     ],
     ids=["missing", "shape"],
 )
@@ -458,6 +462,33 @@ def test_no_two_lapack_calls_can_run_at_once(what):
     assert len(found) >= 3 * len(shapes)
     for (before, _), (after, waits) in itertools.pairwise(found):
         assert before in waits, f"{after} does not wait for {before}"
+
+
+@pytest.mark.parametrize("what", ["repair", "orthogonalize"])
+def test_nor_can_those_of_a_repair_or_an_optimizer(what):
+    if what == "repair":
+        node = oialr.factor(normal(0, 24, 10), oialr.Axes((24, 10), (), (0,), (1,)))
+        compiled = surgery._repaired.lower(node).compile()
+    else:
+        grads = {"a": normal(0, 24, 10), "b": normal(1, 12, 12), "c": normal(2, 12, 3)}
+        tx = oialr.orthogonalize("svd")
+        update = jax.jit(lambda g: tx.update(g, tx.init(g))[0])
+        compiled = update.lower(grads).compile()
+    found = sorted(calls(compiled.as_text()).items(), key=lambda x: len(x[1]))
+    assert len(found) >= 2
+    for (before, _), (after, waits) in itertools.pairwise(found):
+        assert before in waits, f"{after} does not wait for {before}"
+
+
+def test_on_a_cpu_a_program_with_lapack_calls_is_waited_for():
+    @jax.jit
+    def slow(x):
+        return jax.lax.fori_loop(0, 500, lambda _, y: jnp.tanh(y @ y), x)
+
+    x = jnp.eye(256)
+    slow(x).block_until_ready()
+    assert linalg.alone({"x": slow(x + 1)})["x"].is_ready()
+    assert linalg.alone(jax.ShapeDtypeStruct((2,), jnp.float32)).shape == (2,)
 
 
 def test_params_on_a_mesh_are_gathered_by_one_program():

@@ -15,7 +15,7 @@ from helpers import TOLERANCE, assert_close, in_low_rank, scalar_loss
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import oialr_jax as oialr
-from oialr_jax import decompose, lowrank, surgery
+from oialr_jax import decompose, linalg, surgery
 from oialr_jax.lowrank import named_leaves
 from oialr_jax.transform import pending_ranks, with_pending
 
@@ -229,7 +229,7 @@ def test_equal_shapes_are_one_batched_call(monkeypatch):
 
     def spy(matrices):
         batches.append(matrices.shape)
-        return lowrank.svd(matrices)
+        return linalg.svd(matrices)
 
     monkeypatch.setattr(decompose, "svd", spy)
     jax.clear_caches()  # what is traced below must be traced anew
@@ -280,12 +280,12 @@ def test_on_a_mesh_the_devices_share_the_decompositions(count, monkeypatch):
 def test_by_the_gram_matrix_what_is_kept_is_as_good_as_by_the_svd(shape, scale):
     """And squares neither overflow nor vanish."""
     matrix = normal(0, *shape)
-    u, sigma, vt = map(np.asarray, lowrank.gram_svd(scale * matrix, 5))
+    u, sigma, vt = map(np.asarray, linalg.gram_svd(scale * matrix, 5))
     true_u, true, true_vt = np.linalg.svd(np.asarray(matrix), full_matrices=False)
     assert u.shape == (*shape[:-1], 5)
     assert vt.shape == (*shape[:-2], 5, shape[-1])
     np.testing.assert_allclose(sigma / scale, true, rtol=2e-5)
-    alone = np.asarray(lowrank.gram_singular_values(scale * matrix))
+    alone = np.asarray(linalg.gram_singular_values(scale * matrix))
     np.testing.assert_allclose(alone / scale, true, rtol=2e-5)
     kept = (u * (sigma / scale)[..., None, :5]) @ vt
     best = (true_u[..., :5] * true[..., None, :5]) @ true_vt[..., :5, :]
@@ -307,8 +307,8 @@ def test_the_gram_matrix_of_what_has_no_rank(matrix):
         "noise": long_one([1, *np.geomspace(1e-4, 1e-6, 7)]),
         "not finite": jnp.ones((8, 20)).at[3, 4].set(jnp.inf),
     }
-    u, sigma, vt = map(np.asarray, lowrank.gram_svd(of[matrix], 6))
-    alone = np.asarray(lowrank.gram_singular_values(of[matrix]))
+    u, sigma, vt = map(np.asarray, linalg.gram_svd(of[matrix], 6))
+    alone = np.asarray(linalg.gram_singular_values(of[matrix]))
     if matrix == "not finite":
         assert all(np.isnan(x).all() for x in (u, sigma, vt, alone))
         return
@@ -519,7 +519,147 @@ def test_report_is_a_table_and_json():
     assert layer["energy"] == pytest.approx(kept, rel=1e-4)
 
 
+# One event: what it does is a conversion and then a truncation, at half the work
+
+SIDES = {
+    "plain": {"tall": (16, 10), "wide": (10, 16), "square": (12, 12)},
+    "stacked": {"stack": (3, 12, 10), "square": (12, 12)},
+}
+EVENTS = {
+    "plain": ("plain", oialr.RankRule(cutoff=0.4)),
+    "stacked": ("stacked", oialr.RankRule(cutoff=0.4)),
+    "budget": ("plain", oialr.RankRule(budget=500)),
+    "mapping": ("plain", {"tall": 4, "wide": 6, "square": 12}),
+}
+
+
+def gathered(tx, shapes, low=()):
+    """Params, some of them in low rank, their matrices, and some steps of moments."""
+    params = {x: normal(i, *shape) for i, (x, shape) in enumerate(shapes.items())}
+    matrices = [
+        oialr.Matrix(
+            x,
+            oialr.Axes(s, (0,) * (len(s) - 2), (len(s) - 2,), (len(s) - 1,)),
+            1,
+            "dot",
+        )
+        for x, s in shapes.items()
+    ]
+    params["bias"] = jnp.zeros(3)
+    params |= {
+        x.path: oialr.factor(params[x.path], x.axes) for x in matrices if x.path in low
+    }
+    state = tx.init(params)
+    grads = jax.tree.map(lambda p: normal(p.size, *p.shape), params)
+    for scale in (1.0, -0.5, 2.0):
+        scaled = jax.tree.map(functools.partial(jnp.multiply, scale), grads)
+        _, state = tx.update(scaled, state, params)
+    return params, state, matrices
+
+
+def lifted(params, state):
+    """Weights and first moments dense again, which no sign of a vector changes; and
+    second moments, which none changes either."""
+    adam = state.inner_state[0]
+    dense = oialr.materialize(oialr.with_trainable(params, adam.mu))
+    return oialr.materialize(params), dense, adam.nu
+
+
+@pytest.mark.parametrize("low", [(), ("square",)], ids=["dense", "mixed"])
+@pytest.mark.parametrize("name", EVENTS)
+def test_one_event_is_a_conversion_and_then_a_truncation(name, low):
+    sides, how = EVENTS[name]
+    tx = oialr.freeze_bases(optax.adam(0.1))
+    params, state, matrices = gathered(tx, SIDES[sides], low)
+    if isinstance(how, dict):
+        one = surgery.apply_ranks(params, state, matrices, how, tx=tx)
+    else:
+        one = surgery.apply_rule(params, state, matrices, how, matrices, tx=tx)
+    first, second, conversion = oialr.factorize(params, state, matrices, tx=tx)
+    paths = [x.path for x in matrices]
+    *two, truncation = oialr.truncate(first, second, how, tx=tx, paths=paths)
+    assert oialr.ranks(one[0]) == oialr.ranks(two[0])
+    assert min(r for *_, r in oialr.ranks(one[0]).values()) < 10
+    assert_close(lifted(*one[:2]), lifted(*two), 10 * F32)
+    if not isinstance(how, dict):
+        for found, wanted in zip(one[2], (conversion, truncation), strict=True):
+            assert found.kind == wanted.kind
+            for a, b in zip(found.layers, wanted.layers, strict=True):
+                assert a[:5] == b[:5]
+                assert a.energy == pytest.approx(b.energy, abs=1e-5)
+                np.testing.assert_allclose(a.sigma, b.sigma, atol=1e-5)
+
+
+def test_what_is_not_treated_is_converted_at_full_rank():
+    tx = oialr.freeze_bases(optax.adam(0.1))
+    params, state, matrices = gathered(tx, SIDES["plain"], ("square",))
+    rule = oialr.RankRule(cutoff=0.9)
+    new, _, reports = surgery.apply_rule(
+        params, state, matrices, rule, matrices[:1], tx=tx
+    )
+    ranks = {x: r for x, (*_, r) in oialr.ranks(new).items()}
+    assert ranks == {"tall": 5, "wide": 10, "square": 12}
+    assert new["square"] is params["square"]
+    rows = [(x.kind, y.path, y.before, y.after) for x in reports for y in x.layers]
+    assert rows == [
+        ("conversion", "tall", None, 10),
+        ("conversion", "wide", None, 10),
+        ("truncation", "tall", 10, 5),
+    ]
+
+
+@pytest.mark.parametrize("by", ["rule", "mapping"])
+def test_an_event_decomposes_each_matrix_once(how, by):
+    """Dense ones and cores, those of one shape by one program."""
+    tx = oialr.freeze_bases(optax.adam(0.1))
+    shapes = SIDES["plain"] | {"other": (12, 12), "tall2": (16, 10)}
+    params, state, matrices = gathered(tx, shapes, ("square",))
+    how.clear()
+    if by == "rule":
+        rule = oialr.RankRule(cutoff=0.5)
+        surgery.apply_rule(params, state, matrices, rule, matrices, tx=tx)
+        cut = None
+    else:
+        ranks = dict.fromkeys(shapes, 5)
+        surgery.apply_ranks(params, state, matrices, ranks, tx=tx)
+        cut = 5
+    wanted = [((10, 16), True, cut), ((12, 12), True, None), ((16, 10), True, cut)]
+    assert sorted(how, key=str) == wanted
+
+
+def test_a_dense_matrix_that_is_not_finite_has_no_truncation():
+    tx = oialr.freeze_bases(optax.adam(0.1))
+    params, state, matrices = gathered(tx, SIDES["plain"])
+    params["tall"] = params["tall"].at[1, 2].set(jnp.inf)
+    rule = oialr.RankRule(budget=400)
+    new, _, reports = surgery.apply_rule(params, state, matrices, rule, matrices, tx=tx)
+    assert new["tall"] is params["tall"]
+    found = [[(x.path, x.finite) for x in report.layers] for report in reports]
+    good = [("wide", True), ("square", True)]
+    assert found == [[("tall", False), *good], good]
+
+
 # Bad input: the exact error, and nothing changed
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        lambda p, s, m, tx: oialr.factorize(p, s, m, tx=tx),
+        lambda p, s, m, tx: surgery.choose(p, KEEP_ALL, m),
+        lambda p, s, m, tx: oialr.project(p, KEEP_ALL, m),
+        lambda p, s, m, tx: surgery.apply_ranks(p, s, m, {"a/w": 3}, tx=tx),
+        lambda p, s, m, tx: surgery.apply_rule(p, s, m, KEEP_ALL, m, tx=tx),
+        lambda p, s, m, tx: surgery.compile_ahead(p, s, m, {"a/w": 3}, (), tx=tx),
+        lambda p, s, m, tx: oialr.stability(p, p, m),
+        lambda p, s, m, tx: oialr.orthogonalize(matrices=m).init(p),
+    ],
+    ids=["factorize", "choose", "project", "ranks", "rule", "ahead", "stability", "tx"],
+)
+def test_a_leaf_that_is_not_there_is_told_in_one_way(verb):
+    params, state, matrices, tx = _params()
+    with pytest.raises(ValueError, match=r"^no leaf at a/w; there are: z$"):
+        verb({"z": params["z"]}, state, matrices, tx)
 
 
 def _params():

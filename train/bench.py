@@ -43,7 +43,7 @@ from flax.training.train_state import TrainState
 from jaxtyping import Array
 
 import oialr_jax as oialr
-from oialr_jax import cost, lowrank, surgery
+from oialr_jax import cost, linalg, surgery
 from train import images, names, peers, process, recipe
 from train.models.basic_cnn import BasicCNN
 from train.models.mlp import MLP
@@ -999,7 +999,7 @@ def decompositions(settings: Settings) -> list[Row]:
     """Host side: a row for each route to the values, or to the vectors to keep.
 
     `values_error` is the largest relative error of the singular values above
-    `lowrank.RESOLVED` of the largest; `excess` what the matrix of the kept vectors is
+    `linalg.RESOLVED` of the largest; `excess` what the matrix of the kept vectors is
     farther from W than the best one of its rank, over the norm of W.
     """
     rows = []
@@ -1008,15 +1008,15 @@ def decompositions(settings: Settings) -> list[Row]:
         sigma = np.geomspace(1, SPREAD, k)
         w = _of_spectrum(count, m, n, sigma)
         routes: dict[str, tuple[int, Callable[[Array], Any]]] = {
-            "svd": (k, lowrank.svd),
+            "svd": (k, linalg.svd),
             "qdwh": (k, _qdwh_svd),
-            "values: svd": (0, lambda x: (lowrank.singular_values(x),)),
-            "values: gram": (0, lambda x: (lowrank.gram_singular_values(x),)),
+            "values: svd": (0, lambda x: (linalg.singular_values(x),)),
+            "values: gram": (0, lambda x: (linalg.gram_singular_values(x),)),
         }
         for part in (2, 8):
             r = k // part
             name = f"gram, 1/{part} of the vectors"
-            routes[name] = r, functools.partial(lowrank.gram_svd, rank=r)
+            routes[name] = r, functools.partial(linalg.gram_svd, rank=r)
         compiled = {x: jax.jit(fn).lower(w).compile() for x, (_, fn) in routes.items()}
         runs = {
             x: functools.partial(lambda fn, w: jax.block_until_ready(fn(w)), fn, w)
@@ -1025,7 +1025,7 @@ def decompositions(settings: Settings) -> list[Row]:
         found = _compared(f"{count} of {m}x{n}", runs, settings.repeats)
         for row, (r, _) in zip(found, routes.values(), strict=True):
             parts = [np.asarray(x, np.float64) for x in compiled[row["method"]](w)]
-            values, clear = parts[len(parts) // 2], sigma >= lowrank.RESOLVED
+            values, clear = parts[len(parts) // 2], sigma >= linalg.RESOLVED
             row["values_error"] = float(np.max(abs(values / sigma - 1)[:, clear]))
             if r:
                 left, _, right = parts

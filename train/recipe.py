@@ -20,6 +20,7 @@ from flax.training import train_state
 from jaxtyping import Array
 
 import oialr_jax as oialr
+from oialr_jax import cost
 from train import loop, names, optimizers, rates, report
 from train.tracking import Tracking
 
@@ -259,8 +260,13 @@ def run(settings: S, build: Callable[[S], Task], *, name: str) -> dict[str, Any]
         state = state.apply_gradients(grads=grads, extra=extra)
         return state, {"loss": value, **metrics}
 
+    rates = cost.RATES.get(jax.default_backend())
+
     def flops(params: Any) -> int:
-        return oialr.explain(task.loss, params, extra, *given).flops
+        held = oialr.ranks(params)
+        ranks = [held[x.path][2] if x.path in held else None for x in found_matrices]
+        each = zip(found_matrices, ranks, strict=True)
+        return sum(matrix.flops(rank, rates) for matrix, rank in each)
 
     template = jax.eval_shape(create, key)
     tracking = None

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -37,6 +38,8 @@ LOW_RANK = ["--cutoff", "0.9", "--every", "0.25", "--layer-step", "1"]
 COUNTED = """
 import sys, jax
 from train import images
+model, small = images.MODELS["vit-digits"]
+images.MODELS["vit-digits"] = model.clone(depth=1), small  # tracing takes the time
 found = []
 jax.monitoring.register_event_listener(lambda event, **_: found.append(event))
 images.main(sys.argv[1:])
@@ -191,7 +194,13 @@ def test_a_restart_finds_its_programs_compiled_and_does_the_same(tmp_path):
         command = [sys.executable, "-c", COUNTED, "digits", *SHORT, *LOW_RANK]
         command += ["--lag", "2", "--out", str(tmp_path), "--name", name]
         command += ["--compilation-cache", str(cache), "--mesh", "data=1"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        )
         said = [x for x in done.stderr.splitlines() if not harmless.match(x)]
         assert not [x for x in said if "rror" in x]
         kept.append(len([x for x in cache.iterdir() if "cache" in x.name]))
@@ -545,8 +554,13 @@ def stopped(out, at, *arguments):
     [(1, LOW_RANK), (4, LOW_RANK), (7, [*LOW_RANK, "--lag", "2"])],
     ids=["dense", "after_the_conversion", "ranks_wait"],
 )
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, at, arguments, capsys):
-    start(tmp_path / "whole", *arguments)
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(
+    low_rank, tmp_path, at, arguments, capsys
+):
+    whole = low_rank
+    if arguments != LOW_RANK:
+        start(tmp_path / "whole", *arguments)
+        whole = tmp_path / "whole" / low_rank.name
     capsys.readouterr()
     stopped(tmp_path / "parts", at, *arguments)
     said = capsys.readouterr().out
@@ -557,7 +571,6 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, at, arguments, cap
     with pytest.raises(SystemExit, match="go on with it by --resume"):
         start(tmp_path / "parts", *arguments)
     start(tmp_path / "parts", "--resume", *arguments)
-    whole = tmp_path / "whole" / "digits-oialr-seed0"
     assert records(folder) == records(whole)
     assert final(folder) == final(whole)
     summaries = [json.loads((x / "summary.json").read_text()) for x in (folder, whole)]

@@ -1,0 +1,92 @@
+"""Dense matrices cut to a low rank and left dense, as in a warm-up on schedule."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jaxtyping import Array
+
+from oialr_jax.decompose import NOW, decomposed, on_host, part, ranks_by
+from oialr_jax.lowrank import (
+    Axes,
+    PyTree,
+    is_low_rank,
+    leaf_at,
+    named_leaves,
+    with_leaves,
+)
+from oialr_jax.matrices import Matrix
+from oialr_jax.schedule import RankRule
+from oialr_jax.sharding import on_auto_axes
+
+
+@on_auto_axes
+def project(params: PyTree, rule: RankRule, matrices: Sequence[Matrix]) -> PyTree:
+    """Host side: params with the nearest matrices of the ranks that `rule` chooses.
+
+    They stay dense, and those that are LowRank, or not finite, are left alone. Of a
+    stack all have the same rank. The optimizer state needs no change.
+
+    Raises:   ValueError: a matrix names no leaf of `params`, or one of another shape; a
+              budget is too small.
+    Source:   Jain, Meka and Dhillon 2010 (singular value projection).
+
+    >>> axes = Axes(shape=(2, 2), stack=(), inputs=(0,), outputs=(1,))
+    >>> params = {"w": jnp.array([[2.0, 0.0], [0.0, 0.1]])}
+    >>> project(params, RankRule(), [Matrix("w", axes, rows=1, kind="dot")])
+    {'w': Array([[2., 0.],
+           [0., 0.]], dtype=float32)}
+    """
+    leaves = named_leaves(params)
+    dense = {
+        matrix.path: matrix.axes
+        for matrix in matrices
+        if not is_low_rank(leaf_at(matrix.path, leaves, matrix.axes.shape))
+    }
+    axes = list(dense.values())
+    solved = decomposed([leaves[name] for name in dense], axes, NOW, vectors=True)
+    ranks = ranks_by(rule, on_host(solved, NOW), axes)
+    NOW.agree(ranks)
+    new = {
+        name: _recomposed(
+            leaves[name],
+            x.batch,
+            NOW.put(x.start, x.batch[0]),
+            NOW.put(r, x.batch[0]),
+            stack=x.stack,
+            axes=dense[name],
+            where=_place(leaves[name]),
+        )
+        for name, x, r in zip(dense, solved, ranks, strict=True)
+        if r
+    }
+    return with_leaves(params, new)
+
+
+def _place(leaf: Any) -> NamedSharding | None:
+    """Where on a mesh a leaf lies, if it lies on one."""
+    where = getattr(leaf, "sharding", None)
+    return where if isinstance(where, NamedSharding) else None
+
+
+@functools.partial(jax.jit, static_argnames=("stack", "axes", "where"))
+def _recomposed(
+    leaf: Array,
+    batch: tuple[Array, Array, Array],
+    start: Any,
+    rank: Any,
+    *,
+    stack: tuple[int, ...],
+    axes: Axes,
+    where: NamedSharding | None,
+) -> Array:
+    """One dense leaf again, of its first `rank` singular vectors."""
+    left, sigma, right = part(batch, start, stack)
+    kept = jnp.where(jnp.arange(sigma.shape[-1]) < rank, sigma, 0)
+    with jax.default_matmul_precision("highest"):
+        matrix = (left * kept[..., None, :]) @ right
+    new = axes.to_array(matrix).astype(leaf.dtype)
+    return new if where is None else jax.lax.with_sharding_constraint(new, where)
