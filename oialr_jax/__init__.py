@@ -2,7 +2,9 @@
 
 from oialr_jax.adaptive import AdaptiveStep, Timing, adaptive
 from oialr_jax.checkpoint import Checkpoints, Restored
+from oialr_jax.compression import Cut, compress
 from oialr_jax.cost import Rates
+from oialr_jax.curvature import Statistics, curvature, of_outputs
 from oialr_jax.explain import Explanation, explain
 from oialr_jax.factored import factored
 from oialr_jax.following import rebase
@@ -67,6 +69,7 @@ __all__ = [
     "Axes",
     "Checkpoints",
     "Counts",
+    "Cut",
     "Explanation",
     "FreezeBasesState",
     "LayerReport",
@@ -85,12 +88,15 @@ __all__ = [
     "Skipped",
     "Spectrum",
     "Stability",
+    "Statistics",
     "Subspaces",
     "Timing",
     "Tracker",
     "adaptive",
+    "compress",
     "core_muon",
     "counts",
+    "curvature",
     "densify",
     "explain",
     "factor",
@@ -104,6 +110,7 @@ __all__ = [
     "materialize",
     "normalize_components",
     "normalize_tensor",
+    "of_outputs",
     "orthogonal_sgd",
     "orthogonality_error",
     "orthogonalize",

@@ -25,6 +25,8 @@ FLOORS = {
     "decompose": 2,
     "interpret": 2,
     "labels": 2,
+    "rows": 2,
+    "weighted": 2,
     "moments": 2,
     "polar": 2,
     "reports": 2,
@@ -40,10 +42,12 @@ FLOORS = {
     "directions": 4,
     "explain": 4,
     "projection": 4,
+    "curvature": 4,
     "rehearsal": 4,
     "stability": 4,
     "surgery": 4,
     "adaptive": 5,
+    "compression": 5,
     "orthogonal": 5,
     "__init__": 6,  # sees every room and is seen by none
 }

@@ -1,0 +1,441 @@
+"""The walk with slots in its views, whose gradients tell what directions are worth.
+
+Where a weight meets an array, x is at hand; the gradient of the result comes by in the
+backward pass. Both are summed there, as the gradient of arrays of zeros that go with
+the weight through scans, branches and remat: what JAX adds up for a gradient, it adds
+up for them.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from oialr_jax import contract, cost, interpret, tracing, views
+from oialr_jax.lowrank import Axes, PyTree, is_low_rank, path_name, unique_names
+from oialr_jax.matrices import Matrix
+from oialr_jax.rows import Meeting, Sides, sums
+from oialr_jax.views import Use, View, as_array
+
+WIDEST = 4096
+"""The longest side of which the whole covariance is held, 64 MiB; then its diagonal."""
+
+
+@final
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Sums over batches for each matrix, by path; prints as a table.
+
+    `terms` is the number of terms of the likelihood, of all batches. `skipped` names
+    the matrices that are not in `sides` because of a use that is not summed, with it.
+    """
+
+    sides: dict[str, Sides]
+    terms: Array
+    skipped: tuple[tuple[str, str], ...] = dataclasses.field(
+        default=(), metadata={"static": True}
+    )
+    independent_rows: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def covariances(self, path: str) -> tuple[Array | None, Array | None]:
+        """C and D: the Fisher of a loss that is a mean over N terms is about C ⊗ D.
+
+        Of examples, C = Σ G Gᵀ / Σ |G|² and D = Σ Gᵀ G / N: from the identity one step
+        of the power iteration to the nearest Kronecker product, exact in its trace.
+        Of T independent rows, C = Σ x xᵀ / T and D = Σ δ δᵀ / N.
+        """
+        inputs, outputs, rows = self.sides[path]
+        if inputs is not None:
+            axes = tuple(range(rows.ndim, inputs.ndim))
+            total = rows
+            if not self.independent_rows:
+                full = len(axes) == 2
+                total = (
+                    jnp.trace(inputs, axis1=-2, axis2=-1) if full else inputs.sum(-1)
+                )
+            inputs = inputs / jnp.expand_dims(jnp.where(total > 0, total, 1), axes)
+        return inputs, None if outputs is None else outputs / self.terms
+
+    def add(self, new: "Statistics", decay: float = 1.0) -> "Statistics":
+        """These sums times `decay`, and those of more batches.
+
+        C and D are then means over all batches, weighed by their rows and terms; with a
+        decay below one older batches count less.
+        """
+        return jax.tree.map(lambda a, b: decay * a + b, self, new)
+
+    def __str__(self) -> str:
+        width = max([len(x) for x in self.sides] + [6])
+        lines = [f"{'matrix':<{width}}  {'inputs':>14} {'outputs':>14}       rows"]
+        for path, (inputs, outputs, rows) in self.sides.items():
+            sides = (_held(x, rows.ndim) for x in (inputs, outputs))
+            count = jax.device_get(jnp.sum(rows)) if _is_known(rows) else "?"
+            lines.append(
+                f"{path:<{width}}  {' '.join(f'{x:>14}' for x in sides)} {count:>10}"
+            )
+        return "\n".join(
+            [*lines, *(f"{x}: not summed, {why}" for x, why in self.skipped)]
+        )
+
+
+def _held(side: Array | None, stack: int) -> str:
+    if side is None:
+        return "identity"
+    return f"{side.shape[-1]} {'full' if side.ndim == stack + 2 else 'diagonal'}"
+
+
+def _is_known(x: Any) -> bool:
+    return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+
+
+def curvature(
+    loss: Callable[..., Any],
+    matrices: Sequence[Matrix],
+    *,
+    terms: int | Callable[..., Any] | None = None,
+    has_aux: bool = False,
+    independent_rows: bool = False,
+    widest: int = WIDEST,
+) -> Callable[..., Statistics]:
+    """A function of (params, *batch) that gives the statistics of the matrices.
+
+    It runs loss(params, *batch), on dense, low-rank or mixed params, and one backward
+    pass in which no gradient of a weight is computed. It is pure: for jit, scan over
+    batches and meshes. Those of several batches are added by `Statistics.add`.
+
+    What a direction is worth comes out in units of this loss if the loss is a mean over
+    N terms. Draw the labels from the model's own prediction for the true Fisher (with
+    labels of the data it is the empirical one), and see `of_outputs` for functions
+    without a loss. The rows of an example (its tokens, its positions) act together: an
+    axis of the rows that is as long as the first axis of the first array in `batch` is
+    that of examples; where no axis is, each row is an example. For a weight that is
+    used several times the sums of its uses are added.
+
+    A matrix with a use that is not summed (a gather, a grouped or ragged product, a
+    product of some of its columns, or with another weight) is in `Statistics.skipped`,
+    with that use. Rows behind a `stop_gradient` have no gradient and are not counted.
+
+    Args:     terms: N of a batch, or what computes it from `batch`: the number of
+              tokens, say, for a mean over tokens; 1 for a sum. None: the length of the
+              first axis of the first array in `batch`, the examples. has_aux: as in
+              `jax.grad`. independent_rows: K-FAC's assumption, C = E[x xᵀ] and
+              D = E[δ δᵀ]: what comes in and what goes out, each by itself. widest: of
+              a longer side the diagonal is summed.
+    Raises:   ValueError: `params` has no leaf of a matrix's path, or one of another
+              shape; no array in `batch` to count.
+    Source:   the Fisher's nearest Kronecker product as GFWSVD has it (arXiv
+              2505.17974), whose one step is the square of Shampoo's factors (Morwani et
+              al. 2024). Independent rows: K-FAC (Martens and Grosse 2015), and KFC
+              (Grosse and Martens 2016) without its division by positions, which the
+              scale contains.
+
+    >>> from oialr_jax.matrices import find_matrices
+    >>> loss = lambda w, x: jnp.mean(jnp.sum(x @ w, axis=1))
+    >>> w, x = jnp.ones((3, 2)), jnp.eye(4, 3)
+    >>> found = curvature(loss, find_matrices(loss, w, x))(w, x)
+    >>> inputs, outputs = found.covariances("")
+    >>> inputs.shape, outputs.tolist()
+    ((3, 3), [[0.75, 0.75], [0.75, 0.75]])
+    """
+    by_path = {x.path: x.axes for x in matrices}
+
+    def run(params: PyTree, *batch: Any, **kwargs: Any) -> Statistics:
+        traced = tracing.trace(loss, (params, *batch), kwargs, is_low_rank)
+        names = unique_names(path for path, _ in traced.leaves)
+        of_params = [_in_params(path) for path, _ in traced.leaves]
+        axes: dict[str, Axes] = {}
+        slots: dict[str, Sides] = {}
+        places: dict[str, str] = {}
+        for name, mine, (path, leaf) in zip(
+            names, of_params, traced.leaves, strict=True
+        ):
+            short = path_name(path[2:])
+            chosen = by_path.get(short) if mine else None
+            if chosen is not None:
+                if tuple(leaf.shape) != chosen.shape:
+                    raise ValueError(
+                        f"{short} has shape {tuple(leaf.shape)}, the matrix was found "
+                        f"with {chosen.shape}: find matrices in these params"
+                    )
+                slots[short], places[name] = _slots(leaf, chosen, widest), short
+            if is_low_rank(leaf):
+                axes[name] = leaf.axes
+            elif chosen is not None:
+                axes[name] = chosen
+        for absent in by_path.keys() - slots.keys():
+            raise ValueError(f"params have no leaf {absent}, which is in `matrices`")
+        count = jnp.asarray(_terms(terms, batch, kwargs), jnp.float32)
+        length = None if independent_rows else _examples(batch, kwargs) or 0
+        handler = _Recorder(axes, count, length)
+
+        def total(slots: dict[str, Sides]) -> Array:
+            values = [
+                _view(leaf, name, slots.get(places.get(name, "")))
+                if name in axes
+                else leaf
+                for name, (_, leaf) in zip(names, traced.leaves, strict=True)
+            ]
+            # What `fixed` marks is here the params: an array from them alone is none of
+            # the data, and rows that it has are no examples.
+            outputs = interpret.evaluate(traced.jaxpr, values, handler, of_params)
+            outputs = [
+                handler.materialize(x)
+                if isinstance(x, View)
+                else as_array(x, handler, "output")
+                for x in outputs
+            ]
+            value = traced.rebuild(outputs)
+            return value[0] if has_aux else value
+
+        found = jax.grad(total)(slots)
+        missed = {places[x]: why for x, why in handler.missed.items() if x in places}
+        sides = {x: sides for x, sides in found.items() if x not in missed}
+        skipped = tuple((x, ", ".join(dict.fromkeys(y))) for x, y in missed.items())
+        return Statistics(sides, count, skipped, independent_rows)
+
+    return run
+
+
+def of_outputs(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A loss with the curvature of the distance of outputs, for fn without a loss.
+
+    loss(params, *args, key=key) is the mean of ⟨fn(params, *args), ξ⟩ with ξ standard
+    normal. What its statistics predict is the rise of ½ |f(x) - f₀(x)|², a mean over
+    the first axis of the outputs: for vectors of norm one, of 1 - cosine. With
+    `counted=` a mask of that axis the others, as of a batch that was filled up, are
+    left out: then `terms` is the number of those that count.
+
+    Source:   the Gauss-Newton matrix E[JᵀJ] of a squared error, for JᵀJ = E[Jᵀξ ξᵀJ].
+    """
+
+    def loss(
+        params: PyTree, *args: Any, key: Array, counted: Any = None, **kwargs: Any
+    ) -> Array:
+        total = jnp.zeros((), jnp.float32)
+        for i, out in enumerate(jax.tree.leaves(fn(params, *args, **kwargs))):
+            noise = jax.random.normal(jax.random.fold_in(key, i), out.shape)
+            if counted is not None:
+                noise = jnp.where(counted.reshape(-1, *[1] * (out.ndim - 1)), noise, 0)
+            count = out.shape[0] if counted is None else jnp.sum(counted)
+            total = total + jnp.sum(out.astype(jnp.float32) * noise) / count
+        return total
+
+    return loss
+
+
+# The walk
+
+
+def _in_params(path: tuple[Any, ...]) -> bool:
+    return path[0].idx == 0 and getattr(path[1], "idx", None) == 0
+
+
+def _terms(
+    terms: int | Callable[..., Any] | None, batch: tuple[Any, ...], kwargs: Any
+) -> Any:
+    if callable(terms):
+        return terms(*batch, **kwargs)
+    if terms is not None:
+        return terms
+    examples = _examples(batch, kwargs)
+    if examples is None:
+        raise ValueError("the batch has no array of one or more axes: pass `terms`")
+    return examples
+
+
+def _examples(batch: tuple[Any, ...], kwargs: Any) -> int | None:
+    """The length of the first axis of the first array that has one."""
+    shapes = (np.shape(x) for x in jax.tree.leaves((batch, kwargs)))
+    return next((shape[0] for shape in shapes if shape), None)
+
+
+def _slots(leaf: Any, axes: Axes, widest: int) -> Sides:
+    """Zeros for the sums of one leaf."""
+
+    def zeros(side: int) -> Array:
+        both = (side, side) if side <= widest else (side,)
+        return jnp.zeros((*axes.l, *both), jnp.float32)
+
+    m, n = (leaf.rank, leaf.rank) if is_low_rank(leaf) else (axes.m, axes.n)
+    return Sides(zeros(m), zeros(n), jnp.zeros(axes.l, jnp.float32))
+
+
+def _view(leaf: Any, name: str, slots: Sides | None) -> View:
+    """The view of a leaf: its array or factors, a scale, and its slots if it has any.
+
+    All but the array of a dense leaf have the stack axes in front.
+    """
+    arrays = (leaf.u, leaf.s, leaf.vt) if is_low_rank(leaf) else (leaf,)
+    if slots is not None:
+        arrays = (*arrays, jnp.ones(slots.rows.shape, jnp.float32), *slots)
+    return View.of(arrays, name, leaf.shape, leaf.dtype)
+
+
+class _Parts(NamedTuple):
+    """What the data of a view are."""
+
+    leaf: View  # with the arrays of the leaf alone
+    is_node: bool
+    scale: Array | None
+    slots: Sides | None
+
+
+def _parts(view: View) -> _Parts:
+    is_node = len(view.data) in (3, 7)
+    arrays, rest = view.data[: 3 if is_node else 1], view.data[3 if is_node else 1 :]
+    scale, slots = (rest[0], Sides(*rest[1:])) if rest else (None, None)
+    return _Parts(view.replace(data=arrays), is_node, scale, slots)
+
+
+class _Recorder:
+    """Handler whose views hold a leaf and slots, of which sums are the gradients.
+
+    `count` is the number of terms of the loss, `examples` that of the examples, None
+    for independent rows; `missed` has the uses that are not summed, by leaf.
+    """
+
+    def __init__(
+        self, axes: Mapping[str, Axes], count: Array, examples: int | None
+    ) -> None:
+        self.axes = axes
+        self.count = count
+        self.examples = examples
+        self.missed: dict[str, list[str]] = {}
+        self.detail = ""  # of the contraction that is about to be unknown
+
+    def materialize(self, view: View) -> Array:
+        leaf, is_node, *_ = _parts(view)
+        if is_node:
+            return contract.materialize(leaf, self.axes[view.path])
+        return views.arrange(leaf, leaf.data[0])
+
+    def along(
+        self, view: View, axis: int, change: Callable[[Array, int], Array]
+    ) -> tuple[Array, ...]:
+        leaf, is_node, *_ = _parts(view)
+        axes = self.axes[view.path]
+        rest = view.data[len(leaf.data) :]
+        arrays: tuple[Array, ...]
+        if is_node:
+            arrays = contract.along(leaf, axes, axis, change)
+        else:
+            arrays = (change(leaf.data[0], view.present.index(axis)),)
+        stack = [a for a in axes.stack if a in view.present]
+        if axis in stack:
+            rest = tuple(change(x, stack.index(axis)) for x in rest)
+        return (*arrays, *rest)
+
+    def stacks(self, view: View, axis: int) -> bool:
+        return axis in self.axes[view.path].stack
+
+    def scale(self, view: View, factor: Array, axes: tuple[int, ...]) -> View | None:
+        leaf, is_node, scale, slots = _parts(view)
+        mine = self.axes[view.path]
+        arrays: tuple[Array, ...]
+        if is_node:
+            new = contract.scaled(leaf, mine, factor, axes)
+            if new is None:
+                return None
+            arrays = new.data
+        else:
+            over = views.over_axes(view, factor, view.present)
+            arrays = (leaf.data[0] * over.astype(leaf.data[0].dtype),)
+        if slots is None or scale is None:
+            return view.replace(data=arrays)
+        if {*axes} - {*mine.stack}:
+            return view.replace(data=(*arrays, scale, *slots), whole=False)
+        stack = [a for a in mine.stack if a in view.present]
+        scale = scale * views.over_axes(view, factor, stack).astype(scale.dtype)
+        return view.replace(data=(*arrays, scale, *slots))
+
+    def sum_squares(self, view: View, dims: tuple[int, ...]) -> Array:
+        return jnp.sum(jnp.square(self.materialize(view)), dims)
+
+    def contract(
+        self, view: View, x: Array, use: Use, eqn: Any, rest: Sequence[Any] = ()
+    ) -> Array | None:
+        leaf, is_node, scale, slots = _parts(view)
+        axes = self.axes[view.path]
+        side = _side(view, axes, use)
+        if side is None or use.kind not in ("dot", "conv"):
+            self.detail = "of a grouped convolution" if use.groups > 1 else ""
+            return None
+        if is_node:
+            out = _contracted(leaf, axes, x, use, eqn)
+        else:
+            operands = [x, x]
+            operands[use.position] = views.arrange(leaf, leaf.data[0])
+            (out,) = views.bind(eqn, operands)
+        if out is None or slots is None or scale is None:
+            return out
+        name = eqn.primitive.name
+        if use.x_fixed:
+            self.note(view.path, f"{name} with no data")
+            return out
+        if not view.whole:
+            self.note(view.path, f"{name} of a part, or of scaled rows or columns")
+            return out
+        bases = (leaf.data[0], leaf.data[2]) if is_node else None
+        layout, is_turned = view.replace(data=()), side == "outputs"
+        meeting = Meeting(layout, axes, use, eqn, is_turned, self.examples)
+        return _recorded(out, (x, scale, self.count, bases), slots, meeting)
+
+    def unknown(self, view: View, primitive: str) -> None:
+        self.note(view.path, f"{primitive} {self.detail}".rstrip())
+        self.detail = ""
+
+    def note(self, path: str, use: str) -> None:
+        self.missed.setdefault(path, []).append(use)
+
+
+def _side(view: View, axes: Axes, use: Use) -> str | None:
+    """Which side of its matrix a use contracts, or None when it is not whole."""
+    stack = [a for a in axes.stack if a in view.present]
+    batch, contracted, free = (
+        set(views.atoms(view, dims)) for dims in (use.batch, use.contracted, use.free)
+    )
+    inputs, outputs = (
+        set(views.split(view, group)) for group in (axes.inputs, axes.outputs)
+    )
+    if batch != set(views.split(view, stack)) or use.groups > 1:
+        return None
+    if (contracted, free) == (inputs, outputs):
+        return "inputs"
+    return "outputs" if (contracted, free) == (outputs, inputs) else None
+
+
+def _contracted(view: View, axes: Axes, x: Array, use: Use, eqn: Any) -> Array | None:
+    """What a LowRank view and x give, in the order of fewest FLOPs."""
+    factors = contract.turned(view, axes, use)
+    if factors is None:
+        return None
+    order = cost.cheapest(contract.workload(x, factors, use))
+    contraction = contract.conv if use.kind == "conv" else contract.dot
+    with views.context(eqn):
+        return contraction(x, factors, use, eqn.params, order)
+
+
+def _recorded(out: Array, operands: Any, slots: Sides, meeting: Meeting) -> Array:
+    """`out` as it is; in the backward pass the slots get the sums of this use."""
+    stack = slots.rows.ndim
+    full = tuple(
+        x is not None and x.ndim == stack + 2 for x in (slots.inputs, slots.outputs)
+    )
+
+    @jax.custom_vjp
+    def identity(out: Array, operands: Any, slots: Sides) -> Array:
+        return out
+
+    def forward(out: Array, operands: Any, slots: Sides) -> tuple[Array, Any]:
+        return out, operands
+
+    def backward(operands: Any, gradient: Array) -> tuple[Array, None, Sides]:
+        return gradient, None, sums(operands, gradient, meeting, full)
+
+    identity.defvjp(forward, backward)
+    return identity(out, operands, slots)

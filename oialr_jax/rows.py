@@ -1,0 +1,226 @@
+"""Rows of a matrix: x and the gradient of a use of a view, in the leaf's own layout."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from oialr_jax.lowrank import Axes
+from oialr_jax.views import Use, View, atoms, split
+
+WIDE = 512
+"""From this side on sums are computed in blocks, five eighths of the products."""
+
+
+class Sides(NamedTuple):
+    """Sums of one matrix, one for its inputs and one for its outputs.
+
+    Of examples, with G = Xᵀ Δ the gradient that the rows X and Δ of one example make
+    together, Σ G Gᵀ and Σ Gᵀ G. Of independent rows Σ x xᵀ and Σ δ δᵀ, where a row
+    whose gradient is zero, as of a padded token, does not count. Of a LowRank leaf the
+    rows are those of its core, Uᵀx and Vᵀδ. None in the place of a sum stands for the
+    identity in `compress`.
+
+    Shapes:   inputs: (*l, m, m), or a diagonal (*l, m); outputs: (*l, n, n) or (*l, n);
+              rows: (*l), how many have a gradient. Of a core m and n are its rank.
+    """
+
+    inputs: Array | None
+    outputs: Array | None
+    rows: Array
+
+
+class Meeting(NamedTuple):
+    """How a view meets an array: a use, and whether it contracts the outputs.
+
+    `examples` is the length of the axis of examples among the rows, where one is; None
+    for independent rows.
+    """
+
+    view: View
+    axes: Axes
+    use: Use
+    eqn: Any
+    is_turned: bool
+    examples: int | None
+
+
+def sums(
+    operands: Any, gradient: Array, meeting: Meeting, full: Sequence[bool]
+) -> Sides:
+    """The sums of one use, in the leaf's own layout."""
+    x, scale, count, bases = operands
+    meet = _rows_of_conv if meeting.use.kind == "conv" else _rows_of_dot
+    seen, gradient = (side.astype(jnp.float32) for side in meet(x, gradient, meeting))
+    seen = seen * scale[..., None, None, None]
+    gradient = gradient * count  # of one term, where the loss has the mean
+    counted = jnp.any(gradient != 0, axis=-1)
+    found = jnp.sum(counted, axis=(-2, -1), dtype=jnp.float32)
+    inputs, outputs = (gradient, seen) if meeting.is_turned else (seen, gradient)
+    if bases is not None:
+        u, vt = (side.astype(jnp.float32)[..., None, :, :] for side in bases)
+        inputs, outputs = inputs @ u, outputs @ vt.mT
+    if meeting.examples is None:
+        inputs, outputs = (
+            jnp.where(counted[..., None], side, 0) for side in (inputs, outputs)
+        )
+        pairs = [(inputs, inputs), (outputs, outputs)]
+    else:
+        pairs = _of_examples(inputs, outputs)
+    (a, b), (c, d) = pairs
+    return Sides(_summed(a, b, full[0]), _summed(c, d, full[1]), found)
+
+
+def _of_examples(inputs: Array, outputs: Array) -> list[tuple[Array, Array]]:
+    """Arrays A and B for each side, with Σ AᵀB = Σ G Gᵀ and Σ Gᵀ G over examples.
+
+    G Gᵀ = Xᵀ (Δ Δᵀ) X needs no G: where t rows of an example are few, their products
+    Δ Δᵀ, (t, t), are the smaller array, and else G is smaller than its rows.
+    """
+    t, m, n = inputs.shape[-2], inputs.shape[-1], outputs.shape[-1]
+    if t * (m + n) > m * n:
+        g = inputs.mT @ outputs
+        return [(g.mT, g.mT), (g, g)]
+    return [
+        (inputs, (outputs @ outputs.mT) @ inputs),
+        (outputs, (inputs @ inputs.mT) @ outputs),
+    ]
+
+
+def _summed(a: Array, b: Array, full: bool) -> Array:
+    """Σ AᵀB over all but the stack, which is symmetric, or its diagonal.
+
+    Shapes:   a, b: (*l, e, t, side).
+    """
+    if not full:
+        return jnp.sum(a * b, axis=(-3, -2))
+    stack = tuple(range(a.ndim - 3))
+    over, side = (a.ndim - 3, a.ndim - 2), a.shape[-1]
+    width = side if side < WIDE else -(-side // 4)
+    columns = []
+    for begin in range(0, side, width):  # the upper blocks, the others are their mirror
+        end = min(begin + width, side)
+        block = jax.lax.dot_general(
+            a[..., :end], b[..., begin:end], ((over, over), (stack, stack))
+        )
+        below = [(0, 0)] * len(stack) + [(0, side - end), (0, 0)]
+        columns.append(jnp.pad(block, below))
+    total = jnp.concatenate(columns, axis=-1)
+    place = np.arange(side) // width
+    upper = np.broadcast_to(place[:, None] <= place[None, :], total.shape)
+    return jnp.where(upper, total, total.mT)
+
+
+def _rows_of_dot(x: Array, gradient: Array, meeting: Meeting) -> tuple[Array, Array]:
+    """Rows of x and of the gradient of a dot product, (*l, e, t, side) each."""
+    use = meeting.use
+    b, free = len(use.batch), len(use.free)
+    begin = gradient.ndim - free if use.position == 1 else b
+    batch, columns = range(b), range(begin, begin + free)
+    rows = _others(x, use.x_batch, use.x_contracted)
+    of_gradient = _others(gradient, batch, columns)
+    sizes = [x.shape[d] for d in rows]
+    if meeting.examples in sizes:
+        first = sizes.index(meeting.examples)
+        for dims in (rows, of_gradient):
+            dims.insert(0, dims.pop(first))
+    return (
+        _laid_out(x, use.x_batch, rows, use.x_contracted, use.contracted, meeting),
+        _laid_out(gradient, batch, of_gradient, columns, use.free, meeting),
+    )
+
+
+def _rows_of_conv(x: Array, gradient: Array, meeting: Meeting) -> tuple[Array, Array]:
+    """Rows of patches and of the gradient of a convolution, one for each position."""
+    use, params = meeting.use, meeting.eqn.params
+    out = params["dimension_numbers"].out_spec
+    patches = _patches(x, meeting.view.shape, params)
+    rows = range(patches.ndim - len(use.contracted))
+    window = range(len(rows), patches.ndim)
+    positions = jnp.transpose(gradient, (out[0], *out[2:], out[1]))
+    return (
+        _laid_out(patches, (), rows, window, use.contracted, meeting),
+        _laid_out(positions, (), rows, (len(rows),), use.free, meeting),
+    )
+
+
+def _others(array: Array, *groups: Sequence[int]) -> list[int]:
+    return [d for d in range(array.ndim) if not any(d in group for group in groups)]
+
+
+def _laid_out(
+    array: Array,
+    batch: Sequence[int],
+    rows: Sequence[int],
+    columns: Sequence[int],
+    dims: Sequence[int],
+    meeting: Meeting,
+) -> Array:
+    """(*l, e, t, side): t rows of e examples, the side in the order of the leaf's axes.
+
+    Without an axis of examples each row is one, of independent rows all are.
+
+    Args:     batch, rows, columns: dimensions of the array; the first and the last are
+              the partners of those of the view in `use.batch` and in `dims`.
+    """
+    view, axes = meeting.view, meeting.axes
+    examples = array.shape[rows[0]] if rows else 1
+    count = math.prod(array.shape[d] for d in rows)
+    stacked, inner = (atoms(view, x) for x in (meeting.use.batch, dims))
+    array = jnp.transpose(array, (*batch, *rows, *columns))
+    array = array.reshape(
+        *(atom.size for atom in stacked), count, *(atom.size for atom in inner)
+    )
+    stack = [a for a in axes.stack if a in view.present]
+    present = {atom.axis for atom in inner}
+    side = [a for group in (axes.inputs, axes.outputs) for a in group if a in present]
+    order = [
+        *(stacked.index(atom) for atom in split(view, stack)),
+        len(stacked),
+        *(len(stacked) + 1 + inner.index(atom) for atom in split(view, side)),
+    ]
+    sizes = [view.leaf_shape[a] for a in stack]
+    width = math.prod(atom.size for atom in inner)
+    if meeting.examples is None:
+        parts = (1, count)
+    elif examples == meeting.examples:
+        parts = (examples, count // max(1, examples))
+    else:
+        parts = (count, 1)
+    return jnp.transpose(array, order).reshape(*sizes, *parts, width)
+
+
+def _patches(x: Array, kernel: Sequence[int], params: Mapping[str, Any]) -> Array:
+    """What each output position of a convolution sees: (b, *positions, *window).
+
+    The window has the dimensions of the kernel but that of the channels out, in their
+    order. One strided slice for each tap: a convolution with one-hot kernels, as
+    `jax.lax.conv_general_dilated_patches` is, takes CPUs many times as long.
+    """
+    numbers = params["dimension_numbers"]
+    _, channels, *spatial = numbers.rhs_spec
+    lhs, batch = numbers.lhs_spec, numbers.lhs_spec[0]
+    x = jnp.transpose(x, (batch, *lhs[2:], lhs[1]))
+    sides = list(zip(params["padding"], params["lhs_dilation"], strict=True))
+    pads = [(low, high, dilation - 1) for (low, high), dilation in sides]
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
+    taps = [kernel[d] for d in spatial]
+    dilation, stride = params["rhs_dilation"], params["window_strides"]
+    reach = [(k - 1) * d for k, d in zip(taps, dilation, strict=True)]
+    last = [size - r for size, r in zip(x.shape[1:-1], reach, strict=True)]
+
+    def seen(tap: tuple[int, ...]) -> Array:
+        start = [t * d for t, d in zip(tap, dilation, strict=True)]
+        stop = [s + size for s, size in zip(start, last, strict=True)]
+        places = [slice(*z) for z in zip(start, stop, stride, strict=True)]
+        return x[:, *places]
+
+    stacked = jnp.stack([seen(tap) for tap in np.ndindex(*taps)], axis=-2)
+    stacked = stacked.reshape(*stacked.shape[:-2], *taps, x.shape[-1])
+    first = len(lhs) - 1
+    order = np.argsort([*spatial, channels])
+    return jnp.transpose(stacked, (*range(first), *(first + int(i) for i in order)))
