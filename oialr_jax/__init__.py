@@ -48,6 +48,7 @@ from oialr_jax.stability import (
     tracker,
 )
 from oialr_jax.surgery import densify, factorize, truncate
+from oialr_jax.training import Training, TrainingState, training
 from oialr_jax.transform import (
     FreezeBasesState,
     freeze_bases,
@@ -57,6 +58,7 @@ from oialr_jax.transform import (
     with_trainable,
 )
 from oialr_jax.versions import warn_of_faults as _warn_of_faults
+from oialr_jax.wrapping import wrap
 
 register()
 
@@ -88,6 +90,8 @@ __all__ = [
     "Subspaces",
     "Timing",
     "Tracker",
+    "Training",
+    "TrainingState",
     "adaptive",
     "core_muon",
     "counts",
@@ -119,11 +123,13 @@ __all__ = [
     "swan",
     "tracker",
     "trainable",
+    "training",
     "truncate",
     "value_and_grad",
     "value_and_grad_from_state",
     "with_trainable",
     "without_identity",
+    "wrap",
 ]
 
 _warn_of_faults()

@@ -37,6 +37,7 @@ FLOORS = {
     "following": 3,
     "matrices": 3,
     "checks": 4,
+    "defaults": 4,
     "directions": 4,
     "explain": 4,
     "projection": 4,
@@ -45,7 +46,9 @@ FLOORS = {
     "surgery": 4,
     "adaptive": 5,
     "orthogonal": 5,
-    "__init__": 6,  # sees every room and is seen by none
+    "training": 6,
+    "wrapping": 6,
+    "__init__": 7,  # sees every room and is seen by none
 }
 PLAIN = ("cost", "schedule")  # decide on integers: no JAX
 FLAX = ("serialization",)  # registers nodes with Flax, where it is installed
