@@ -84,21 +84,23 @@ def training(
 
     The first `delay` steps are dense. Then every matrix that low rank serves becomes
     U S Vᵀ, of ranks that fit the `budget`, and of it the core S alone trains. In the
-    last 70 % of the dense steps the matrices are projected 14 times to the ranks of
-    that moment, so that little is lost at the conversion. A single cut after such a
-    warm-up kept more accuracy than many small cuts (train/results/experiments.md).
+    last 70 % of the dense steps the matrices are projected 12 to 14 times to the ranks
+    of that moment, so that little is lost at the conversion: at small budgets one cut
+    after such a warm-up kept more accuracy than many cuts without it
+    (train/results/experiments.md). A warm-up of less than 20 steps has no projections.
 
     Args:     tx: an optimizer of Optax; `freeze_bases` is put around it here.
               delay: the step of the conversion, by default a third of `steps`, the
-              paper's rule of thumb: later for accuracy, earlier for time.
+              paper's rule of thumb. Later is safer, up to two thirds in short runs, but
+              dense for longer.
               steps: the length of the run.
               budget: a float in (0, 1) is the share of *all* weights of the params to
               store after the conversion: bases, cores and what stays dense. An int is
               the number of weights in matrices, as in `RankRule(budget=)`. By default
               the matrices keep a quarter of their weights, or their least ranks if
-              these have more. The measured runs lose about half a point of accuracy at
-              that; and as what stays dense (embeddings, heads) is not counted, it is in
-              reach for every network.
+              these have more: about the budget at which the measured runs lose half a
+              point, and in reach of every network, as what stays dense (embeddings,
+              heads) is not counted.
               has_aux: the loss returns (value, aux), and so does `run.step`.
               select: options of `select`, as {"exclude": "embed"}, or the matrices.
               follow: copies of the params in `state.beside`, by name, each with a

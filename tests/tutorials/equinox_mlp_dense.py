@@ -34,7 +34,7 @@ model = eqx.nn.MLP(64, 10, 128, 2, key=jax.random.key(0))
 params, static = eqx.partition(model, eqx.is_inexact_array)
 tx = optax.adam(2e-3)
 opt_state = tx.init(params)
-for t in range(150):
+for t in range(500):
     params, opt_state, value = step(params, opt_state, *batch(t))
 
 model = eqx.combine(params, static)

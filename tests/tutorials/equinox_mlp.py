@@ -26,9 +26,9 @@ def loss(params, x, y):
 
 model = eqx.nn.MLP(64, 10, 128, 2, key=jax.random.key(0))
 params, static = eqx.partition(model, eqx.is_inexact_array)
-run = oialr.training(loss, optax.adam(2e-3), steps=150)
+run = oialr.training(loss, optax.adam(2e-3), steps=500)
 state = run.init(params, *batch(0))
-for t in range(150):
+for t in range(500):
     state, value = run.step(state, *batch(t))
 
 params = oialr.materialize(state.params)

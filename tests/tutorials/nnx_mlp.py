@@ -6,6 +6,8 @@ import optax
 from flax import nnx
 from sklearn.datasets import load_digits
 
+import oialr_jax as oialr
+
 
 class MLP(nnx.Module):
     def __init__(self, din, dmid, dout, *, rngs):
@@ -32,29 +34,23 @@ def batch(t):
 
 
 def loss(params, rest, x, y):
-    model = nnx.merge(graph, params, rest)
+    model = nnx.merge(graph, params, rest, copy=True)
     logits = model(x)
     value = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
     return value, nnx.split(model, nnx.Param, ...)[2]
 
 
-@jax.jit
-def step(params, rest, opt_state, x, y):
-    grad = jax.value_and_grad(loss, has_aux=True)
-    (value, rest), grads = grad(params, rest, x, y)
-    updates, opt_state = tx.update(grads, opt_state, params)
-    params = optax.apply_updates(params, updates)
-    return params, rest, opt_state, value
-
-
 model = MLP(64, 128, 10, rngs=nnx.Rngs(0))
 graph, params, rest = nnx.split(model, nnx.Param, ...)
-tx = optax.adam(2e-3)
-opt_state = tx.init(params)
-for t in range(150):
-    params, rest, opt_state, value = step(params, rest, opt_state, *batch(t))
+run = oialr.training(loss, optax.adam(2e-3), steps=500)
+state = run.init(params, *batch(0), extra=rest)
+for t in range(500):
+    state, value = run.step(state, *batch(t))
 
-model = nnx.merge(graph, params, rest)
+params = oialr.materialize(state.params)
+model = nnx.merge(graph, params, state.extra)
 model.eval()
 predicted = model(images[1500:]).argmax(axis=-1)
 print("accuracy", jnp.mean(predicted == labels[1500:]))
+counts = oialr.counts(state.params)
+print("stored", counts.stored / counts.dense)

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import optax
 from sklearn.datasets import load_digits
 
+import oialr_jax as oialr
+
 
 class CNN(nn.Module):
     @nn.compact
@@ -36,20 +38,15 @@ def loss(params, x, y):
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
 
-@jax.jit
-def step(params, opt_state, x, y):
-    value, grads = jax.value_and_grad(loss)(params, x, y)
-    updates, opt_state = tx.update(grads, opt_state, params)
-    params = optax.apply_updates(params, updates)
-    return params, opt_state, value
-
-
 model = CNN()
 params = model.init(jax.random.key(0), images[:1])
-tx = optax.adam(2e-3)
-opt_state = tx.init(params)
-for t in range(150):
-    params, opt_state, value = step(params, opt_state, *batch(t))
+run = oialr.training(loss, optax.adam(2e-3), steps=300)
+state = run.init(params, *batch(0))
+for t in range(300):
+    state, value = run.step(state, *batch(t))
 
+params = oialr.materialize(state.params)
 predicted = model.apply(params, images[1500:]).argmax(axis=-1)
 print("accuracy", jnp.mean(predicted == labels[1500:]))
+counts = oialr.counts(state.params)
+print("stored", counts.stored / counts.dense)
