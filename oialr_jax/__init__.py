@@ -50,6 +50,7 @@ from oialr_jax.stability import (
     tracker,
 )
 from oialr_jax.surgery import densify, factorize, truncate
+from oialr_jax.training import Training, TrainingState, training
 from oialr_jax.transform import (
     FreezeBasesState,
     freeze_bases,
@@ -59,6 +60,7 @@ from oialr_jax.transform import (
     with_trainable,
 )
 from oialr_jax.versions import warn_of_faults as _warn_of_faults
+from oialr_jax.wrapping import wrap
 
 register()
 
@@ -92,6 +94,8 @@ __all__ = [
     "Subspaces",
     "Timing",
     "Tracker",
+    "Training",
+    "TrainingState",
     "adaptive",
     "compress",
     "core_muon",
@@ -126,11 +130,13 @@ __all__ = [
     "swan",
     "tracker",
     "trainable",
+    "training",
     "truncate",
     "value_and_grad",
     "value_and_grad_from_state",
     "with_trainable",
     "without_identity",
+    "wrap",
 ]
 
 _warn_of_faults()

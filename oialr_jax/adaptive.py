@@ -236,6 +236,10 @@ class AdaptiveStep:
         self._last = (new_state.step, number + self._stride)
         return out
 
+    def check(self, state: Any, *args: Any, **kwargs: Any) -> None:
+        """Raise what the first call would; by shapes alone, nothing runs."""
+        self._check(state, args, kwargs)
+
     def _check(self, state: Any, args: Any, kwargs: Any) -> None:
         """What can be said of a state that another call has not returned."""
         check_state(state, self._follow, (args, kwargs))

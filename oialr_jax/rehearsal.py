@@ -89,7 +89,7 @@ def check_opt_state(state: Any, tx: optax.GradientTransformation) -> None:
             "`freeze_bases` is inside of another `freeze_bases`: leave the outer one "
             "alone, around the whole chain"
         )
-    fresh = _traced(tx.init, arrays_only(state.params))
+    fresh = traced(tx.init, arrays_only(state.params))
     if isinstance(fresh, Exception):
         return
     if not any(map(is_frozen, jax.tree.leaves(fresh, is_leaf=is_frozen))):
@@ -129,14 +129,14 @@ def rehearse(
     """
     axes = {x.path: x.axes for x in matrices}
 
-    params = abstract_low_rank(_shapes(state.params), axes)
-    opt_state = _traced(tx.init, arrays_only(params))
+    params = abstract_low_rank(shapes(state.params), axes)
+    opt_state = traced(tx.init, arrays_only(params))
     if isinstance(opt_state, Exception):
-        if isinstance(_traced(tx.init, arrays_only(state.params)), Exception):
+        if isinstance(traced(tx.init, arrays_only(state.params)), Exception):
             return
         raise ValueError(
             "the optimizer cannot be initialised for cores in the place of matrices, "
-            f"which tx.init will be asked for at the conversion: {_line(opt_state)}"
+            f"which tx.init will be asked for at the conversion: {line(opt_state)}"
         ) from opt_state
 
     def converted(names: Sequence[str]) -> Any:
@@ -144,19 +144,19 @@ def rehearse(
         return state.replace(params=params, opt_state=opt_state, **new)
 
     low = converted(follow)
-    out = _traced(step, low, *args, **kwargs)
+    out = traced(step, low, *args, **kwargs)
     if isinstance(out, Warning):
         raise out  # a filter made an error of it
     if isinstance(out, RuntimeError):
         return  # what the program itself says, and will say again
-    dense = _traced(step, state, *args, **kwargs) if _is_wrong(out, low) else None
+    dense = traced(step, state, *args, **kwargs) if _is_wrong(out, low) else None
     if isinstance(dense, Exception) or _is_wrong(dense, state):
         return  # it cannot be traced here, or is no such step: the call will say
     if isinstance(out, Exception):
         beside = _beside(state, axes, follow)
         raise ValueError(
             _diagnosis(step, converted, beside, follow, rebase, params, args, kwargs)
-            + f" ({_line(out)})"
+            + f" ({line(out)})"
         ) from out
     wrong = _is_wrong(out, low)
     if wrong:
@@ -166,7 +166,7 @@ def rehearse(
             "optax.apply_updates and TrainState.apply_gradients do"
         )
     if any(options.get(name) is not None for name in ("in_shardings", "out_shardings")):
-        dense = _traced(step, state, *args, **kwargs)
+        dense = traced(step, state, *args, **kwargs)
         _check_shardings(
             options, ((low, *args), out), ((state, *args), dense), axes, multiple
         )
@@ -185,7 +185,7 @@ def _diagnosis(
     """Which mistake makes a step fail at the conversion: found by trying."""
     names = (*follow, *beside)
     if beside and not isinstance(
-        _traced(step, converted(names), *args, **kwargs), Exception
+        traced(step, converted(names), *args, **kwargs), Exception
     ):
         fields = ", ".join(f"state.{name}" for name in beside)
         return (
@@ -195,7 +195,7 @@ def _diagnosis(
         )
     turned = _rebased(rebase, (args, kwargs), params)
     if not isinstance(turned, Exception):
-        out = _traced(step, converted(names), *turned[0], **turned[1])
+        out = traced(step, converted(names), *turned[0], **turned[1])
         if not isinstance(out, Exception):
             return (
                 "the step combines params with an argument that is a copy of them and "
@@ -245,7 +245,7 @@ def _structure(tree: PyTree) -> Any:
     return jax.tree.structure(tree)
 
 
-def _traced(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def traced(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What fn returns, in shapes, or the exception that it raises; nothing runs.
 
     Arrays are traced and anything else is as it is given: static arguments, functions.
@@ -257,7 +257,7 @@ def _traced(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     def run(arrays: dict[int, Any]) -> None:
         given = [arrays.get(i, x) for i, x in enumerate(leaves)]
         args, kwargs = jax.tree.unflatten(treedef, given)
-        result.append(_shapes(fn(*args, **kwargs)))
+        result.append(shapes(fn(*args, **kwargs)))
 
     try:
         jax.eval_shape(run, arrays)
@@ -267,7 +267,7 @@ def _traced(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _rebased(rebase: Callable[..., Any], tree: PyTree, params: PyTree) -> Any:
-    return _traced(rebase, tree, params)
+    return traced(rebase, tree, params)
 
 
 def _is_array(x: Any) -> bool:
@@ -279,11 +279,23 @@ def _shape(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(np.shape(x), x.dtype, weak_type=weak)
 
 
-def _shapes(tree: PyTree) -> PyTree:
+def shapes(tree: PyTree) -> PyTree:
+    """The tree with shapes in the place of arrays."""
     return jax.tree.map(lambda x: _shape(x) if _is_array(x) else x, tree)
 
 
-def _line(error: Exception) -> str:
+def shown(x: Any) -> str:
+    """A value in an error: its dtype and shape, or what it is made of."""
+    if _is_array(x):
+        return f"{x.dtype}{list(np.shape(x))}"
+    if isinstance(x, tuple) and not hasattr(x, "_fields"):
+        return f"({', '.join(map(shown, x))})"
+    leaves = jax.tree.leaves(x)
+    some = ", ".join(map(shown, leaves[:3])) + ", ..." * (len(leaves) > 3)
+    return f"{type(x).__name__} of {some}" if leaves and leaves != [x] else repr(x)
+
+
+def line(error: Exception) -> str:
     """What an error says, in one line."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"

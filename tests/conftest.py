@@ -43,6 +43,8 @@ if os.environ.get("RUNTIME_TYPES") == "0":  # a quarter of the time
 with install_import_hook(ROOMS, "beartype.beartype"):
     import oialr_jax  # noqa: F401 -- imported here so that every test runs it typed
 
+collect_ignore_glob = ["tutorials/*"]  # programs, which test_training runs
+
 SLOWEST = ("test_train_images", "test_digits", "test_durability", "test_presets")
 """Files that begin first: one worker has all tests of a file."""
 

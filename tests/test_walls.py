@@ -39,6 +39,7 @@ FLOORS = {
     "following": 3,
     "matrices": 3,
     "checks": 4,
+    "defaults": 4,
     "directions": 4,
     "explain": 4,
     "projection": 4,
@@ -49,7 +50,9 @@ FLOORS = {
     "adaptive": 5,
     "compression": 5,
     "orthogonal": 5,
-    "__init__": 6,  # sees every room and is seen by none
+    "training": 6,
+    "wrapping": 6,
+    "__init__": 7,  # sees every room and is seen by none
 }
 PLAIN = ("cost", "schedule")  # decide on integers: no JAX
 FLAX = ("serialization",)  # registers nodes with Flax, where it is installed

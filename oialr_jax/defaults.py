@@ -1,0 +1,175 @@
+"""What is chosen where nothing is said: when to convert, what to hold, how far to cut.
+
+For `training` and `wrap`; the layers below have no opinion.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+import jax.numpy as jnp
+
+from oialr_jax.lowrank import PyTree, counts, is_low_rank, named_leaves
+from oialr_jax.matrices import Matrices, Matrix, select, skipped_lines
+from oialr_jax.schedule import RankRule, Schedule
+
+Selection = Mapping[str, Any] | Sequence[Matrix]
+"""Options of `select`, or the matrices themselves, in execution order."""
+
+
+def scheduled(
+    delay: int | None, steps: int | None, schedule: Schedule | None = None
+) -> Schedule:
+    """One conversion, at `delay`, after a warm-up whose last 70 % are projected.
+
+    Ranks are chosen a few steps ahead, so that the new step compiles meanwhile.
+
+    Raises:   ValueError: neither is given, one is out of range, or both say the same.
+
+    >>> scheduled(delay=None, steps=3000).events(3000)
+    (1000,)
+    """
+    if schedule is not None:
+        if delay is not None or steps is not None:
+            raise ValueError("`schedule` has a delay: leave out `delay` and `steps`")
+        return schedule
+    if delay is None and steps is None:
+        raise ValueError(
+            "when to convert is open: give steps=, the length of the run, of which a "
+            "third will be dense, or delay=, the step of the conversion"
+        )
+    for name, value in (("delay", delay), ("steps", steps)):
+        if value is not None and value < 0:
+            raise ValueError(f"`{name}` must be at least 0, got {value}")
+    delay = (steps or 0) // 3 if delay is None else delay
+    if steps is not None and delay >= steps:
+        raise ValueError(
+            f"delay={delay} is not before the end of a run of steps={steps}, which "
+            f"would stay dense; a third is delay={steps // 3}"
+        )
+    lag = min(25, delay // 10)
+    return Schedule(
+        delay=delay - lag,
+        every=lag + 1,
+        lag=lag,
+        stop=delay - lag + 1,
+        project=delay // 20 or None,
+        project_from=3 * delay // 10,
+    )
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which of the matrices are held in low rank, and with how many weights.
+
+    Raises:   ValueError: a budget out of range, a budget and a rule, or a rule that one
+              event cannot follow.
+    """
+
+    budget: float | int | None
+    rule: RankRule | None
+    selection: Selection
+    once: bool
+
+    def __post_init__(self) -> None:
+        """Refuse settings out of range."""
+        if self.rule is not None and self.budget is not None:
+            raise ValueError("`rule` has a budget of its own: give one of the two")
+        if self.rule is not None and self.rule.budget is None and self.once:
+            raise ValueError(
+                "a `rule` by cutoff cuts a few of the matrices at each of many events: "
+                "give it a schedule=Schedule(delay=..., every=...), or give a budget"
+            )
+        if self.budget is None:
+            return
+        share = isinstance(self.budget, float)
+        if not (0 < self.budget < 1 if share else self.budget >= 1):
+            raise ValueError(
+                "`budget` must be a float in (0, 1), the share of all weights stored, "
+                "or an int of at least 1, the number of weights in matrices; "
+                f"got {self.budget}"
+            )
+
+    def matrices(self, found: Sequence[Matrix]) -> tuple[Matrix, ...]:
+        """Those of `found` that are selected, or those that were given.
+
+        Raises:   ValueError: there is none.
+        """
+        if not isinstance(self.selection, Mapping):
+            if not self.selection:
+                raise ValueError("`select` is empty: nothing is to be in low rank")
+            return tuple(self.selection)
+        if not found:
+            skipped = found.skipped if isinstance(found, Matrices) else ()
+            why = "; ".join(skipped_lines(skipped)) or "none has two axes"
+            raise ValueError(f"no leaf of the params is used as a matrix: {why}")
+        chosen = select(found, **self.selection)
+        if not chosen:
+            names = ", ".join(f"{x.path} {x.m}x{x.n}" for x in found)
+            raise ValueError(
+                "no matrix pays in low rank, as each is small, narrow, a head or has "
+                f"other uses: {names}. To take some: select={{'include': ['PATH']}}"
+            )
+        return chosen
+
+    def rule_for(self, params: PyTree, matrices: Sequence[Matrix]) -> RankRule:
+        """The rule that brings params into the budget.
+
+        Raises:   ValueError: none does; the least that can be had.
+        """
+        rule = RankRule() if self.rule is None else self.rule
+        whole = counts(params).dense
+        inside = sum(math.prod(x.axes.shape) for x in matrices)
+        dense = whole - inside
+        floors = [rule.floor_rank(min(x.m, x.n)) for x in matrices]
+        least = sum(
+            math.prod(x.axes.l) * r * (x.m + x.n + r)
+            for x, r in zip(matrices, floors, strict=True)
+        )
+        if least >= inside:
+            raise ValueError(
+                f"the matrices have {inside} weights dense and {least} at their least "
+                "ranks: low rank would make them larger, so exclude the small ones"
+            )
+        weights = max(inside // 4, least)
+        if self.rule is not None:
+            weights = self.rule.budget or weights
+        elif isinstance(self.budget, float):
+            weights = int(self.budget * whole) - dense
+        elif self.budget is not None:
+            weights = self.budget
+        if weights < least:
+            share = math.ceil(1e4 * (dense + least) / whole) / 1e4
+            raise ValueError(
+                f"budget={self.budget or weights} is out of reach: of {whole} weights "
+                f"{dense} stay dense, and the matrices have {least} at their least "
+                f"ranks; the least is budget={share}, or {least} as an int"
+            )
+        return RankRule(budget=weights) if self.rule is None else self.rule
+
+
+def check_params(params: PyTree, *, only_arrays: bool) -> None:
+    """Raise unless params are dense and can be trained.
+
+    Raises:   ValueError: a leaf is in low rank already, no float, or no array.
+    """
+    for name, leaf in named_leaves(params).items():
+        if is_low_rank(leaf):
+            raise ValueError(
+                f"{name} is in low rank already: begin with "
+                "oialr_jax.materialize(params), or restore a checkpoint to go on"
+            )
+        if hasattr(leaf, "dtype"):
+            if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+                raise ValueError(
+                    f"{name} of the params is {leaf.dtype} and cannot be trained: keep "
+                    "it apart from them, as `extra`"
+                )
+        elif only_arrays:
+            raise ValueError(
+                f"{name} of the params is no array but {leaf!r}: train arrays alone, "
+                "params, static = eqx.partition(model, eqx.is_inexact_array), with "
+                "eqx.combine(params, static) in the loss; or give jit=eqx.filter_jit"
+            )

@@ -1,0 +1,357 @@
+"""The front door: one call around a loss, which puts the layers below together.
+
+`find_matrices`, `select`, `factored`, `freeze_bases` and `adaptive`, with `defaults`.
+What it makes of them stays within reach, so that one can go on below.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from oialr_jax.adaptive import AdaptiveStep, Timing, adaptive
+from oialr_jax.defaults import Choice, Selection, check_params, scheduled
+from oialr_jax.factored import factored
+from oialr_jax.lowrank import PyTree, arrays_only
+from oialr_jax.matrices import Matrix, find_matrices
+from oialr_jax.rehearsal import line, shown, traced
+from oialr_jax.reports import Report
+from oialr_jax.schedule import RankRule, Schedule
+from oialr_jax.sharding import Layout
+from oialr_jax.transform import (
+    FrozenBases,
+    freeze_bases,
+    trainable,
+    value_and_grad,
+    with_trainable,
+)
+
+Follow = Mapping[str, Callable[[PyTree, PyTree], PyTree]]
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@final
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainingState:
+    """What a run carries from step to step: a pytree that `Checkpoints` can save.
+
+    Attributes:
+        extra: what the model keeps beside its params, such as batch statistics.
+        key: of the run; the loss gets it folded with the step.
+        beside: copies of the params, by name, that `training(follow=...)` updates.
+    """
+
+    step: Any
+    params: Any
+    opt_state: Any
+    extra: Any = None
+    key: Any = None
+    beside: Any = None
+
+    def replace(self, **changes: Any) -> "TrainingState":
+        """The state with other values of some fields."""
+        return dataclasses.replace(self, **changes)
+
+
+def training(
+    loss: Callable[..., Any],
+    tx: Any,
+    *,
+    delay: int | None = None,
+    steps: int | None = None,
+    budget: float | int | None = None,
+    has_aux: bool = False,
+    select: Selection = NOTHING,
+    follow: Follow = NOTHING,
+    schedule: Schedule | None = None,
+    rule: RankRule | None = None,
+    layout: Layout | None = None,
+    **options: Any,
+) -> "Training":
+    """Host side: training that minimises loss(params, *batch) and ends in low rank.
+
+        run = training(loss, optax.adamw(3e-4), delay=2500)
+        state = run.init(params, *batch)
+        state, value = run.step(state, *batch)  # for every batch
+        params = materialize(state.params)
+
+    The first `delay` steps are dense. Then every matrix that low rank serves becomes
+    U S Vᵀ, of ranks that fit the `budget`, and of it the core S alone trains. In the
+    last 70 % of the dense steps the matrices are projected 12 to 14 times to the ranks
+    of that moment, so that little is lost at the conversion: at small budgets one cut
+    after such a warm-up kept more accuracy than many cuts without it
+    (train/results/experiments.md). A warm-up of less than 20 steps has no projections.
+
+    Args:     tx: an optimizer of Optax; `freeze_bases` is put around it here.
+              delay: the step of the conversion, by default a third of `steps`, the
+              paper's rule of thumb. Later is safer, up to two thirds in short runs, but
+              dense for longer.
+              steps: the length of the run.
+              budget: a float in (0, 1) is the share of *all* weights of the params to
+              store after the conversion: bases, cores and what stays dense. An int is
+              the number of weights in matrices, as in `RankRule(budget=)`. By default
+              the matrices keep a quarter of their weights, or their least ranks if
+              these have more: about the budget at which the measured runs lose half a
+              point, and in reach of every network, as what stays dense (embeddings,
+              heads) is not counted.
+              has_aux: the loss returns (value, aux), and so does `run.step`.
+              select: options of `select`, as {"exclude": "embed"}, or the matrices.
+              follow: copies of the params in `state.beside`, by name, each with a
+              function of (params, copy), both with cores in the place of matrices,
+              which gives the copy after a step. A running average is {"ema":
+              functools.partial(optax.incremental_update, step_size=1e-3)}. A loss that
+              has a parameter of this name gets the copy, as a target network.
+              schedule: instead of `delay` and `steps`. rule: instead of `budget`.
+              layout: where state and batches are placed.
+              options: of `adaptive`: `moment_rule`, `jit`, and those of `jit`.
+    Raises:   ValueError, TypeError: a value out of range, two that say the same, a `tx`
+              that is frozen or no optimizer.
+    """
+    if isinstance(tx, FrozenBases):
+        raise ValueError(
+            "`tx` is frozen already, which `training` does itself: give it the "
+            "optimizer without freeze_bases, training(loss, optax.adamw(3e-4), ...)"
+        )
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(
+            "`tx` has to be an optimizer of Optax, training(loss, optax.adamw(3e-4), "
+            f"...); got {tx!r}"
+        )
+    return Training(
+        loss,
+        freeze_bases(tx),
+        scheduled(delay, steps, schedule),
+        Choice(budget, rule, select, once=schedule is None),
+        has_aux=has_aux,
+        follow=follow,
+        layout=layout,
+        options=options,
+    )
+
+
+class Training:
+    """Host side: what `training` returns.
+
+    `tx`, `schedule`, `train_step` (pure) and, after `init`, `matrices` and `rule` are
+    what to give to `adaptive` for what `training` does not offer.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[..., Any],
+        tx: FrozenBases,
+        schedule: Schedule,
+        choice: Choice,
+        *,
+        has_aux: bool,
+        follow: Follow,
+        layout: Layout | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        """Use `training`, which checks its arguments."""
+        self.tx = tx
+        self.schedule = schedule
+        self.matrices: tuple[Matrix, ...] = ()
+        self.rule: RankRule | None = None
+        self._loss = loss
+        self._forward = factored(loss)
+        self._choice = choice
+        self._has_aux = has_aux
+        self._follow = dict(follow)
+        self._given = [x for x in follow if x in inspect.signature(loss).parameters]
+        self._layout = layout
+        self._options = options
+        self._step: AdaptiveStep | None = None
+
+    @property
+    def reports(self) -> list[Report]:
+        """What each event of this process did."""
+        return self._adaptive().reports
+
+    @property
+    def timings(self) -> list[Timing]:
+        """What decisions, events and projections cost the host."""
+        return self._adaptive().timings
+
+    @property
+    def compilations(self) -> int:
+        """How often the step was traced and compiled."""
+        return self._adaptive().compilations
+
+    def init(
+        self, params: PyTree, *example: Any, extra: Any = None, key: Any = None
+    ) -> TrainingState:
+        """Host side: the state before the first step; `params` stay the caller's.
+
+        Finds and selects the matrices, and checks by shapes alone the loss, the budget,
+        the optimizer and the step as it will be after the conversion.
+
+        Args:     example: one batch, as `step` gets it; shapes suffice.
+                  extra: other collections of the model. The loss is then
+                  loss(params, extra, *batch) and returns (value, extra), or
+                  (value, (extra, aux)).
+                  key: the loss then gets key=, another one at every step.
+        Raises:   ValueError, TypeError: what does not fit, and the line to change.
+        """
+        check_params(params, only_arrays="jit" not in self._options)
+        arrays = arrays_only(params)
+
+        def create(arrays: PyTree, extra: Any, key: Any) -> TrainingState:
+            return TrainingState(
+                step=jnp.zeros((), jnp.int32),
+                params=_copy(arrays),
+                opt_state=_copy(self.tx.init(arrays)),
+                extra=_copy(extra),
+                key=_copy(key),
+                beside={name: _copy(arrays) for name in self._follow},
+            )
+
+        state = jax.eval_shape(create, arrays, extra, key)
+        args, kwargs = jax.eval_shape(self._arguments, state, example)
+        out = traced(self._loss, params, *args, **kwargs)
+        if isinstance(out, Exception):
+            given = ["params", *map(shown, args), *(f"{name}=..." for name in kwargs)]
+            raise ValueError(
+                f"loss({', '.join(given)}) fails: give run.init the params of the "
+                f"model and one batch, as run.step gets it ({line(out)})"
+            ) from out
+        self._parts(out, state.extra)
+        found = find_matrices(self._loss, params, *args, **kwargs)
+        self.matrices = self._choice.matrices(found)
+        self.rule = self._choice.rule_for(params, self.matrices)
+        self._step = adaptive(
+            self.train_step,
+            self.tx,
+            self.matrices,
+            self.schedule,
+            self.rule,
+            follow=("beside",) if self._follow else (),
+            layout=self._layout,
+            **self._options,
+        )
+        self._step.check(state.replace(params=_merged(state.params, params)), *example)
+        if self._layout is not None:
+            state = self._layout.initialize(create, arrays, extra, key)
+        else:
+            state = jax.jit(create)(arrays, extra, key)
+        return state.replace(params=_merged(state.params, params))
+
+    def step(self, state: TrainingState, *batch: Any) -> tuple[TrainingState, Any]:
+        """The next state, and what the loss returned; `state` is used up (donated)."""
+        layout = self._layout
+        if layout is not None:
+            batch = jax.tree.map(lambda x: _placed(x, layout), batch)
+        return self._adaptive()(state, *batch)
+
+    def train_step(
+        self, state: TrainingState, *batch: Any
+    ) -> tuple[TrainingState, Any]:
+        """What is compiled: the gradient, the update, the trees beside the params."""
+        args, kwargs = self._arguments(state, batch)
+        has_aux = self._has_aux or state.extra is not None
+        gradient = value_and_grad(self._forward, has_aux=has_aux)
+        out, grads = gradient(state.params, *args, **kwargs)
+        value, extra, aux = self._parts(out, state.extra)
+
+        def value_fn(params: PyTree) -> Any:  # for a line search
+            return self._parts(self._forward(params, *args, **kwargs), state.extra)[0]
+
+        arrays = arrays_only(state.params)
+        updates, opt_state = self.tx.update(
+            grads, state.opt_state, arrays, value=value, grad=grads, value_fn=value_fn
+        )
+        arrays = optax.apply_updates(arrays, updates)
+        beside = {}
+        for name, update in self._follow.items():
+            copy = state.beside[name]
+            new = update(trainable(arrays), trainable(copy))
+            beside[name] = with_trainable(copy, new)
+        state = state.replace(
+            step=state.step + 1,
+            params=_merged(arrays, state.params),
+            opt_state=opt_state,
+            extra=extra,
+            beside=beside,
+        )
+        return state, (value, aux) if self._has_aux else value
+
+    def _arguments(
+        self, state: TrainingState, batch: tuple[Any, ...]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the loss gets after the params."""
+        args = batch if state.extra is None else (state.extra, *batch)
+        kwargs = {name: state.beside[name] for name in self._given}
+        if state.key is not None:
+            kwargs["key"] = jax.random.fold_in(state.key, state.step)
+        return args, kwargs
+
+    def _parts(self, out: Any, extra: Any) -> tuple[Any, Any, Any]:
+        """Value, extra and aux, of which the loss returned some.
+
+        Raises:   TypeError: it returned something else.
+        """
+        form = "(value, extra)" if extra is not None else "value"
+        if self._has_aux:
+            form = "(value, aux)" if extra is None else "(value, (extra, aux))"
+        value, new, aux = out, None, None
+        fits = form == "value" or _is_pair(out)
+        if fits and form != "value":
+            value, new = out
+            if form == "(value, aux)":
+                new, aux = None, new
+            elif self._has_aux:
+                fits = _is_pair(new)
+                new, aux = new if fits else (None, None)
+        is_float = jnp.issubdtype(getattr(value, "dtype", type(value)), jnp.floating)
+        if not fits or np.shape(value) != () or not is_float:
+            hint = "the value is a float, say jnp.mean(...)"
+            if isinstance(value, tuple):
+                hint = "for aux say training(..., has_aux=True)"
+            raise TypeError(f"loss must return {form}, got {shown(out)}: {hint}")
+        if _form(new) != _form(extra):
+            raise TypeError(
+                "loss must return `extra` as run.init got it, "
+                f"{shown(extra)}; got {shown(new)}"
+            )
+        return value, new, aux
+
+    def _adaptive(self) -> AdaptiveStep:
+        if self._step is None:
+            raise ValueError(
+                "the params are not known yet: state = run.init(params, *batch) comes "
+                "first, also before a checkpoint is restored"
+            )
+        return self._step
+
+
+def _merged(arrays: PyTree, whole: PyTree) -> PyTree:
+    """`arrays`, with what is no array of `whole` in the place of None."""
+    return jax.tree.map(
+        lambda x, y: y if x is None else x, arrays, whole, is_leaf=lambda x: x is None
+    )
+
+
+def _copy(tree: PyTree) -> PyTree:
+    return jax.tree.map(jnp.copy, tree)
+
+
+def _placed(x: Any, layout: Layout) -> Any:
+    """A part of a batch where the layout wants it, unless it is on a mesh."""
+    on_mesh = isinstance(getattr(x, "sharding", None), jax.sharding.NamedSharding)
+    return x if on_mesh or np.ndim(x) == 0 else jax.device_put(x, layout.batch)
+
+
+def _is_pair(x: Any) -> bool:
+    return isinstance(x, tuple) and len(x) == 2
+
+
+def _form(tree: PyTree) -> Any:
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, [(np.shape(x), getattr(x, "dtype", type(x))) for x in leaves]
