@@ -21,18 +21,18 @@ from oialr_jax.lowrank import (
 )
 from oialr_jax.matrices import Matrix
 
-Price = Callable[[Matrix, int | None], float]
+Price = Callable[[Matrix, int | None], float | int]
 """What a matrix costs at a rank, None for dense, of a stack all together: `stored`,
 `two_factors` or `Matrix.flops`."""
 
 
-def stored(matrix: Matrix, rank: int | None) -> float:
+def stored(matrix: Matrix, rank: int | None) -> int:
     """Weights of both bases and the core, r (m + n + r)."""
     m, n, stack = matrix.m, matrix.n, math.prod(matrix.axes.l)
     return stack * (m * n if rank is None else rank * (m + n + rank))
 
 
-def two_factors(matrix: Matrix, rank: int | None) -> float:
+def two_factors(matrix: Matrix, rank: int | None) -> int:
     """Weights of two factors, r (m + n)."""
     m, n, stack = matrix.m, matrix.n, math.prod(matrix.axes.l)
     return stack * (m * n if rank is None else rank * (m + n))
@@ -55,7 +55,7 @@ def compress(
     params: PyTree,
     matrices: Sequence[Matrix],
     statistics: Statistics,
-    budget: float | Mapping[str, int],
+    budget: float | int | Mapping[str, int],
     *,
     price: Price = stored,
     multiple: int = 1,

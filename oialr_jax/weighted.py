@@ -132,13 +132,13 @@ class Prices(NamedTuple):
     """
 
     low_rank: Float[np.ndarray, " q"]
-    dense: float | None
+    dense: float | int | None
 
 
 def allocate(
     sigmas: Sequence[np.ndarray],
     prices: Sequence[Prices],
-    budget: float,
+    budget: float | int,
     *,
     multiple: int = 1,
 ) -> list[int | None]:

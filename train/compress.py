@@ -6,12 +6,12 @@ Command:   python -m train.compress minilm --keep 0.5 --out DIR --data-dir data
 
 The encoder all-MiniLM-L6-v2 has 36 matrices in its blocks, 10.6 M weights. They are cut
 to `keep` of Σ r (m + n) / Σ m n in four ways, and measured on passages that were not
-seen: `plain` by their singular values, `activations` by what comes in, both with one
-share for all matrices; `curvature` by what comes in and how far the vectors move, with
-the ranks of all matrices chosen by that together; `tuned` is the last one, its cores
-trained towards the vectors of the original. DIR/summary.json has for each the mean
-`cosine` to the original vectors and `neighbours`, the share of the ten nearest passages
-that stay among the ten nearest.
+seen: `plain` by their singular values and `activations` by what comes in as well, with
+one share for all matrices; `curvature` by how far the vectors move, with the ranks of
+all matrices chosen by that together; `tuned` is the last one, its cores trained towards
+the vectors of the original. DIR/summary.json has for each the mean `cosine` to the
+original vectors, and `neighbours`, the share of the ten nearest passages that stay
+among the ten nearest.
 """
 
 import dataclasses
@@ -58,11 +58,11 @@ class Settings:
     """Passages from which curvature is taken."""
     held_out: int = 1024
     """Passages that are measured on."""
-    steps: int = 400
+    steps: int = 200
     """Updates of the cores, 0 for none."""
     batch: int = 32
     """Passages of an update."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
     """At its highest."""
     seed: int = 0
     """Of the passages that are drawn, and of their order."""
