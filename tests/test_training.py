@@ -821,7 +821,14 @@ def ran(code):
     )
 
 
-@pytest.mark.parametrize("name", ["linen_cnn", "nnx_mlp", "equinox_mlp"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nnx_mlp",
+        pytest.param("linen_cnn", marks=pytest.mark.long),
+        pytest.param("equinox_mlp", marks=pytest.mark.long),
+    ],
+)
 def test_the_first_result_of_a_stranger(name):
     dense, low_rank = source(f"{name}_dense"), source(name)
     diff = list(difflib.ndiff(dense.splitlines(), low_rank.splitlines()))
