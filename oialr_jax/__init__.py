@@ -4,7 +4,7 @@ from oialr_jax.adaptive import AdaptiveStep, Timing, adaptive
 from oialr_jax.checkpoint import Checkpoints, Restored
 from oialr_jax.compression import Cut, compress
 from oialr_jax.cost import Rates
-from oialr_jax.curvature import Statistics, curvature, of_outputs
+from oialr_jax.curvature import curvature, of_outputs
 from oialr_jax.explain import Explanation, explain
 from oialr_jax.factored import factored
 from oialr_jax.following import rebase
@@ -60,6 +60,8 @@ from oialr_jax.transform import (
     with_trainable,
 )
 from oialr_jax.versions import warn_of_faults as _warn_of_faults
+from oialr_jax.weighing import Weighing
+from oialr_jax.weighted import Statistics
 from oialr_jax.wrapping import wrap
 
 register()
@@ -96,6 +98,7 @@ __all__ = [
     "Tracker",
     "Training",
     "TrainingState",
+    "Weighing",
     "adaptive",
     "compress",
     "core_muon",

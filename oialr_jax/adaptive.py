@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import inspect
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +14,7 @@ import optax
 from jaxtyping import Array
 
 from oialr_jax.checks import check_optimizer
+from oialr_jax.compiling import filters, options_for, shape_of, zeros_of
 from oialr_jax.decompose import AHEAD, NOW, Run
 from oialr_jax.following import Identities, bare, followed, rebase
 from oialr_jax.lowrank import (
@@ -27,12 +27,13 @@ from oialr_jax.lowrank import (
 from oialr_jax.matrices import Matrix
 from oialr_jax.moments import MomentRule
 from oialr_jax.projection import project
+from oialr_jax.ranking import choose
 from oialr_jax.rehearsal import check_opt_state, check_state, rehearse
 from oialr_jax.reports import Report
 from oialr_jax.schedule import RankRule, Schedule
 from oialr_jax.sharding import Layout, on_auto_axes
 from oialr_jax.stability import stability
-from oialr_jax.surgery import Setup, apply_ranks, apply_rule, choose, compile_ahead
+from oialr_jax.surgery import Setup, apply_ranks, apply_rule, compile_ahead
 from oialr_jax.transform import (
     pending_ranks,
     reference_of,
@@ -41,6 +42,8 @@ from oialr_jax.transform import (
     with_reference,
     with_trainable,
 )
+from oialr_jax.weighing import Weighing, added
+from oialr_jax.weighted import Statistics
 
 
 def adaptive(
@@ -53,6 +56,7 @@ def adaptive(
     moment_rule: MomentRule = MomentRule(),  # noqa: B008 -- frozen
     steps_per_call: int = 1,
     follow: Sequence[str] = (),
+    weighing: Weighing | None = None,
     layout: Layout | None = None,
     jit: Callable[..., Any] = jax.jit,
     **jit_options: Any,
@@ -83,6 +87,10 @@ def adaptive(
     traces the step at full rank, by shapes alone, and refuses what would fail at the
     conversion; the state given is kept then.
 
+    With `weighing` every cut and projection is weighed by curvature, of a few batches
+    before it that are looked at before they are trained on; the events' reports have
+    the rise of the loss as predicted, and as measured on the batch of the event.
+
     The state given is used up, its buffers donated to the new one, as is usual in
     `state, metrics = step(state, batch)`; `donate_argnums=()` keeps it.
 
@@ -109,6 +117,13 @@ def adaptive(
             "a `budget` is shared by all matrices, which when='stable' treats one by "
             "one: give a `cutoff`, or when='delay'"
         )
+    if rule.by == "loss" and weighing is None:
+        raise ValueError(
+            "a rule with by='loss' weighs directions by curvature: give "
+            "adaptive(..., weighing=Weighing(lambda state, *batch: loss(...)))"
+        )
+    if weighing is not None and getattr(jit, "func", jit) is jax.pmap:
+        raise ValueError("`weighing` needs jit=jax.jit: with jax.pmap it is not built")
     if steps_per_call < 1:
         raise ValueError(f"`steps_per_call` must be at least 1, got {steps_per_call}")
     follow = (follow,) if isinstance(follow, str) else tuple(follow)
@@ -126,13 +141,16 @@ def adaptive(
         rule,
         steps_per_call,
         follow,
+        weighing,
         jit,
-        _options(jit, jit_options),
+        options_for(jit, jit_options),
     )
 
 
 class Timing(NamedTuple):
     """Seconds that the host spent on a decision, event or projection before a step.
+
+    `looking` is the time for the curvature of one batch.
 
     The steps before it have ended when the clock starts.
     """
@@ -141,6 +159,7 @@ class Timing(NamedTuple):
     choosing: float = 0.0
     waiting: float = 0.0
     surgery: float = 0.0
+    looking: float = 0.0
 
 
 class AdaptiveStep:
@@ -162,6 +181,7 @@ class AdaptiveStep:
         rule: RankRule,
         steps_per_call: int,
         follow: tuple[str, ...],
+        weighing: Weighing | None,
         jit: Callable[..., Any],
         jit_options: dict[str, Any],
     ) -> None:
@@ -189,8 +209,13 @@ class AdaptiveStep:
             return out if setup.layout is None else _placed(out, setup.layout)
 
         self._jit_options = getattr(jit, "keywords", {}) | jit_options
-        self._wants_arrays = _filters(jit)  # and takes shapes for static
+        self._wants_arrays = filters(jit)  # and takes shapes for static
         self._jitted = jit(counted, **jit_options)
+        self._weighing = weighing
+        if weighing is not None:
+            plain = {k: v for k, v in jit_options.items() if not k.startswith("donate")}
+            look = functools.partial(weighing.statistics, matrices)
+            self._look, self._value = jit(look, **plain), jit(weighing.value, **plain)
 
     def __call__(self, state: Any, *args: Any, **kwargs: Any) -> Any:
         """What the step returns: the new state, alone or first in a tuple."""
@@ -211,21 +236,30 @@ class AdaptiveStep:
             if ranks:
                 self._compile_ahead(state, number, ranks, args, kwargs)
         previous = number - self._stride
+        if self._looks(number):
+            state = self._looked(state, number, args, kwargs)
         if self._schedule.projected(number, previous):
             state = self._projection(state, number)
         decided = self._schedule.decided(number, previous)
         due = self._schedule.due(number, previous)
         if due is not None:
-            state = self._event(state, number, due, late=decided == due)
+            late = decided == due
+            state = self._event(state, number, due, args, kwargs, late=late)
         if decided is not None and decided != due:
             state = self._decision(state, number, decided, args, kwargs)
 
+        sums = self._statistics(state)
+        if sums is not None:  # no part of the step: it would compile anew
+            state = state.replace(curvature=None)
         event = f"the event at step {self.reports[-1].step}" if self.reports else ""
         state, args, kwargs = self._identities.off(
             (state, args, kwargs), state.params, event or "an event"
         )
         out = self._identities.on(self._jitted(state, *args, **kwargs))
         new_state = out[0] if _is_pair(out) else out
+        if sums is not None:
+            new_state = new_state.replace(curvature=sums)
+            out = (new_state, *out[1:]) if _is_pair(out) else new_state
         if self._last[0] is None:
             after = int(jax.device_get(new_state.step))
             if after != number + self._stride:
@@ -245,6 +279,13 @@ class AdaptiveStep:
         check_state(state, self._follow, (args, kwargs))
         if self._is_checked:
             return
+        if self._weighing is not None and not hasattr(state, "curvature"):
+            raise TypeError(
+                f"`weighing` keeps sums in the state, and {type(state).__name__} has "
+                "no field for them: add `curvature: Any = None` to it"
+            )
+        if self._statistics(state) is not None:
+            state = state.replace(curvature=None)
         named = named_leaves(state.params)
         leaves = [leaf_at(x.path, named, x.axes.shape) for x in self._matrices]
         tx = self._setup.tx
@@ -271,14 +312,36 @@ class AdaptiveStep:
         trees = followed(trees, state.params, params, self._setup.layout, run)
         return state.replace(params=params, opt_state=opt_state, **trees)
 
+    def _looks(self, number: int) -> bool:
+        weighing = self._weighing
+        return weighing is not None and weighing.looks(
+            self._schedule, number, self._stride
+        )
+
+    def _statistics(self, state: Any) -> Statistics | None:
+        return None if self._weighing is None else state.curvature
+
+    def _looked(self, state: Any, number: int, args: Any, kwargs: Any) -> Any:
+        """The state with the curvature of a batch added to its sums."""
+        jax.block_until_ready(state)
+        started = time.perf_counter()
+        sums = state.curvature
+        given = (_without_sums(state, sums), *args)
+        given, named = without_identity((given, kwargs))
+        new = self._look(*given, **named)
+        sums = jax.block_until_ready(new if sums is None else added(sums, new))
+        self.timings.append(Timing(number, looking=time.perf_counter() - started))
+        return state.replace(curvature=sums)
+
     def _projection(self, state: Any, number: int) -> Any:
         """The state with its dense matrices cut, and still dense."""
         jax.block_until_ready(state)
         started = time.perf_counter()
-        params = project(state.params, self._rule, self._matrices)
+        sums = self._statistics(state)
+        params = project(state.params, self._rule, self._matrices, sums)
         jax.block_until_ready(params)
         self.timings.append(Timing(number, surgery=time.perf_counter() - started))
-        return state.replace(params=params)
+        return _without_sums(state.replace(params=params), sums)
 
     def _decision(
         self, state: Any, number: int, update: int, args: Any, kwargs: Any
@@ -289,9 +352,12 @@ class AdaptiveStep:
         state, matrices, treated = self._due(state, number, update)
         leaves = named_leaves(state.params)
         dense = [x for x in matrices if not is_low_rank(leaves.get(x.path))]
+        if self._rule.by == "loss":  # which leaves some of the treated dense
+            dense = [x for x in dense if x not in treated]
         ranks = {x.path: min(x.m, x.n) for x in dense}
         if treated:
-            ranks |= choose(state.params, self._rule, treated)
+            sums = self._statistics(state)
+            ranks |= choose(state.params, self._rule, treated, sums)
         opt_state = with_pending(state.params, state.opt_state, ranks)
         state = state.replace(opt_state=opt_state)
         self._compile_ahead(state, number, ranks, args, kwargs)
@@ -301,12 +367,14 @@ class AdaptiveStep:
     def _compile_ahead(
         self, state: Any, number: int, ranks: dict[str, int], args: Any, kwargs: Any
     ) -> None:
-        state, args, kwargs = jax.tree.map(_abstract, (state, args, kwargs))
+        state, args, kwargs = jax.tree.map(shape_of, (state, args, kwargs))
         decided = self._schedule.decided(number, previous=-1)
         then: tuple[Matrix, ...] = ()  # of stable ones nobody knows which
         if self._schedule.when == "delay":
             then = self._treated(0 if decided is None else decided + 1)
         mesh = jax.sharding.get_mesh()  # known to this thread alone
+        sums = self._statistics(state)
+        state = _without_sums(state, sums)
 
         def compile_all() -> None:
             with contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh):
@@ -315,20 +383,38 @@ class AdaptiveStep:
                     state.opt_state,
                     self._matrices,
                     ranks,
-                    then,
+                    statistics=sums,
                     **self._setup._asdict(),
                 )
                 new = self._after(state, params, opt_state, AHEAD)
                 given = (new, args, kwargs)
                 given = bare(given, new.params, "the event that is due")
+                now = without_identity((state, args, kwargs))
                 if self._wants_arrays:
-                    given = jax.tree.map(_zeros, given)
-                new, others, named = given
-                self._jitted.lower(new, *others, **named).compile()
+                    given, now = jax.tree.map(zeros_of, (given, now))
+                _compiled(self._jitted, given)
+                new_sums = None
+                if sums is not None:
+                    _compiled(self._value, now)
+                    _compiled(self._value, given)
+                    out = getattr(_compiled(self._look, given), "out_info", None)
+                    new_sums = jax.tree.map(_plain, out)  # filter_jit tells of none
+                if new_sums is not None:
+                    added.lower(new_sums, new_sums).compile()
+                choose(params, self._rule, then, new_sums, AHEAD)
 
         self._ahead = self._thread.submit(compile_all)
 
-    def _event(self, state: Any, number: int, update: int, *, late: bool) -> Any:
+    def _event(
+        self,
+        state: Any,
+        number: int,
+        update: int,
+        args: Any,
+        kwargs: Any,
+        *,
+        late: bool,
+    ) -> Any:
         """The state after an event; `late` where its ranks are still to be chosen."""
         jax.block_until_ready(state)
         started = time.perf_counter()
@@ -337,7 +423,9 @@ class AdaptiveStep:
         if ahead is not None:
             ahead.result()
         waited = time.perf_counter()
-        setup = self._setup._asdict()
+        sums = self._statistics(state)
+        before = _without_sums(state, sums)
+        setup = {**self._setup._asdict(), "statistics": sums}
         params, opt_state = state.params, state.opt_state
         reports: list[Report] = []
         if ranks:
@@ -349,12 +437,25 @@ class AdaptiveStep:
             params, opt_state, reports = apply_rule(
                 params, state.opt_state, matrices, self._rule, treated, **setup
             )
-        self.reports += [dataclasses.replace(x, step=number) for x in reports]
         done = time.perf_counter()
         self.timings.append(
             Timing(number, waiting=waited - started, surgery=done - waited)
         )
-        return self._after(state, params, opt_state)
+        state = _without_sums(self._after(state, params, opt_state), sums)
+        actual = None
+        if sums is not None and reports:
+            given, named = without_identity((args, kwargs))
+            was, now = (
+                self._value(without_identity(x), *given, **named)
+                for x in (before, state)
+            )
+            actual = float(jax.device_get(now)) - float(jax.device_get(was))
+        last = len(reports) - 1  # the cut, and not the conversion before it
+        self.reports += [
+            dataclasses.replace(x, step=number, actual=actual if i == last else None)
+            for i, x in enumerate(reports)
+        ]
+        return state
 
     def _due(
         self, state: Any, number: int, update: int
@@ -399,55 +500,20 @@ def _stabilities(
     return [jnp.min(found[matrix.path].basis) for matrix in matrices]
 
 
-def _options(jit: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
-    """The options for `jit`, which donates the state where nothing else is said.
-
-    Raises:   ValueError: donation is asked for in the words of another `jit`.
-    """
-    known = inspect.signature(jit).parameters
-    if _filters(jit):
-        for name in ("donate_argnums", "donate_argnames", "static_argnums"):
-            if name in options:
-                raise ValueError(
-                    f"`{name}` is no option of {getattr(jit, '__name__', jit)}: it "
-                    'donates by donate="all" or "all-except-first", and takes what '
-                    "is no array as static"
-                )
-        return options
-    given = {*options, *getattr(jit, "keywords", {})}
-    some = any(x.kind is inspect.Parameter.VAR_KEYWORD for x in known.values())
-    if given & {"donate_argnums", "donate_argnames"}:
-        return options
-    if some or "donate_argnums" in known:
-        return {"donate_argnums": 0} | options
-    return options
+def _compiled(program: Any, given: Any) -> Any:
+    """A jitted program, compiled for its arguments: the lowered one."""
+    first, others, named = given
+    lowered = program.lower(first, *others, **named)
+    lowered.compile()
+    return lowered
 
 
-def _filters(jit: Callable[..., Any]) -> bool:
-    """Whether `jit` is `eqx.filter_jit`, or speaks its language."""
-    known = inspect.signature(jit).parameters
-    return "donate" in known and "donate_argnums" not in known
+def _plain(info: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(info.shape, info.dtype)
 
 
-def _zeros(x: Any) -> Any:
-    """An array of this shape, in the place of it."""
-    if not isinstance(x, jax.ShapeDtypeStruct):
-        return x
-    if x.weak_type:  # a Python number makes one
-        return jnp.broadcast_to(jnp.asarray(x.dtype.type(0).item()), x.shape)
-    return jnp.zeros(x.shape, x.dtype, device=x.sharding)
-
-
-def _abstract(x: Any) -> Any:
-    """The shape of a JAX array as `jax.jit` sees it; anything else as it is."""
-    if not isinstance(x, jax.Array):
-        return x
-    return jax.ShapeDtypeStruct(
-        x.shape,
-        x.dtype,
-        sharding=x.sharding if x.committed else None,
-        weak_type=getattr(x, "weak_type", False),  # keys have none
-    )
+def _without_sums(state: Any, sums: Statistics | None) -> Any:
+    return state if sums is None else state.replace(curvature=None)
 
 
 def _placed(out: Any, layout: Layout) -> Any:

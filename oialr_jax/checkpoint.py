@@ -32,6 +32,7 @@ from jaxtyping import Array, UInt32
 
 from oialr_jax.lowrank import Axes, Basis, LowRank, PyTree, is_low_rank, path_name
 from oialr_jax.sharding import Layout, on_auto_axes
+from oialr_jax.weighted import Statistics
 
 _FORMAT = 1
 _ARRAYS, _CONTENTS = "arrays", "contents"
@@ -125,6 +126,11 @@ class Checkpoints:
             "metric": number,
             "low_rank": nodes,
             "keys": keys,
+            "statistics": {
+                name: x.form
+                for name, x in _leaves(state, _is_statistics).items()
+                if _is_statistics(x)
+            },
             "arrays": {
                 k: {"shape": list(x.shape), "dtype": str(x.dtype), "sum": total}
                 for (k, x), total in zip(arrays.items(), _sums(arrays), strict=True)
@@ -350,8 +356,23 @@ def _abstract_state(
                 )
         return LowRank(u, s, vt, axes, basis)
 
+    def summed(path: tuple[Any, ...], leaf: Any) -> Any:
+        name = path_name(path)
+        form = contents.get("statistics", {}).get(name)  # older checkpoints have none
+        if form is None:
+            return None if _is_statistics(leaf) else leaf
+        shapes = {
+            k.removeprefix(f"{name}/"): jax.ShapeDtypeStruct(x["shape"], x["dtype"])
+            for k, x in stored.items()
+            if k.startswith(f"{name}/")
+        }
+        return Statistics.of_form(form, shapes)
+
     abstract = jax.eval_shape(lambda: template)
     new = jax.tree_util.tree_map_with_path(ranked, abstract, is_leaf=is_low_rank)
+    new = jax.tree_util.tree_map_with_path(
+        summed, new, is_leaf=lambda x: x is None or _is_statistics(x)
+    )
     new = new.replace(opt_state=jax.eval_shape(tx.init, new.params))
     leaves = _leaves(new)
     found = {
@@ -372,6 +393,10 @@ def _abstract_state(
     if wrong:
         raise ValueError(f"the checkpoint {where} does not fit: {'; '.join(wrong)}")
     return new
+
+
+def _is_statistics(x: Any) -> bool:
+    return isinstance(x, Statistics)
 
 
 def _dtypes(name: str, leaf: Any, node: LowRank) -> list[tuple[str, Any, Any]]:

@@ -2,40 +2,25 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
-import numpy as np
-
-from oialr_jax import weighted
-from oialr_jax.curvature import Statistics
-from oialr_jax.linalg import alone
-from oialr_jax.lowrank import (
-    Axes,
-    Basis,
-    LowRank,
-    PyTree,
-    is_low_rank,
-    named_leaves,
-    path_name,
-)
+from oialr_jax.lowrank import PyTree, is_low_rank, leaf_at, named_leaves
 from oialr_jax.matrices import Matrix
+from oialr_jax.ranking import is_known
+from oialr_jax.schedule import RankRule
+from oialr_jax.surgery import apply_ranks, apply_rule
+from oialr_jax.weighted import Statistics
 
 Price = Callable[[Matrix, int | None], float | int]
-"""What a matrix costs at a rank, None for dense, of a stack all together: `stored`,
-`two_factors` or `Matrix.flops`."""
-
-
-def stored(matrix: Matrix, rank: int | None) -> int:
-    """Weights of both bases and the core, r (m + n + r)."""
-    m, n, stack = matrix.m, matrix.n, math.prod(matrix.axes.l)
-    return stack * (m * n if rank is None else rank * (m + n + rank))
+"""What a matrix costs at a rank, None for dense, of a stack all together:
+`Matrix.weights`, `Matrix.flops` or `two_factors`."""
 
 
 def two_factors(matrix: Matrix, rank: int | None) -> int:
     """Weights of two factors, r (m + n)."""
-    m, n, stack = matrix.m, matrix.n, math.prod(matrix.axes.l)
-    return stack * (m * n if rank is None else rank * (m + n))
+    if rank is None:
+        return matrix.weights()
+    return matrix.weights(rank) - math.prod(matrix.axes.l) * rank**2
 
 
 class Cut(NamedTuple):
@@ -57,13 +42,12 @@ def compress(
     statistics: Statistics,
     budget: float | int | Mapping[str, int],
     *,
-    price: Price = stored,
+    price: Price = Matrix.weights,
     multiple: int = 1,
-    ridge: float = weighted.RIDGE,
 ) -> tuple[PyTree, tuple[Cut, ...]]:
     """Host side: the params with matrices cut where the loss rises least, and the cuts.
 
-    The directions of all matrices compete for the budget, see `weighted.allocate`; a
+    The directions of all matrices compete for the budget, see `allocation.allocate`; a
     matrix that costs less dense stays dense. Matrices that are in low rank are cut
     further. Those without statistics, or which no row reached, stay as they are and
     are no part of the budget; they are no part of the cuts.
@@ -73,6 +57,7 @@ def compress(
     Raises:   ValueError: a matrix or its statistics are not finite; the budget does
               not pay the least ranks; a rank outside [1, its greatest].
 
+    >>> import jax
     >>> import jax.numpy as jnp
     >>> from oialr_jax.curvature import curvature, of_outputs
     >>> from oialr_jax.matrices import find_matrices
@@ -83,80 +68,35 @@ def compress(
     >>> compress(params, found, sums, {"w": 2})[0]["w"].rank
     2
     """
-    leaves = named_leaves(params)
-    known = [x for x in matrices if _has_rows(statistics, x.path)]
-    found = {x.path: _directions(leaves[x.path], x, statistics, ridge) for x in known}
-    sigmas = {path: np.asarray(jax.device_get(x.sigma)) for path, x in found.items()}
-    for path, sigma in sigmas.items():
-        if not np.isfinite(sigma).all():
-            raise ValueError(f"{path} or its statistics are not finite")
-    ranks: dict[str, int | None]
+    has_rows = is_known(statistics)
+    known = [x for x in matrices if has_rows.get(x.path)]
     if isinstance(budget, Mapping):
-        ranks = {x.path: budget.get(x.path) for x in known}
-    else:
-        prices = [_prices(x, leaves[x.path], price) for x in known]
-        chosen = weighted.allocate(
-            list(sigmas.values()), prices, budget, multiple=multiple
+        ranks = {x.path: budget[x.path] for x in known if x.path in budget}
+        low, _, reports = apply_ranks(
+            params, None, known, ranks, tx=None, statistics=statistics
         )
-        ranks = dict(zip(sigmas, chosen, strict=True))
-    nodes, cuts = {}, []
-    for x in known:
-        rank, greatest = ranks[x.path], sigmas[x.path].shape[-1]
-        if rank is not None:
-            if not 1 <= rank <= greatest:
-                raise ValueError(
-                    f"`rank` must be in [1, {greatest}] for {x.path}, got {rank}"
-                )
-            nodes[x.path] = _node(
-                leaves[x.path], x.axes, found[x.path], sigmas[x.path], rank
-            )
-        gone = sigmas[x.path][..., rank:] if rank is not None else np.zeros(1)
-        rise = 0.5 * float(np.sum(np.square(gone, dtype=np.float64)))
-        cuts.append(Cut(x.path, x.m, x.n, rank, rise))
-    return (
-        jax.tree_util.tree_map_with_path(
-            lambda path, leaf: nodes.get(path_name(path), leaf),
-            params,
-            is_leaf=is_low_rank,
-        ),
-        tuple(cuts),
+    else:
+        rule = RankRule(
+            by="loss", budget=budget, price=price, multiple=multiple, floor=0
+        )
+        low, _, reports = apply_rule(
+            params, None, known, rule, known, tx=None, statistics=statistics
+        )
+    rises = {}
+    for layer in (x for report in reports for x in report.layers):
+        if not layer.finite:
+            raise ValueError(f"{layer.path} or its statistics are not finite")
+        rises[layer.path] = layer.rise or 0.0
+    leaves = named_leaves(low)
+    found = {x.path: leaf_at(x.path, leaves) for x in known}
+    cuts = tuple(
+        Cut(
+            x.path,
+            x.m,
+            x.n,
+            found[x.path].rank if is_low_rank(found[x.path]) else None,
+            rises.get(x.path, 0.0),
+        )
+        for x in known
     )
-
-
-def _has_rows(statistics: Statistics, path: str) -> bool:
-    sides = statistics.sides.get(path)
-    return sides is not None and bool(np.any(jax.device_get(sides.rows) > 0))
-
-
-def _directions(
-    leaf: Any, matrix: Matrix, statistics: Statistics, ridge: float
-) -> weighted.Directions:
-    dense = leaf.s if is_low_rank(leaf) else matrix.axes.to_matrix(leaf)
-    found = _weighted(dense, *statistics.covariances(matrix.path), ridge=ridge)
-    return alone(found)
-
-
-_weighted = jax.jit(weighted.directions, static_argnames="ridge")
-_cut = jax.jit(weighted.cut, static_argnames="rank")
-
-
-def _prices(matrix: Matrix, leaf: Any, price: Price) -> weighted.Prices:
-    greatest = leaf.rank if is_low_rank(leaf) else min(matrix.m, matrix.n)
-    costs = np.array([price(matrix, r) for r in range(1, greatest + 1)], np.float64)
-    return weighted.Prices(costs, None if is_low_rank(leaf) else price(matrix, None))
-
-
-def _node(
-    leaf: Any, axes: Axes, found: weighted.Directions, sigma: np.ndarray, rank: int
-) -> LowRank:
-    """The matrix of a leaf cut to its first directions."""
-    u, s, vt = alone(_cut(found, rank=rank))
-    basis = Basis(0)
-    dtypes = (leaf.dtype,) * 3
-    if is_low_rank(leaf):
-        with jax.default_matmul_precision("highest"):
-            u, vt = leaf.u @ u, vt @ leaf.vt
-        axes, basis = leaf.axes, leaf.basis
-        dtypes = (leaf.u.dtype, leaf.dtype, leaf.vt.dtype)
-    u, s, vt = (x.astype(dtype) for x, dtype in zip((u, s, vt), dtypes, strict=True))
-    return LowRank(u, s, vt, axes, Basis(basis).after(sigma, rank))
+    return low, cuts

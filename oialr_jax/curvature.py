@@ -6,9 +6,8 @@ the weight through scans, branches and remat: what JAX adds up for a gradient, i
 up for them.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,79 +17,12 @@ from jaxtyping import Array
 from oialr_jax import contract, cost, interpret, tracing, views
 from oialr_jax.lowrank import Axes, PyTree, is_low_rank, path_name, unique_names
 from oialr_jax.matrices import Matrix
-from oialr_jax.rows import Meeting, Sides, sums
+from oialr_jax.rows import Meeting, sums
 from oialr_jax.views import Use, View, as_array
+from oialr_jax.weighted import Sides, Statistics
 
 WIDEST = 4096
 """The longest side of which the whole covariance is held, 64 MiB; then its diagonal."""
-
-
-@final
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Statistics:
-    """Sums over batches for each matrix, by path; prints as a table.
-
-    `terms` is the number of terms of the likelihood, of all batches. `skipped` names
-    the matrices that are not in `sides` because of a use that is not summed, with it.
-    """
-
-    sides: dict[str, Sides]
-    terms: Array
-    skipped: tuple[tuple[str, str], ...] = dataclasses.field(
-        default=(), metadata={"static": True}
-    )
-    independent_rows: bool = dataclasses.field(default=False, metadata={"static": True})
-
-    def covariances(self, path: str) -> tuple[Array | None, Array | None]:
-        """C and D: the Fisher of a loss that is a mean over N terms is about C ⊗ D.
-
-        Of examples, C = Σ G Gᵀ / Σ |G|² and D = Σ Gᵀ G / N: from the identity one step
-        of the power iteration to the nearest Kronecker product, exact in its trace.
-        Of T independent rows, C = Σ x xᵀ / T and D = Σ δ δᵀ / N.
-        """
-        inputs, outputs, rows = self.sides[path]
-        if inputs is not None:
-            axes = tuple(range(rows.ndim, inputs.ndim))
-            total = rows
-            if not self.independent_rows:
-                full = len(axes) == 2
-                total = (
-                    jnp.trace(inputs, axis1=-2, axis2=-1) if full else inputs.sum(-1)
-                )
-            inputs = inputs / jnp.expand_dims(jnp.where(total > 0, total, 1), axes)
-        return inputs, None if outputs is None else outputs / self.terms
-
-    def add(self, new: "Statistics", decay: float = 1.0) -> "Statistics":
-        """These sums times `decay`, and those of more batches.
-
-        C and D are then means over all batches, weighed by their rows and terms; with a
-        decay below one older batches count less.
-        """
-        return jax.tree.map(lambda a, b: decay * a + b, self, new)
-
-    def __str__(self) -> str:
-        width = max([len(x) for x in self.sides] + [6])
-        lines = [f"{'matrix':<{width}}  {'inputs':>14} {'outputs':>14}       rows"]
-        for path, (inputs, outputs, rows) in self.sides.items():
-            sides = (_held(x, rows.ndim) for x in (inputs, outputs))
-            count = jax.device_get(jnp.sum(rows)) if _is_known(rows) else "?"
-            lines.append(
-                f"{path:<{width}}  {' '.join(f'{x:>14}' for x in sides)} {count:>10}"
-            )
-        return "\n".join(
-            [*lines, *(f"{x}: not summed, {why}" for x, why in self.skipped)]
-        )
-
-
-def _held(side: Array | None, stack: int) -> str:
-    if side is None:
-        return "identity"
-    return f"{side.shape[-1]} {'full' if side.ndim == stack + 2 else 'diagonal'}"
-
-
-def _is_known(x: Any) -> bool:
-    return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
 
 
 def curvature(

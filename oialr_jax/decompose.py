@@ -24,6 +24,7 @@ from jax.sharding import (
 )
 from jaxtyping import Array
 
+from oialr_jax import weighted
 from oialr_jax.linalg import (
     alone,
     gram_singular_values,
@@ -32,7 +33,12 @@ from oialr_jax.linalg import (
     svd,
 )
 from oialr_jax.lowrank import Axes, is_low_rank
-from oialr_jax.schedule import RankRule
+
+Weights = tuple[Any, Any]
+"""C and D of a matrix, (*l, m, m), or (*l, m, 1) for a diagonal; None: the identity."""
+
+Sides = tuple[list[Any] | None, ...]
+"""The C of all matrices of a group, and their D; () for one without weights."""
 
 
 class Run(NamedTuple):
@@ -181,12 +187,15 @@ def decomposed(
     *,
     vectors: bool,
     kept: Sequence[int] | None = None,
+    weights: Sequence[Weights | None] | None = None,
 ) -> list[Solved]:
     """Host side: the SVD, or singular values, of every core and every dense matrix.
 
     With `kept`, the ranks that the matrices are to be cut to, dense ones for which
     `by_gram` says so are not decomposed whole: there are only so many vectors, and
     small values are not accurate (`gram_svd`).
+
+    A matrix that has weights is decomposed into `weighted.directions` instead.
 
     One program for all matrices of a shape. On a mesh each device has a program of its
     own for its share of them, so that every matrix is decomposed once and every process
@@ -200,35 +209,58 @@ def decomposed(
             "call factorize, truncate, choose and project between the steps, outside "
             "of jax.jit, jax.grad, jax.vmap and jax.shard_map"
         )
+    weighing = [None] * len(leaves) if weights is None else weights
     groups: dict[Any, list[int]] = defaultdict(list)
     middle = [x.s if is_low_rank(x) else x for x in leaves]
     views = [None if is_low_rank(x) else a for x, a in zip(leaves, axes, strict=True)]
     for i, (array, view) in enumerate(zip(middle, views, strict=True)):
         side = array.shape[-2:] if view is None else (view.m, view.n)
+        form = _form(weighing[i])
         cut = view is not None and kept is not None and by_gram(view, kept[i])
-        groups[side, array.dtype, cut].append(i)
+        cut = cut and form is None  # gram_svd has no weights
+        groups[side, array.dtype, cut, form].append(i)
     mesh = mesh_of(middle)
     load = [0] * (1 if mesh is None else mesh.size)
     results: dict[int, Solved] = {}
-    for (side, _, cut), group in sorted(
+    for (side, _, cut, form), group in sorted(
         groups.items(), key=lambda x: -math.prod(x[0][0]) * min(x[0][0])
     ):
         arrays = [middle[i] for i in group]
         shapes = tuple(views[i] for i in group)
+        sides = _columns([weighing[i] for i in group], form)
         rank = max(kept[i] for i in group) if cut and kept else None
         how = {"vectors": vectors, "rank": rank}
         start = 0
         if mesh is None:
-            batch = alone(run.call(_solved_group, arrays, axes=shapes, **how))
+            batch = alone(run.call(_solved_group, arrays, sides, axes=shapes, **how))
         else:
             count = sum(math.prod(axes[i].l) for i in group)
             share = _share(count, math.prod(side) * min(side), load)
             start = share.first * share.each
-            batch = _solved_on_mesh(arrays, shapes, share, mesh, run, how)
+            batch = _solved_on_mesh(arrays, sides, shapes, share, mesh, run, how)
         for i in group:
             results[i] = Solved(batch, start, axes[i].l)
             start += math.prod(axes[i].l)
     return [results[i] for i in range(len(leaves))]
+
+
+def _form(weights: Weights | None) -> tuple[int | None, ...] | None:
+    """Of weights that can be stacked: the axes of each side, None for the identity."""
+    if weights is None:
+        return None
+    return tuple(None if x is None else x.shape[-1] for x in weights)
+
+
+def _columns(
+    weights: Sequence[Weights | None], form: tuple[int | None, ...] | None
+) -> Sides:
+    """The weights of a group, side by side, without what all of them lack."""
+    if form is None:
+        return ()
+    return tuple(
+        None if size is None else [x[i] for x in weights if x is not None]
+        for i, size in enumerate(form)
+    )
 
 
 def mesh_of(arrays: Sequence[Any]) -> Any:
@@ -267,6 +299,7 @@ def _share(count: int, cost: int, load: list[int]) -> _Share:
 
 def _solved_on_mesh(
     arrays: list[Any],
+    sides: Sides,
     axes: tuple[Axes | None, ...],
     share: _Share,
     mesh: Mesh,
@@ -279,15 +312,25 @@ def _solved_on_mesh(
     device ever holds all of them. What cores give is small and goes to every device.
     """
     devices = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    spread = run.call(_spread, arrays, axes=axes, share=share, where=devices)
+
+    def split(arrays: list[Any], axes: tuple[Axes | None, ...]) -> list[Any]:
+        spread = run.call(_spread, arrays, axes=axes, share=share, where=devices)
+        return run.split(spread, devices)
+
+    here = _positions(devices)
+    local = split(arrays, axes)
+    others = [
+        [None] * len(here) if x is None else split(x, (None,) * len(x)) for x in sides
+    ]
     solved = []
-    local = run.split(spread, devices)
-    for k, rows in zip(_positions(devices), local, strict=True):
+    for i, k in enumerate(here):
+        own = tuple(None if x[i] is None else [x[i]] for x in others)
         # in the caller's `jax.set_mesh` no program may run on one device alone
         with jax.set_mesh(_NO_MESH):
             busy = share.first <= k < share.first + share.used
             program = _solved_group if busy else _unsolved_group
-            solved.append(alone(run.call(program, [rows], axes=(None,), **how)))
+            found = run.call(program, [local[i]], own, axes=(None,), **how)
+            solved.append(alone(found))
     joined = tuple(run.join(list(x), devices) for x in zip(*solved, strict=True))
     dense = any(view is not None for view in axes)
     return run.call(_returned, joined, where=_return_places(joined, mesh, dense))
@@ -342,11 +385,17 @@ def _returned(
 @functools.partial(jax.jit, static_argnames=("axes", "vectors", "rank"))
 def _solved_group(
     arrays: list[Array],
+    sides: Sides,
     axes: tuple[Axes | None, ...],
     vectors: bool,
     rank: int | None,
 ) -> tuple[Array, ...]:
     batch = _stacked(arrays, axes)
+    if sides:
+        c, d = (None if x is None else _joined(x) for x in sides)
+        if vectors:
+            return tuple(weighted.directions(batch, c, d))
+        return (weighted.directions(batch, c, d).sigma,)
     if rank is None:
         return svd(batch) if vectors else (singular_values(batch),)
     return gram_svd(batch, rank) if vectors else (gram_singular_values(batch),)
@@ -357,6 +406,7 @@ def _solved_group(
 )
 def _unsolved_group(
     arrays: list[Array],
+    sides: Sides,
     axes: tuple[Axes | None, ...],
     vectors: bool,
     rank: int | None,
@@ -365,6 +415,7 @@ def _unsolved_group(
     shapes = jax.eval_shape(
         functools.partial(_solved_group, axes=axes, vectors=vectors, rank=rank),
         arrays,
+        sides,
     )
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
@@ -376,6 +427,12 @@ def _stacked(arrays: list[Array], axes: tuple[Axes | None, ...]) -> Array:
         for view, array in zip(axes, arrays, strict=True)
     ]
     return jnp.concatenate([x.reshape(-1, *x.shape[-2:]) for x in matrices])
+
+
+def _joined(sides: list[Array]) -> Array:
+    """Covariances of a group, (b, m, m), or (b, m) for diagonals."""
+    joined = _stacked(sides, (None,) * len(sides))
+    return joined[..., 0] if joined.shape[-1] == 1 else joined
 
 
 def on_host(solved: Sequence[Solved], run: Run) -> list[np.ndarray]:
@@ -394,18 +451,3 @@ def part(batch: tuple[Array, ...], start: Any, stack: tuple[int, ...]) -> list[A
         jax.lax.dynamic_slice_in_dim(x, start, count).reshape(*stack, *x.shape[1:])
         for x in batch
     ]
-
-
-def ranks_by(
-    rule: RankRule, spectra: Sequence[np.ndarray], axes: Sequence[Axes]
-) -> list[int | None]:
-    """The rank that a rule gives each matrix, None where it is not finite."""
-    good = [i for i, sigma in enumerate(spectra) if np.isfinite(sigma).all()]
-    chosen = rule.choose_all(
-        [spectra[i].reshape(-1, spectra[i].shape[-1]) for i in good],
-        [(axes[i].m, axes[i].n) for i in good],
-    )
-    ranks: list[int | None] = [None] * len(spectra)
-    for i, r in zip(good, chosen, strict=True):
-        ranks[i] = r
-    return ranks

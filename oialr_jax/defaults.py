@@ -72,6 +72,7 @@ class Choice:
     rule: RankRule | None
     selection: Selection
     once: bool
+    by_loss: bool = False
 
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
@@ -133,21 +134,23 @@ class Choice:
                 f"the matrices have {inside} weights dense and {least} at their least "
                 "ranks: low rank would make them larger, so exclude the small ones"
             )
-        weights = max(inside // 4, least)
+        weights: float | int = max(inside // 4, least)
         if self.rule is not None:
             weights = self.rule.budget or weights
         elif isinstance(self.budget, float):
             weights = int(self.budget * whole) - dense
         elif self.budget is not None:
             weights = self.budget
-        if weights < least:
+        if weights < least and rule.price is None:
             share = math.ceil(1e4 * (dense + least) / whole) / 1e4
             raise ValueError(
                 f"budget={self.budget or weights} is out of reach: of {whole} weights "
                 f"{dense} stay dense, and the matrices have {least} at their least "
                 f"ranks; the least is budget={share}, or {least} as an int"
             )
-        return RankRule(budget=weights) if self.rule is None else self.rule
+        if self.rule is not None:
+            return self.rule
+        return RankRule(budget=weights, by="loss" if self.by_loss else "value")
 
 
 def check_params(params: PyTree, *, only_arrays: bool) -> None:

@@ -54,6 +54,24 @@ class Matrix(NamedTuple):
         """Columns of the matrix: the fan-out."""
         return self.axes.n
 
+    def weights(self, rank: int | None = None) -> int:
+        """Weights that are stored, dense or at a rank: both bases and the core."""
+        m, n, stack = self.m, self.n, math.prod(self.axes.l)
+        return stack * (m * n if rank is None else rank * (m + n + rank))
+
+    def seconds(self, rank: int | None = None, *, rates: cost.Rates) -> float:
+        """Estimated time of a training step on a device, dense or at a rank."""
+        loads = [dataclasses.replace(x, rank=rank or x.rank) for x in self.loads]
+        size = self.itemsize
+        orders = [
+            cost.Order.DENSE if rank is None else cost.cheapest(x, rates, size)
+            for x in loads
+        ]
+        return sum(
+            cost.seconds(order, x, rates, size)
+            for order, x in zip(orders, loads, strict=True)
+        )
+
     def flops(self, rank: int | None = None, rates: cost.Rates | None = None) -> int:
         """FLOPs of a training step, dense or at a rank.
 

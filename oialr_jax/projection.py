@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
-from oialr_jax.decompose import NOW, decomposed, on_host, part, ranks_by
+from oialr_jax.decompose import NOW, decomposed, on_host, part
 from oialr_jax.lowrank import (
     Axes,
     PyTree,
@@ -19,16 +19,24 @@ from oialr_jax.lowrank import (
     with_leaves,
 )
 from oialr_jax.matrices import Matrix
+from oialr_jax.ranking import ranks_by, weights_of
 from oialr_jax.schedule import RankRule
 from oialr_jax.sharding import on_auto_axes
+from oialr_jax.weighted import Statistics
 
 
 @on_auto_axes
-def project(params: PyTree, rule: RankRule, matrices: Sequence[Matrix]) -> PyTree:
+def project(
+    params: PyTree,
+    rule: RankRule,
+    matrices: Sequence[Matrix],
+    statistics: Statistics | None = None,
+) -> PyTree:
     """Host side: params with the nearest matrices of the ranks that `rule` chooses.
 
     They stay dense, and those that are LowRank, or not finite, are left alone. Of a
-    stack all have the same rank. The optimizer state needs no change.
+    stack all have the same rank. The optimizer state needs no change. With statistics
+    they are the nearest by loss.
 
     Raises:   ValueError: a matrix names no leaf of `params`, or one of another shape; a
               budget is too small.
@@ -46,9 +54,15 @@ def project(params: PyTree, rule: RankRule, matrices: Sequence[Matrix]) -> PyTre
         for matrix in matrices
         if not is_low_rank(leaf_at(matrix.path, leaves, matrix.axes.shape))
     }
+    found = {x.path: x for x in matrices}
     axes = list(dense.values())
-    solved = decomposed([leaves[name] for name in dense], axes, NOW, vectors=True)
-    ranks = ranks_by(rule, on_host(solved, NOW), axes)
+    items = [leaves[name] for name in dense]
+    weights = weights_of(statistics, dense, NOW)
+    solved = decomposed(
+        items, axes, NOW, vectors=True, weights=[weights.get(x) for x in dense]
+    )
+    named = [found[name] for name in dense]
+    ranks = ranks_by(rule, on_host(solved, NOW), named, items, weights)
     NOW.agree(ranks)
     new = {
         name: _recomposed(
@@ -59,6 +73,7 @@ def project(params: PyTree, rule: RankRule, matrices: Sequence[Matrix]) -> PyTre
             stack=x.stack,
             axes=dense[name],
             where=_place(leaves[name]),
+            is_weighted=name in weights,
         )
         for name, x, r in zip(dense, solved, ranks, strict=True)
         if r
@@ -72,7 +87,7 @@ def _place(leaf: Any) -> NamedSharding | None:
     return where if isinstance(where, NamedSharding) else None
 
 
-@functools.partial(jax.jit, static_argnames=("stack", "axes", "where"))
+@functools.partial(jax.jit, static_argnames=("stack", "axes", "where", "is_weighted"))
 def _recomposed(
     leaf: Array,
     batch: tuple[Array, Array, Array],
@@ -82,10 +97,12 @@ def _recomposed(
     stack: tuple[int, ...],
     axes: Axes,
     where: NamedSharding | None,
+    is_weighted: bool,
 ) -> Array:
-    """One dense leaf again, of its first `rank` singular vectors."""
+    """One dense leaf again, of its first `rank` singular vectors or directions."""
     left, sigma, right = part(batch, start, stack)
-    kept = jnp.where(jnp.arange(sigma.shape[-1]) < rank, sigma, 0)
+    scale = jnp.ones_like(sigma) if is_weighted else sigma  # which `left` has already
+    kept = jnp.where(jnp.arange(sigma.shape[-1]) < rank, scale, 0)
     with jax.default_matmul_precision("highest"):
         matrix = (left * kept[..., None, :]) @ right
     new = axes.to_array(matrix).astype(leaf.dtype)

@@ -11,27 +11,10 @@ from jaxtyping import Array
 
 from oialr_jax.lowrank import Axes
 from oialr_jax.views import Use, View, atoms, split
+from oialr_jax.weighted import Sides
 
 WIDE = 512
 """From this side on sums are computed in blocks, five eighths of the products."""
-
-
-class Sides(NamedTuple):
-    """Sums of one matrix, one for its inputs and one for its outputs.
-
-    Of examples, with G = Xᵀ Δ the gradient that the rows X and Δ of one example make
-    together, Σ G Gᵀ and Σ Gᵀ G. Of independent rows Σ x xᵀ and Σ δ δᵀ, where a row
-    whose gradient is zero, as of a padded token, does not count. Of a LowRank leaf the
-    rows are those of its core, Uᵀx and Vᵀδ. None in the place of a sum stands for the
-    identity in `compress`.
-
-    Shapes:   inputs: (*l, m, m), or a diagonal (*l, m); outputs: (*l, n, n) or (*l, n);
-              rows: (*l), how many have a gradient. Of a core m and n are its rank.
-    """
-
-    inputs: Array | None
-    outputs: Array | None
-    rows: Array
 
 
 class Meeting(NamedTuple):

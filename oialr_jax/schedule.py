@@ -6,11 +6,13 @@ a resumed run does what the uninterrupted one does.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import final
 
 import numpy as np
 from jaxtyping import Float
+
+from oialr_jax.allocation import Prices, allocate
 
 
 @final
@@ -30,8 +32,15 @@ class RankRule:
     Then `cutoff` and `max_drop` have no meaning; the `floor` of every matrix is kept,
     and above it `multiple` directions come or go at once.
 
+    With by="loss" the matrices share the budget by what their directions are worth in
+    loss (`allocation.allocate`), which takes statistics of `curvature`; a matrix that
+    is worth more for its cost when dense stays dense. `price` says what a matrix costs
+    at a rank, None for dense: `Matrix.weights` by default, `Matrix.flops`, or what
+    gives seconds, functools.partial(Matrix.seconds, rates=...).
+
     Raises:   ValueError: `cutoff` or `floor` outside [0, 1], `max_drop` outside (0, 1],
-              `multiple` or `budget` below 1.
+              `multiple` or `budget` below 1, another `by`, by="loss" without a budget,
+              a `price` without by="loss".
     Source:   Coquelin et al. 2024 (arXiv 2401.08505), the rule of the authors' code at
               the defaults. Their floor may exceed the present rank, which asks for
               directions that are gone: here no choice is above the rank or below 1.
@@ -47,10 +56,18 @@ class RankRule:
     floor: float = 0.01
     max_drop: float = 0.5
     multiple: int = 1
-    budget: int | None = None
+    budget: float | int | None = None
+    by: str = "value"
+    price: Callable[..., float | int] | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
+        if self.by not in ("value", "loss"):
+            raise ValueError(f"`by` must be 'value' or 'loss', got {self.by!r}")
+        if self.by == "loss" and self.budget is None:
+            raise ValueError("by='loss' divides a budget: give RankRule(budget=...)")
+        if self.by == "value" and self.price is not None:
+            raise ValueError("a `price` counts a budget that is divided by='loss'")
         for name in ("cutoff", "floor"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
@@ -59,7 +76,7 @@ class RankRule:
             raise ValueError(f"`max_drop` must be in (0, 1], got {self.max_drop}")
         if self.multiple < 1:
             raise ValueError(f"`multiple` must be at least 1, got {self.multiple}")
-        if self.budget is not None and self.budget < 1:
+        if self.budget is not None and not self.budget >= (0 if self.price else 1):
             raise ValueError(f"`budget` must be at least 1, got {self.budget}")
 
     def floor_rank(self, small_side: int) -> int:
@@ -85,11 +102,14 @@ class RankRule:
         self,
         sigmas: Sequence[np.ndarray],
         sides: Sequence[tuple[int, int]],
-    ) -> list[int]:
+        prices: Sequence[Prices] | None = None,
+    ) -> list[int | None]:
         """The new ranks of several cores, each as `choose` or all within the budget.
 
+        None, by="loss" alone, is a matrix that stays dense.
+
         Shapes:   sigmas: (k,) or (l, k) each, as `choose` takes them.
-        Args:     sides: (m, n) of each dense matrix.
+        Args:     sides: (m, n) of each dense matrix. prices: of each, for by="loss".
         Raises:   ValueError: as `choose`; or the floors alone are above the budget.
 
         >>> rule = RankRule(budget=2 * (16 + 8 + 2) + 1 * (8 + 8 + 1))
@@ -102,6 +122,28 @@ class RankRule:
                 self.choose(sigma, min(side))
                 for sigma, side in zip(sigmas, sides, strict=True)
             ]
+        if self.by == "loss":
+            if prices is None:
+                raise ValueError("by='loss' needs the `prices` of the matrices")
+            floors = [self.floor_rank(min(side)) for side in sides]
+            return allocate(
+                [_spectra(x, min(y)) for x, y in zip(sigmas, sides, strict=True)],
+                prices,
+                self.budget,
+                multiple=self.multiple,
+                least=[
+                    min(x.shape[-1], y) for x, y in zip(sigmas, floors, strict=True)
+                ],
+            )
+        return [*self._within(self.budget, sigmas, sides)]
+
+    def _within(
+        self,
+        budget: float | int,
+        sigmas: Sequence[np.ndarray],
+        sides: Sequence[tuple[int, int]],
+    ) -> list[int]:
+        """Ranks within a budget of weights, by σ/σ₀."""
         ranks: list[int] = []
         blocks: list[tuple[float, int, int]] = []
         for i, (sigma, (m, n)) in enumerate(zip(sigmas, sides, strict=True)):
@@ -121,14 +163,14 @@ class RankRule:
             return stacks[i] * rank * (sum(sides[i]) + rank)
 
         spent = sum(cost(i, rank) for i, rank in enumerate(ranks))
-        if spent > self.budget:
+        if spent > budget:
             raise ValueError(
-                f"`budget` is {self.budget} weights: the matrices have {spent} at "
+                f"`budget` is {budget} weights: the matrices have {spent} at "
                 f"their least ranks, {ranks}"
             )
         for _, i, rank in sorted(blocks):
             more = cost(i, rank) - cost(i, ranks[i])
-            if spent + more <= self.budget:
+            if spent + more <= budget:
                 ranks[i], spent = rank, spent + more
         return ranks
 

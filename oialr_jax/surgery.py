@@ -10,6 +10,7 @@ as they were.
 import dataclasses
 import functools
 from collections.abc import Container, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -18,19 +19,19 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from oialr_jax import moments
+from oialr_jax import moments, weighted
 from oialr_jax.decompose import (
     AHEAD,
     NOW,
     Run,
     Solved,
+    Weights,
     by_gram,
     decomposed,
     is_committed,
     mesh_of,
     on_host,
     part,
-    ranks_by,
 )
 from oialr_jax.labels import check_labels
 from oialr_jax.linalg import (
@@ -59,6 +60,7 @@ from oialr_jax.lowrank import (
 )
 from oialr_jax.matrices import Matrix
 from oialr_jax.moments import MomentRule, Move
+from oialr_jax.ranking import ranks_by, unused, weights_of
 from oialr_jax.reports import LayerReport, Report, layer_report
 from oialr_jax.schedule import RankRule
 from oialr_jax.sharding import Layout, on_auto_axes
@@ -70,6 +72,7 @@ from oialr_jax.transform import (
     trainable,
     with_pending,
 )
+from oialr_jax.weighted import Directions, Statistics
 
 
 class Setup(NamedTuple):
@@ -92,6 +95,7 @@ def factorize(
     *,
     tx: optax.GradientTransformation | None = None,
     rank: int | Mapping[str, int] | None = None,
+    statistics: Statistics | None = None,
     moment_rule: MomentRule = MomentRule(),  # noqa: B008 -- frozen
     layout: Layout | None = None,
 ) -> tuple[PyTree, PyTree, Report]:
@@ -129,7 +133,9 @@ def factorize(
             ranks[name] = wanted
     dense = {name: known[name] for name in ranks}
     setup = Setup(tx, moment_rule, layout)
-    params, opt_state, (report, _) = _event(params, opt_state, dense, ranks, setup)
+    params, opt_state, (report, _) = _event(
+        params, opt_state, dense, ranks, setup, statistics=statistics
+    )
     return params, opt_state, report
 
 
@@ -141,6 +147,7 @@ def truncate(
     *,
     tx: optax.GradientTransformation | None = None,
     paths: Iterable[str] | None = None,
+    statistics: Statistics | None = None,
     moment_rule: MomentRule = MomentRule(),  # noqa: B008 -- frozen
     layout: Layout | None = None,
 ) -> tuple[PyTree, PyTree, Report]:
@@ -176,31 +183,9 @@ def truncate(
         ranks,
         setup,
         rule=rule if isinstance(rule, RankRule) else None,
+        statistics=statistics,
     )
     return params, opt_state, report
-
-
-@on_auto_axes
-def choose(
-    params: PyTree, rule: RankRule, matrices: Sequence[Matrix]
-) -> dict[str, int]:
-    """Host side: the rank that `rule` gives each matrix, dense or low-rank, by path.
-
-    Only singular values are computed, a batch for each shape, and brought to the host
-    in one transfer; those of long dense matrices by their Gram matrix, if the rule does
-    not ask for values that those do not resolve. A matrix that is not finite has no
-    rank.
-
-    Raises:   ValueError: a matrix names no leaf of `params`; a budget is too small.
-    """
-    leaves = named_leaves(params)
-    items = [leaf_at(matrix.path, leaves) for matrix in matrices]
-    axes = [x.axes for x in matrices]
-    exact = rule.budget is not None or rule.cutoff < RESOLVED  # small values count
-    kept = None if exact else [1] * len(axes)
-    found = decomposed(items, axes, NOW, vectors=False, kept=kept)
-    ranks = ranks_by(rule, on_host(found, NOW), axes)
-    return {x.path: r for x, r in zip(matrices, ranks, strict=True) if r}
 
 
 @on_auto_axes
@@ -209,9 +194,9 @@ def compile_ahead(
     opt_state: PyTree,
     matrices: Sequence[Matrix],
     ranks: Mapping[str, int],
-    then: Sequence[Matrix],
     *,
     tx: optax.GradientTransformation | None,
+    statistics: Statistics | None = None,
     moment_rule: MomentRule = MomentRule(),  # noqa: B008 -- frozen
     layout: Layout | None = None,
 ) -> tuple[PyTree, PyTree]:
@@ -219,18 +204,21 @@ def compile_ahead(
 
     The event is `apply_ranks` of the same arguments; nothing is computed. It is
     expected to find every matrix finite and no basis drifted: otherwise it compiles
-    something else when it comes. `choose` for the matrices `then` is compiled as well.
+    something else when it comes.
 
     Args:     params, opt_state: arrays, or `jax.ShapeDtypeStruct` with the sharding of
               those that are committed to one.
     """
     setup = Setup(tx, moment_rule, layout)
     params, opt_state, _ = _event(
-        params, opt_state, _axes_in(ranks, matrices), ranks, setup, run=AHEAD
+        params,
+        opt_state,
+        _axes_in(ranks, matrices),
+        ranks,
+        setup,
+        statistics=statistics,
+        run=AHEAD,
     )
-    leaves = named_leaves(params)
-    items = [leaf_at(matrix.path, leaves) for matrix in then]
-    decomposed(items, [x.axes for x in then], AHEAD, vectors=False)
     return params, opt_state
 
 
@@ -242,6 +230,7 @@ def apply_ranks(
     ranks: Mapping[str, int],
     *,
     tx: optax.GradientTransformation | None,
+    statistics: Statistics | None = None,
     moment_rule: MomentRule = MomentRule(),  # noqa: B008 -- frozen
     layout: Layout | None = None,
 ) -> tuple[PyTree, PyTree, list[Report]]:
@@ -251,7 +240,12 @@ def apply_ranks(
     """
     setup = Setup(tx, moment_rule, layout)
     params, opt_state, reports = _event(
-        params, opt_state, _axes_in(ranks, matrices), ranks, setup
+        params,
+        opt_state,
+        _axes_in(ranks, matrices),
+        ranks,
+        setup,
+        statistics=statistics,
     )
     return params, opt_state, [x for x in reports if x.layers]
 
@@ -270,6 +264,7 @@ def apply_rule(
     treated: Sequence[Matrix],
     *,
     tx: optax.GradientTransformation | None,
+    statistics: Statistics | None = None,
     moment_rule: MomentRule = MomentRule(),  # noqa: B008 -- frozen
     layout: Layout | None = None,
 ) -> tuple[PyTree, PyTree, list[Report]]:
@@ -292,7 +287,14 @@ def apply_rule(
     axes = _axes_in({*chosen, *ranks}, matrices)
     setup = Setup(tx, moment_rule, layout)
     params, opt_state, reports = _event(
-        params, opt_state, axes, ranks, setup, rule=rule
+        params,
+        opt_state,
+        axes,
+        ranks,
+        setup,
+        rule=rule,
+        matrices={x.path: x for x in matrices},
+        statistics=statistics,
     )
     return params, opt_state, [x for x in reports if x.layers]
 
@@ -336,6 +338,8 @@ def _event(
     setup: Setup,
     *,
     rule: RankRule | None = None,
+    matrices: Mapping[str, Matrix] = MappingProxyType({}),
+    statistics: Statistics | None = None,
     run: Run = NOW,
 ) -> tuple[PyTree, PyTree, tuple[Report, Report]]:
     """The one event: decomposes the leaves of `axes`, chooses ranks, and applies them.
@@ -344,6 +348,7 @@ def _event(
     of the conversion and of the truncation; they have no layers where there was none.
 
     Args:     ranks: by name; a leaf that is not in it gets its rank from the rule.
+              matrices: by name, for a rule with a price.
     """
     _check_wrapped(opt_state, setup.tx)
     leaves = named_leaves(params)
@@ -355,14 +360,17 @@ def _event(
     }
     for name in axes:
         _check_rank(ranks.get(name, 1), full[name], name)
-    facts = _facts(old, axes, {x: ranks.get(x, k) for x, k in full.items()}, run)
+    weights = weights_of(statistics, axes, run)
+    most = {x: ranks.get(x, k) for x, k in full.items()}
+    facts = _facts(old, axes, most, weights, run)
 
     finite = [x for x, fact in facts.items() if fact.is_finite()]
     new = {x: ranks[x] for x in finite if x in ranks}
     free = [x for x in finite if x not in ranks]
     if rule is not None:
         spectra = [facts[x].sigma for x in free]
-        chosen = ranks_by(rule, spectra, [axes[x] for x in free])
+        named = [matrices.get(x) or unused(x, axes[x]) for x in free]
+        chosen = ranks_by(rule, spectra, named, [old[x] for x in free], weights)
         new |= {x: r for x, r in zip(free, chosen, strict=True) if r}
     params, opt_state, nodes = _after(params, opt_state, facts, new, setup, run)
 
@@ -378,7 +386,16 @@ def _event(
             rows.insert(0, ("conversion", None, before))
         error = drift.get(name, fact.error)
         for kind, was, now in rows:
-            row = layer_report(name, fact.axes, was, now, fact.sigma, error)
+            row = layer_report(
+                name,
+                fact.axes,
+                was,
+                now,
+                fact.sigma,
+                error,
+                finite=fact.is_finite(),
+                weighted=fact.is_weighted,
+            )
             reports[kind].append(row)
     first, second = (Report(tuple(rows), kind) for kind, rows in reports.items())
     return params, opt_state, (first, second)
@@ -387,7 +404,8 @@ def _event(
 class _Fact(NamedTuple):
     """A leaf of an event, its bases repaired where that was due, and its decomposition.
 
-    On the host are its singular values and how far its bases were from orthonormal.
+    On the host are its singular values, weighted or not, and how far its bases were
+    from orthonormal.
     """
 
     leaf: Any
@@ -395,6 +413,7 @@ class _Fact(NamedTuple):
     solved: Solved
     sigma: np.ndarray
     error: Any
+    is_weighted: bool
 
     def is_finite(self) -> bool:
         return bool(np.isfinite(self.sigma).all() and np.isfinite(self.error))
@@ -404,6 +423,7 @@ def _facts(
     leaves: Mapping[str, Any],
     axes: Mapping[str, Axes],
     ranks: Mapping[str, int],
+    weights: Mapping[str, Weights],
     run: Run,
 ) -> dict[str, _Fact]:
     """All leaves, by one decomposition for the ranks that they are to have at most.
@@ -415,11 +435,23 @@ def _facts(
     def solved(leaves: Mapping[str, Any], kept: list[int] | None) -> dict[str, _Fact]:
         items = list(leaves.values())
         found = decomposed(
-            items, [axes[x] for x in leaves], run, vectors=True, kept=kept
+            items,
+            [axes[x] for x in leaves],
+            run,
+            vectors=True,
+            kept=kept,
+            weights=[weights.get(x) for x in leaves],
         )
         errors = iter(_drift([x for x in items if is_low_rank(x)], run))
         return {
-            x: _Fact(leaf, axes[x], y, sigma, next(errors) if is_low_rank(leaf) else 0)
+            x: _Fact(
+                leaf,
+                axes[x],
+                y,
+                sigma,
+                next(errors) if is_low_rank(leaf) else 0,
+                x in weights,
+            )
             for (x, leaf), y, sigma in zip(
                 leaves.items(), found, on_host(found, run), strict=True
             )
@@ -427,14 +459,16 @@ def _facts(
 
     facts = solved(leaves, [ranks[x] for x in leaves])
     again = {}
-    for name, (leaf, view, _, sigma, error) in facts.items():
+    for name, (leaf, view, _, sigma, error, is_weighted) in facts.items():
         if is_low_rank(leaf):
             if np.isfinite(error) and error > _bound(leaf):
                 # moves bases by no more than the drift: overlaps stay Us, Vs
                 new = alone(_repaired(without_identity(leaf)))
                 again[name] = dataclasses.replace(new, basis=leaf.basis)
-        elif by_gram(view, ranks[name]) and np.any(
-            sigma[..., ranks[name] - 1] < RESOLVED * sigma[..., 0]
+        elif (
+            not is_weighted
+            and by_gram(view, ranks[name])
+            and np.any(sigma[..., ranks[name] - 1] < RESOLVED * sigma[..., 0])
         ):
             again[name] = leaf
     for name, fact in solved(again, None).items():
@@ -475,7 +509,7 @@ def _after(
         places = {x: (found[x].u, found[x].s, found[x].vt) for x in ranks}
     nodes, moves = {}, {}
     for name, rank in ranks.items():
-        leaf, axes, (batch, start, stack), *_ = facts[name]
+        leaf, axes, (batch, start, stack), *_, is_weighted = facts[name]
         node, moves[name] = run.call(
             _rebased,
             without_identity(leaf),
@@ -485,6 +519,7 @@ def _after(
             rank=rank,
             axes=axes,
             where=places.get(name),
+            is_weighted=is_weighted,
         )
         nodes[name] = dataclasses.replace(node, basis=bases[name])
     params = with_leaves(params, nodes)
@@ -533,7 +568,9 @@ def _errors(bases: list[tuple[Array, Array]]) -> list[Array]:
     return [orthogonality_error(u, vt) for u, vt in bases]
 
 
-@functools.partial(jax.jit, static_argnames=("stack", "rank", "axes", "where"))
+@functools.partial(
+    jax.jit, static_argnames=("stack", "rank", "axes", "where", "is_weighted")
+)
 def _rebased(
     leaf: Any,
     batch: tuple[Array, Array, Array],
@@ -543,19 +580,28 @@ def _rebased(
     rank: int,
     axes: Axes,
     where: tuple[Any, ...] | None,
+    is_weighted: bool,
 ) -> tuple[LowRank, Move]:
     """One leaf on the first `rank` singular vectors, and the move of its moments.
 
     Of a dense leaf W = U Σ Vᵀ gradients become UᵀGV; of a core S = Us Σ Vsᵀ the bases
-    become U Us and Vsᵀ Vᵀ and moments turn by Us and Vs.
+    become U Us and Vsᵀ Vᵀ and moments turn by Us and Vs. Weighted directions are no
+    orthonormal columns; a QR of either side gives bases, and a core that is full.
     """
     left, sigma, right = part(batch, start, stack)
-    left, sigma, right = left[..., :rank], sigma[..., :rank], right[..., :rank, :]
-    u, vt, core, old = left, right, diagonal(sigma), (leaf, leaf, leaf)
+    if is_weighted:
+        left, core, right = weighted.cut(Directions(left, sigma, right), rank)
+    else:
+        left, core, right = (
+            left[..., :rank],
+            diagonal(sigma[..., :rank]),
+            right[..., :rank, :],
+        )
+    u, vt, old = left, right, (leaf, leaf, leaf)
     if is_low_rank(leaf):
         with jax.default_matmul_precision("highest"):
-            u = leaf.u.astype(sigma.dtype) @ left
-            vt = right @ leaf.vt.astype(sigma.dtype)
+            u = leaf.u.astype(core.dtype) @ left
+            vt = right @ leaf.vt.astype(core.dtype)
         old = (leaf.u, leaf.s, leaf.vt)
     u, core, vt = (x.astype(o.dtype) for x, o in zip((u, core, vt), old, strict=True))
     if where is not None:

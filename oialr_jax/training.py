@@ -31,6 +31,7 @@ from oialr_jax.transform import (
     value_and_grad,
     with_trainable,
 )
+from oialr_jax.weighing import Weighing
 
 Follow = Mapping[str, Callable[[PyTree, PyTree], PyTree]]
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -46,6 +47,7 @@ class TrainingState:
         extra: what the model keeps beside its params, such as batch statistics.
         key: of the run; the loss gets it folded with the step.
         beside: copies of the params, by name, that `training(follow=...)` updates.
+        curvature: sums of the batches before a cut, with `training(weighing=...)`.
     """
 
     step: Any
@@ -54,6 +56,7 @@ class TrainingState:
     extra: Any = None
     key: Any = None
     beside: Any = None
+    curvature: Any = None
 
     def replace(self, **changes: Any) -> "TrainingState":
         """The state with other values of some fields."""
@@ -72,6 +75,7 @@ def training(
     follow: Follow = NOTHING,
     schedule: Schedule | None = None,
     rule: RankRule | None = None,
+    weighing: bool | Weighing = False,
     layout: Layout | None = None,
     **options: Any,
 ) -> "Training":
@@ -109,6 +113,9 @@ def training(
               functools.partial(optax.incremental_update, step_size=1e-3)}. A loss that
               has a parameter of this name gets the copy, as a target network.
               schedule: instead of `delay` and `steps`. rule: instead of `budget`.
+              weighing: True has the budget divided by what each direction is worth in
+              loss, measured on 8 batches before each cut and projection; a `Weighing`
+              says how many, or of which other loss of (state, *batch).
               layout: where state and batches are placed.
               options: of `adaptive`: `moment_rule`, `jit`, and those of `jit`.
     Raises:   ValueError, TypeError: a value out of range, two that say the same, a `tx`
@@ -128,9 +135,10 @@ def training(
         loss,
         freeze_bases(tx),
         scheduled(delay, steps, schedule),
-        Choice(budget, rule, select, once=schedule is None),
+        Choice(budget, rule, select, once=schedule is None, by_loss=bool(weighing)),
         has_aux=has_aux,
         follow=follow,
+        weighing=weighing,
         layout=layout,
         options=options,
     )
@@ -152,6 +160,7 @@ class Training:
         *,
         has_aux: bool,
         follow: Follow,
+        weighing: bool | Weighing,
         layout: Layout | None,
         options: Mapping[str, Any],
     ) -> None:
@@ -167,6 +176,10 @@ class Training:
         self._follow = dict(follow)
         self._given = [x for x in follow if x in inspect.signature(loss).parameters]
         self._layout = layout
+        if isinstance(weighing, Weighing):
+            options = {**options, "weighing": weighing}
+        elif weighing:
+            options = {**options, "weighing": Weighing(self._value)}
         self._options = options
         self._step: AdaptiveStep | None = None
 
@@ -261,7 +274,7 @@ class Training:
         value, extra, aux = self._parts(out, state.extra)
 
         def value_fn(params: PyTree) -> Any:  # for a line search
-            return self._parts(self._forward(params, *args, **kwargs), state.extra)[0]
+            return self._value(state.replace(params=params), *batch)
 
         arrays = arrays_only(state.params)
         updates, opt_state = self.tx.update(
@@ -281,6 +294,11 @@ class Training:
             beside=beside,
         )
         return state, (value, aux) if self._has_aux else value
+
+    def _value(self, state: TrainingState, *batch: Any) -> Any:
+        """The loss of a batch, alone."""
+        args, kwargs = self._arguments(state, batch)
+        return self._parts(self._forward(state.params, *args, **kwargs), state.extra)[0]
 
     def _arguments(
         self, state: TrainingState, batch: tuple[Any, ...]

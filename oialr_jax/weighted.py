@@ -1,23 +1,129 @@
-"""What a direction of a matrix is worth in loss: weighted cuts, ranks for a budget.
+"""What a direction of a matrix is worth in loss: sums of both sides, weighted cuts.
 
 With C = E[x xᵀ] of what comes in and D = E[δ δᵀ] of the gradients of what goes out, the
 loss rises by about ½ tr(Eᵀ C E D) when W becomes W - E. In that norm the best matrix of
 rank k has a closed form, and its error is in units of loss, the same for all matrices.
 """
 
-import heapq
-from collections.abc import Sequence
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple, final
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from oialr_jax.linalg import compute_dtype, signed_qr, svd, token_of
 
 RIDGE = 1e-3
 """What is added to the diagonal of C and D, in parts of their mean eigenvalue."""
+
+
+class Sides(NamedTuple):
+    """Sums of one matrix, one for its inputs and one for its outputs.
+
+    Of examples, with G = Xᵀ Δ the gradient that the rows X and Δ of one example make
+    together, Σ G Gᵀ and Σ Gᵀ G. Of independent rows Σ x xᵀ and Σ δ δᵀ, where a row
+    whose gradient is zero, as of a padded token, does not count. Of a LowRank leaf the
+    rows are those of its core, Uᵀx and Vᵀδ. None in the place of a sum stands for the
+    identity in a cut.
+
+    Shapes:   inputs: (*l, m, m), or a diagonal (*l, m); outputs: (*l, n, n) or (*l, n);
+              rows: (*l), how many have a gradient. Of a core m and n are its rank.
+    """
+
+    inputs: Array | None
+    outputs: Array | None
+    rows: Array
+
+
+@final
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Sums over batches for each matrix, by path; prints as a table.
+
+    `terms` is the number of terms of the likelihood, of all batches. `skipped` names
+    the matrices that are not in `sides` because of a use that is not summed, with it.
+    """
+
+    sides: dict[str, Any]  # of Sides, of arrays or shapes
+    terms: Any
+    skipped: tuple[tuple[str, str], ...] = dataclasses.field(
+        default=(), metadata={"static": True}
+    )
+    independent_rows: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """What is static of it, in a form that JSON can hold."""
+        return {
+            "paths": list(self.sides),
+            "skipped": [list(x) for x in self.skipped],
+            "independent_rows": self.independent_rows,
+        }
+
+    @classmethod
+    def of_form(
+        cls, form: Mapping[str, Any], arrays: Mapping[str, Any]
+    ) -> "Statistics":
+        """Statistics of a `form`, with arrays (or shapes) by their path in it."""
+        sides = {
+            path: Sides._make(arrays.get(f"sides/{path}/{x}") for x in Sides._fields)
+            for path in form["paths"]
+        }
+        skipped = tuple((path, why) for path, why in form["skipped"])
+        return cls(sides, arrays["terms"], skipped, form["independent_rows"])
+
+    def covariances(self, path: str) -> tuple[Array | None, Array | None]:
+        """C and D: the Fisher of a loss that is a mean over N terms is about C ⊗ D.
+
+        Of examples, C = Σ G Gᵀ / Σ |G|² and D = Σ Gᵀ G / N: from the identity one step
+        of the power iteration to the nearest Kronecker product, exact in its trace.
+        Of T independent rows, C = Σ x xᵀ / T and D = Σ δ δᵀ / N.
+        """
+        inputs, outputs, rows = self.sides[path]
+        if inputs is not None:
+            axes = tuple(range(rows.ndim, inputs.ndim))
+            total = rows
+            if not self.independent_rows:
+                full = len(axes) == 2
+                total = (
+                    jnp.trace(inputs, axis1=-2, axis2=-1) if full else inputs.sum(-1)
+                )
+            inputs = inputs / jnp.expand_dims(jnp.where(total > 0, total, 1), axes)
+        return inputs, None if outputs is None else outputs / self.terms
+
+    def add(self, new: "Statistics", decay: float = 1.0) -> "Statistics":
+        """These sums times `decay`, and those of more batches.
+
+        C and D are then means over all batches, weighed by their rows and terms; with a
+        decay below one older batches count less.
+        """
+        return jax.tree.map(lambda a, b: decay * a + b, self, new)
+
+    def __str__(self) -> str:
+        width = max([len(x) for x in self.sides] + [6])
+        lines = [f"{'matrix':<{width}}  {'inputs':>14} {'outputs':>14}       rows"]
+        for path, (inputs, outputs, rows) in self.sides.items():
+            sides = (_held(x, rows.ndim) for x in (inputs, outputs))
+            count = jax.device_get(jnp.sum(rows)) if _is_known(rows) else "?"
+            lines.append(
+                f"{path:<{width}}  {' '.join(f'{x:>14}' for x in sides)} {count:>10}"
+            )
+        return "\n".join(
+            [*lines, *(f"{x}: not summed, {why}" for x, why in self.skipped)]
+        )
+
+
+def _held(side: Array | None, stack: int) -> str:
+    if side is None:
+        return "identity"
+    return f"{side.shape[-1]} {'full' if side.ndim == stack + 2 else 'diagonal'}"
+
+
+def _is_known(x: Any) -> bool:
+    return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
 
 
 class Directions(NamedTuple):
@@ -97,8 +203,13 @@ def _roots(
     full = covariance.ndim == stack + 2
     diagonal = jnp.diagonal(covariance, axis1=-2, axis2=-1) if full else covariance
     mean = jnp.mean(diagonal, axis=-1)
-    known = mean > 0
-    scale = jnp.where(known, mean, 1)[..., None]  # squares neither overflow nor vanish
+    finite = jnp.isfinite(jnp.sum(covariance, axis=(-2, -1) if full else -1))
+    covariance = jnp.where(
+        finite[..., None, None] if full else finite[..., None], covariance, 0
+    )
+    known = ~finite | (mean > 0)
+    scale = jnp.where(known, mean, 1)  # squares neither overflow nor vanish
+    scale = jnp.where(finite, scale, jnp.nan)[..., None]
     if full:
         values, vectors = jnp.linalg.eigh(covariance / scale[..., None])
     else:
@@ -121,107 +232,3 @@ def _times(a: Array | None, matrix: Array, b: Array | None) -> Array:
     if b is not None:
         matrix = matrix @ b if b.ndim == matrix.ndim else matrix * b[..., None, :]
     return matrix
-
-
-class Prices(NamedTuple):
-    """What one matrix, or stack, costs at each rank, and dense.
-
-    `dense` is None for a matrix that cannot be dense: it is in low rank already.
-
-    Shapes:   low_rank: (q,), the cost at rank 1, 2, ..., q, increasing.
-    """
-
-    low_rank: Float[np.ndarray, " q"]
-    dense: float | int | None
-
-
-def allocate(
-    sigmas: Sequence[np.ndarray],
-    prices: Sequence[Prices],
-    budget: float | int,
-    *,
-    multiple: int = 1,
-) -> list[int | None]:
-    """Host side: the rank of each matrix that a budget buys, None where it stays dense.
-
-    Directions of all matrices stand in one list: those stay that are worth most loss
-    for what they cost, σ² over the cost of one more rank. Where the step to the dense
-    matrix is worth more for its cost than the next direction, it is that step which
-    stands in the list. All of a stack share one rank, and are worth their sum.
-
-    Shapes:   sigmas: (q,) or (*l, q) each, of `Directions`.
-    Args:     multiple: ranks are multiples of it, where q is not less.
-    Raises:   ValueError: `multiple` below 1; sigmas that are not finite; the budget
-              does not pay the least ranks.
-
-    >>> steep, flat = np.array([9.0, 0.1, 0.1, 0.1]), np.array([3.0, 3.0, 3.0, 3.0])
-    >>> square = Prices(8.0 * np.arange(1, 5), dense=16.0)
-    >>> allocate([steep, flat], [square, square], budget=24)
-    [1, None]
-    """
-    if multiple < 1:
-        raise ValueError(f"`multiple` must be at least 1, got {multiple}")
-    offers = [
-        _Offers.of(i, sigma, price, multiple)
-        for i, (sigma, price) in enumerate(zip(sigmas, prices, strict=True))
-    ]
-    left = budget - sum(x.cost[0] for x in offers)
-    if left < 0:
-        raise ValueError(
-            f"`budget` is {budget:g}: the least ranks of the {len(offers)} matrices "
-            f"cost {budget - left:g}"
-        )
-    place = [0] * len(offers)
-    queue = [(-x.best(0, left)[0], i) for i, x in enumerate(offers)]
-    heapq.heapify(queue)
-    while queue:
-        listed, i = heapq.heappop(queue)
-        slope, target = offers[i].best(place[i], left)
-        if target == place[i]:
-            continue  # nothing that is left to buy fits
-        if -slope == listed:  # else it does not fit any more: back into the list
-            left -= offers[i].cost[target] - offers[i].cost[place[i]]
-            place[i] = target
-            slope, target = offers[i].best(target, left)
-        heapq.heappush(queue, (-slope, i))
-    return [x.rank[p] for x, p in zip(offers, place, strict=True)]
-
-
-class _Offers(NamedTuple):
-    """The ranks that one matrix can have, dearer and dearer, None for dense."""
-
-    rank: list[int | None]
-    cost: np.ndarray
-    worth: np.ndarray
-
-    @classmethod
-    def of(
-        cls, index: int, sigma: np.ndarray, prices: Prices, multiple: int
-    ) -> "_Offers":
-        sigma = np.asarray(sigma, np.float64)
-        if not np.isfinite(sigma).all():
-            raise ValueError(
-                f"`sigmas` must be finite, those of matrix {index} are not"
-            )
-        squares = np.square(sigma).reshape(-1, sigma.shape[-1]).sum(axis=0)
-        worth, q = np.cumsum(squares), len(squares)
-        ranks: list[int | None] = [*range(multiple, q, multiple), q]
-        at = [x - 1 for x in ranks if x is not None]
-        cost, worth = np.asarray(prices.low_rank, np.float64)[at], worth[at]
-        if prices.dense is not None:
-            pays = int(np.sum(cost < prices.dense))
-            ranks = [*ranks[:pays], None]
-            cost = np.append(cost[:pays], prices.dense)
-            worth = np.append(worth[:pays], squares.sum())
-        return cls(ranks, cost, worth)
-
-    def best(self, place: int, left: float) -> tuple[float, int]:
-        """The most worth for its cost of what can be bought, and its place."""
-        cost = self.cost[place + 1 :] - self.cost[place]
-        slopes = np.where(
-            cost <= left, (self.worth[place + 1 :] - self.worth[place]) / cost, -np.inf
-        )
-        if not slopes.size or slopes.max() == -np.inf:
-            return -np.inf, place
-        chosen = int(np.argmax(slopes))
-        return float(slopes[chosen]), place + 1 + chosen

@@ -20,6 +20,7 @@ from oialr_jax.rehearsal import check_state, line, shapes, shown, traced
 from oialr_jax.schedule import RankRule, Schedule
 from oialr_jax.sharding import Layout
 from oialr_jax.transform import freeze_bases, is_frozen
+from oialr_jax.weighing import Weighing
 
 
 def wrap(
@@ -33,6 +34,7 @@ def wrap(
     schedule: Schedule | None = None,
     rule: RankRule | None = None,
     follow: str | Sequence[str] = (),
+    weighing: Weighing | None = None,
     layout: Layout | None = None,
     tx: Any = None,
     **options: Any,
@@ -52,6 +54,8 @@ def wrap(
 
     Args:     example: what the step gets after the state; shapes suffice.
               delay, steps, budget, select, schedule, rule, layout: as in `training`.
+              weighing: of a loss of (state, *args), to divide the budget by what each
+              direction is worth in it; the state needs a field `curvature`.
               follow: fields of the state that hold copies of the params, as "ema".
               tx: of a state without `.tx`: the frozen optimizer that the step uses.
               options: of `adaptive`: `moment_rule`, `jit`, and those of `jit`.
@@ -59,7 +63,9 @@ def wrap(
               fails on the example, or does not call `state.apply_fn`; no optimizer.
     """
     plan = scheduled(delay, steps, schedule)
-    choice = Choice(budget, rule, select, once=schedule is None)
+    choice = Choice(
+        budget, rule, select, once=schedule is None, by_loss=weighing is not None
+    )
     check_state(state, (follow,) if isinstance(follow, str) else follow, example)
     check_params(state.params, only_arrays="jit" not in options)
     tx = getattr(state, "tx", tx)
@@ -89,6 +95,7 @@ def wrap(
         plan,
         choice.rule_for(state.params, matrices),
         follow=follow,
+        weighing=weighing,
         layout=layout,
         **options,
     )

@@ -31,7 +31,7 @@ threadpool_limits(1, user_api="blas")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-PLAIN = ("cost", "schedule")
+PLAIN = ("allocation", "cost", "schedule")
 """Rooms of plain integers, called so often that runtime types cost minutes there; they
 are as strictly typed as the others, which mypy checks."""
 

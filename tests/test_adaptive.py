@@ -22,7 +22,7 @@ from helpers import assert_close
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import oialr_jax as oialr
-from oialr_jax import decompose, surgery
+from oialr_jax import decompose, ranking, surgery
 from oialr_jax.lowrank import named_leaves
 from oialr_jax.transform import pending_ranks, reference_of
 
@@ -104,9 +104,9 @@ def test_a_conversion_with_a_cut_decomposes_every_matrix_once(monkeypatch):
     asked = []
     real = decompose._solved_group
 
-    def spy(arrays, axes, vectors, rank):
+    def spy(arrays, sides, axes, vectors, rank):
         asked.append((len(arrays), vectors))
-        return real(arrays, axes=axes, vectors=vectors, rank=rank)
+        return real(arrays, sides, axes=axes, vectors=vectors, rank=rank)
 
     monkeypatch.setattr(decompose, "_solved_group", spy)
     state, step, _ = problem()
@@ -213,7 +213,7 @@ def test_with_a_lag_an_event_has_the_ranks_that_were_chosen_before_it():
     state, _ = run(state, step, 0, 4)
     dense = copied(state.params)
     matrices = step._matrices
-    chosen = surgery.choose(dense, RULE, matrices[-1:])
+    chosen = ranking.choose(dense, RULE, matrices[-1:])
     chosen |= {x.path: 16 for x in matrices[:-1]}
     state, _ = run(state, step, 4, 7)
     assert oialr.ranks(state.params) == {}
@@ -224,7 +224,7 @@ def test_with_a_lag_an_event_has_the_ranks_that_were_chosen_before_it():
     assert pending_ranks(state.params, state.opt_state) == {}
 
     state, _ = run(state, step, 8, 10)
-    chosen = surgery.choose(copied(state.params), RULE, matrices[1:])
+    chosen = ranking.choose(copied(state.params), RULE, matrices[1:])
     state, losses = run(state, step, 10, 14)
     ranks = {k: r for k, (*_, r) in oialr.ranks(state.params).items()}
     assert ranks == {"a/kernel": 16} | chosen
@@ -388,7 +388,7 @@ def test_nor_where_long_matrices_go_by_their_gram_matrix(count):
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
         (params, state),
     )
-    surgery.compile_ahead(*shapes, matrices, ranks, (), tx=tx)
+    surgery.compile_ahead(*shapes, matrices, ranks, tx=tx)
 
     def event():
         nonlocal params

@@ -17,8 +17,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import oialr_jax as oialr
-from oialr_jax import interpret, tracing, views, weighted
-from oialr_jax.compression import stored, two_factors
+from oialr_jax import allocation, interpret, tracing, views, weighted
+from oialr_jax.compression import two_factors
 from oialr_jax.lowrank import named_leaves, path_name
 
 SUMS = {jnp.dtype(jnp.float32): 5e-5, jnp.dtype(jnp.bfloat16): 4e-2}
@@ -638,10 +638,10 @@ def test_the_predicted_rise_is_that_of_a_quadratic():
 
     matrices = oialr.find_matrices(loss, w, rows, noise)
     found = oialr.curvature(loss, matrices)(w, rows, noise)
-    low, (cut,) = oialr.compress(w, matrices, found, {"": 2}, ridge=1e-6)
+    low, (cut,) = oialr.compress(w, matrices, found, {"": 2})
     change = x @ (w - low.materialize()) @ m
     actual = 0.5 * float(jnp.mean(jnp.sum(change**2, axis=1)))
-    assert cut.rise == pytest.approx(actual, rel=1e-3)
+    assert cut.rise == pytest.approx(actual, rel=1e-2)
 
 
 def test_the_loss_of_outputs_predicts_their_distance():
@@ -685,9 +685,9 @@ def test_the_predicted_rise_is_that_of_a_likelihood():
 def test_a_list_of_all_directions_is_the_best_choice():
     rng = np.random.default_rng(0)
     sigmas = [np.sort(rng.exponential(size=6))[::-1] for _ in range(3)]
-    price = weighted.Prices(1.0 * np.arange(1, 7), None)
+    price = allocation.Prices(1.0 * np.arange(1, 7), None)
     for budget in range(3, 19):
-        ranks = weighted.allocate(sigmas, [price] * 3, budget)
+        ranks = allocation.allocate(sigmas, [price] * 3, budget)
         assert sum(ranks) == budget
         worth = sum(np.sum(s[:r] ** 2) for s, r in zip(sigmas, ranks, strict=True))
         best = max(
@@ -700,32 +700,32 @@ def test_a_list_of_all_directions_is_the_best_choice():
 
 def test_a_matrix_that_costs_less_dense_stays_dense():
     steep, flat = np.exp(-np.arange(8.0)), np.ones(8)
-    price = weighted.Prices(16.0 * np.arange(1, 9), dense=64.0)
-    steep_rank, flat_rank = weighted.allocate([steep, flat], [price] * 2, 64 + 16)
+    price = allocation.Prices(16.0 * np.arange(1, 9), dense=64.0)
+    steep_rank, flat_rank = allocation.allocate([steep, flat], [price] * 2, 64 + 16)
     assert flat_rank is None
     assert steep_rank == 1
-    assert weighted.allocate([steep, flat], [price] * 2, 128) == [None, None]
+    assert allocation.allocate([steep, flat], [price] * 2, 128) == [None, None]
     # the dense one does not fit: its directions that are below it do
-    steep_rank, flat_rank = weighted.allocate([steep, flat], [price] * 2, 64)
+    steep_rank, flat_rank = allocation.allocate([steep, flat], [price] * 2, 64)
     assert (steep_rank, flat_rank) == (1, 3)
 
 
 def test_ranks_are_multiples():
     sigmas = [np.linspace(1, 0.1, 10), np.linspace(2, 0.2, 9)]
-    prices = [weighted.Prices(10.0 * np.arange(1, x.size + 1), None) for x in sigmas]
+    prices = [allocation.Prices(10.0 * np.arange(1, x.size + 1), None) for x in sigmas]
     for budget in (80, 120, 190):
         for rank, x in zip(
-            weighted.allocate(sigmas, prices, budget, multiple=4), sigmas, strict=True
+            allocation.allocate(sigmas, prices, budget, multiple=4), sigmas, strict=True
         ):
             assert rank % 4 == 0 or rank == x.size
 
 
 def test_a_budget_below_the_least_ranks_is_refused():
-    price = weighted.Prices(10.0 * np.arange(1, 5), None)
+    price = allocation.Prices(10.0 * np.arange(1, 5), None)
     with pytest.raises(ValueError, match="`budget` is 15: the least ranks of the 2"):
-        weighted.allocate([np.ones(4)] * 2, [price] * 2, 15)
+        allocation.allocate([np.ones(4)] * 2, [price] * 2, 15)
     with pytest.raises(ValueError, match="must be finite, those of matrix 0"):
-        weighted.allocate([np.full(4, np.nan)], [price], 100)
+        allocation.allocate([np.full(4, np.nan)], [price], 100)
 
 
 def test_compress_keeps_to_its_budget_and_the_loss_rises_as_predicted():
@@ -782,10 +782,10 @@ def test_stacks_share_a_rank_and_cores_are_cut_further():
             )
         )
         assert cut.rise == pytest.approx(total, rel=1e-2, abs=1e-7)
-    everything = sum(stored(m, 3) for m in matrices)
+    everything = sum(m.weights(3) for m in matrices)
     by_budget, _ = oialr.compress(low, matrices, found, everything)
     assert (
-        sum(stored(m, named_leaves(by_budget)[m.path].rank) for m in matrices)
+        sum(m.weights(named_leaves(by_budget)[m.path].rank) for m in matrices)
         <= everything
     )
 

@@ -15,7 +15,7 @@ from helpers import TOLERANCE, assert_close, in_low_rank, scalar_loss
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import oialr_jax as oialr
-from oialr_jax import decompose, linalg, surgery
+from oialr_jax import decompose, linalg, ranking, surgery
 from oialr_jax.lowrank import named_leaves
 from oialr_jax.transform import pending_ranks, with_pending
 
@@ -249,18 +249,18 @@ def test_on_a_mesh_the_devices_share_the_decompositions(count, monkeypatch):
     def event(params):
         low, state, _ = oialr.factorize(params, tx.init(params), matrices, tx=tx)
         rule = oialr.RankRule(cutoff=0.5)
-        chosen = surgery.choose(low, rule, matrices)
+        chosen = ranking.choose(low, rule, matrices)
         return chosen, oialr.truncate(low, state, rule, tx=tx)[:2]
 
     expected = event(params)
     used = []
     real = decompose._solved_group
 
-    def spy(arrays, **static):
+    def spy(arrays, sides, **static):
         if not isinstance(arrays[0], jax.core.Tracer):
             rows = len(arrays) if arrays[0].ndim == 2 else len(arrays[0])
             used.append((rows, *arrays[0].devices()))
-        return real(arrays, **static)
+        return real(arrays, sides, **static)
 
     monkeypatch.setattr(decompose, "_solved_group", spy)
     devices = jax.devices()[:count]
@@ -326,9 +326,9 @@ def how(monkeypatch):
     asked = []
     real = decompose._solved_group
 
-    def spy(arrays, axes, vectors, rank):
+    def spy(arrays, sides, axes, vectors, rank):
         asked.append((arrays[0].shape, vectors, rank))
-        return real(arrays, axes=axes, vectors=vectors, rank=rank)
+        return real(arrays, sides, axes=axes, vectors=vectors, rank=rank)
 
     monkeypatch.setattr(decompose, "_solved_group", spy)
     return asked
@@ -373,7 +373,7 @@ def test_long_matrices_that_are_cut_go_by_their_gram_matrix(how):
         (oialr.RankRule(cutoff=1e-3), None),
         (oialr.RankRule(budget=200), None),
     ]:
-        values = asked(surgery.choose, params, rule, matrices)
+        values = asked(ranking.choose, params, rule, matrices)
         assert values == [((8, 11), False, None), ((8, 20), False, rank)]
 
 
@@ -646,11 +646,11 @@ def test_a_dense_matrix_that_is_not_finite_has_no_truncation():
     "verb",
     [
         lambda p, s, m, tx: oialr.factorize(p, s, m, tx=tx),
-        lambda p, s, m, tx: surgery.choose(p, KEEP_ALL, m),
+        lambda p, s, m, tx: ranking.choose(p, KEEP_ALL, m),
         lambda p, s, m, tx: oialr.project(p, KEEP_ALL, m),
         lambda p, s, m, tx: surgery.apply_ranks(p, s, m, {"a/w": 3}, tx=tx),
         lambda p, s, m, tx: surgery.apply_rule(p, s, m, KEEP_ALL, m, tx=tx),
-        lambda p, s, m, tx: surgery.compile_ahead(p, s, m, {"a/w": 3}, (), tx=tx),
+        lambda p, s, m, tx: surgery.compile_ahead(p, s, m, {"a/w": 3}, tx=tx),
         lambda p, s, m, tx: oialr.stability(p, p, m),
         lambda p, s, m, tx: oialr.orthogonalize(matrices=m).init(p),
     ],
