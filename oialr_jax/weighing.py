@@ -22,8 +22,8 @@ class Weighing:
     trained on, each at the cost of about one step; the sums wait in `state.curvature`,
     a field that the state has to have, None between the cuts. A checkpoint holds them.
 
-    Args:     loss: of (state, *args), the state and what the step gets beside it, written
-              for dense params: a mean over `terms`. With labels of the data it is the
+    Args:     loss: of (state, *args), the state and what the step gets beside it, for
+              dense params: a mean over `terms`. With labels of the data it is the
               empirical Fisher; with labels that the loss draws from the prediction (a
               key in the state) the true one.
               terms, has_aux, independent_rows, widest: as in `curvature`; `terms` gets
