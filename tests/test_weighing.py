@@ -269,8 +269,8 @@ def test_mistakes_of_a_rule_by_loss_are_told():
     by_flops = dataclasses.replace(rule, price=oialr.Matrix.flops)
     with pytest.raises(ValueError, match="a costs nothing by the rule's `price`"):
         apply(params, matrices, by_flops, sums)
+    tx = oialr.freeze_bases(optax.sgd(0.1))
     with pytest.raises(ValueError, match=r"give adaptive\(\.\.\., weighing=Weighing"):
-        tx = oialr.freeze_bases(optax.sgd(0.1))
         oialr.adaptive(lambda s: s, tx, matrices, SCHEDULE, rule)
     with pytest.raises(ValueError, match="`batches` must be at least 1, got 0"):
         oialr.Weighing(loss, batches=0)
