@@ -145,6 +145,30 @@ def scale_by_outer_shape(
     return stateless(lambda updates: named_map(scaled, updates), known)
 
 
+def scale_by_core_rank(
+    matrices: Iterable[Matrix], *, most: float | None = None
+) -> optax.GradientTransformation:
+    """Scales Adam-like updates of cores: a step of W as large as that of a dense W.
+
+    By sqrt(mn)/r. An update of a core whose r² entries are about one moves W = U S Vᵀ
+    by a root mean square of r/sqrt(mn); that of a dense W moves it by one. Dense leaves
+    stay as they are, and so does the rate: it is chosen for the dense network.
+
+    Args:     most: bounds the factor, which is large at small ranks.
+    """
+    known = axes_by_name(matrices) or {}
+
+    def scaled(name: str, leaf: Any) -> Any:
+        axes = axes_of(name, leaf, known)
+        if axes is None or axes.shape == known[name].shape:
+            return leaf
+        factor = (known[name].m * known[name].n) ** 0.5 / axes.m
+        factor = factor if most is None else min(factor, most)
+        return leaf * jnp.asarray(factor, leaf.dtype)
+
+    return stateless(lambda updates: named_map(scaled, updates), known)
+
+
 # Recipes
 
 

@@ -53,6 +53,8 @@ class Settings(recipe.Settings):
     model: str
     """lenet5, vit-digits, mini-vit-digits, mini-vit, vit-b16, resnet20, resnet18,
     resnet50, resnet-rs101, vgg7-bn, vgg16-bn or vgg16."""
+    scale: float = 1.0
+    """By this the widths of the model are multiplied: a small dense network."""
     size: int = 224
     """Height and width to which images of ImageNet are cut."""
     validation: int = 0
@@ -388,7 +390,27 @@ def network(settings: Settings, classes: int) -> nn.Module:
     """
     model, small = names.find("model", settings.model, MODELS)
     fields = dict(small) if settings.smoke else {}
-    return model.clone(classes=classes, dtype=jnp.dtype(settings.dtype), **fields)
+    model = model.clone(classes=classes, dtype=jnp.dtype(settings.dtype), **fields)
+    return model if settings.scale == 1 else scaled(model, settings.scale)
+
+
+def scaled(model: nn.Module, scale: float) -> nn.Module:
+    """The model with all its widths multiplied, and rounded to what its heads divide.
+
+    Raises:   ValueError: `scale` is not positive.
+    """
+    if not scale > 0:
+        raise ValueError(f"`scale` must be positive, got {scale}")
+    heads = getattr(model, "heads", 1)
+
+    def times(width: Any) -> Any:
+        if isinstance(width, tuple):
+            return tuple(map(times, width))
+        return max(1, round(scale * width / heads)) * heads
+
+    widths = ("width", "widths", "groups", "channels", "hidden")
+    known = {x.name for x in dataclasses.fields(model)}
+    return model.clone(**{x: times(getattr(model, x)) for x in widths if x in known})
 
 
 def task(settings: Settings) -> recipe.Task:
@@ -422,6 +444,14 @@ def task(settings: Settings) -> recipe.Task:
         right = jnp.mean(jnp.argmax(logits, -1) == batch["label"])
         return jnp.mean(entropy), (extra, {"accuracy": right})
 
+    def drawn(params: Any, extra: Any, batch: Mapping[str, Array], key: Array) -> Array:
+        change, draw = jax.random.split(key)
+        image, _ = augmented(settings, data, change, batch["image"], batch["label"])
+        output = model.apply({"params": params, **extra}, image)
+        label = jax.random.categorical(draw, jax.lax.stop_gradient(output))
+        entropy = optax.softmax_cross_entropy_with_integer_labels(output, label)
+        return jnp.mean(entropy)
+
     def logits(params: Any, extra: Any, image: Array) -> Array:
         image = standardize(image, data.mean, data.deviation)
         return model.apply({"params": params, **extra}, image)
@@ -448,6 +478,7 @@ def task(settings: Settings) -> recipe.Task:
         epoch=data.counts["train"] / settings.batch,
         layout=layout,
         described={"dataset": settings.dataset, "model": settings.model},
+        drawn=drawn,
     )
 
 

@@ -80,6 +80,9 @@ class Settings:
     budget: float | None = None
     """Part of all weights that is stored after the conversion, then the only event:
     `every`, `stop`, `layer_step`, `cutoff` and `max_drop` have no meaning."""
+    weigh: int = 0
+    """Batches before each cut of which the curvature is measured: directions then count
+    by what they are worth in loss, and share a `budget` by that. 0 for none."""
     project: float | None = None
     """Time between projections of the dense warm-up: its matrices are cut to the ranks
     of now, and go on dense."""
@@ -176,6 +179,8 @@ class State(train_state.TrainState):
 
     extra: Any = ()
     """Other collections of the model, as batch statistics: what `Task.loss` returns."""
+    curvature: Any = None
+    """Sums of the batches before a cut."""
 
     @property
     def averaged(self) -> Any:
@@ -198,6 +203,9 @@ class Task:
         epoch: steps in one pass through the data.
         layout: where params and batches live.
         described: what the summary says beside the settings and results, as the model.
+        drawn: like `loss`, a mean whose labels are drawn from the prediction: its
+            curvature is the true Fisher. None: that of `loss`, the empirical one.
+        terms: of the mean that the loss of a batch is; None: one for each example.
     """
 
     init: Callable[[Array], Mapping[str, Any]]
@@ -208,6 +216,8 @@ class Task:
     epoch: float
     layout: oialr.Layout
     described: Mapping[str, Any]
+    drawn: Callable[[Any, Any, Any, Array], Array] | None = None
+    terms: Callable[[Any], int] | None = None
 
 
 def run(settings: S, build: Callable[[S], Task], *, name: str) -> dict[str, Any]:
@@ -303,7 +313,15 @@ def run(settings: S, build: Callable[[S], Task], *, name: str) -> dict[str, Any]
         reports: Sequence[oialr.Report] = []
         timings: Sequence[oialr.Timing] = []
         if plan is not None:
-            step = oialr.adaptive(train_step, tx, matrices, plan, rule, layout=layout)
+            step = oialr.adaptive(
+                train_step,
+                tx,
+                matrices,
+                plan,
+                rule,
+                weighing=weighing(settings, task, noise),
+                layout=layout,
+            )
             reports, timings = step.reports, step.timings
         else:
             places = (layout(state), None)
@@ -346,6 +364,7 @@ def run(settings: S, build: Callable[[S], Task], *, name: str) -> dict[str, Any]
         "trainable_fraction": count.trainable / count.dense,
         "wall_seconds": round(time.perf_counter() - started + before, 2),
         "event_seconds": round(sum(x.choosing + x.surgery for x in timings), 3),
+        "looking_seconds": round(sum(x.looking for x in timings), 3),
         "waiting_seconds": round(sum(x.waiting for x in timings), 3),
         "fetching_seconds": round(progress.fetching, 3),
         "compilations": getattr(step, "compilations", 1),
@@ -357,6 +376,24 @@ def run(settings: S, build: Callable[[S], Task], *, name: str) -> dict[str, Any]
     if jax.process_index() == 0:
         report.draw(folder)
     return summary
+
+
+def weighing(settings: Settings, task: Task, key: Array) -> oialr.Weighing | None:
+    """What cuts are weighed by, if they are.
+
+    Raises:   ValueError: a negative number of batches.
+    """
+    if not settings.weigh:
+        return None
+    terms = task.terms
+
+    def loss(state: State, batch: Any) -> Array:
+        drawn = jax.random.fold_in(key, state.step)
+        if task.drawn is not None:
+            return task.drawn(state.params, state.extra, batch, drawn)
+        return task.loss(state.params, state.extra, batch, drawn)[0]
+
+    return oialr.Weighing(loss, batches=settings.weigh, terms=terms)
 
 
 def optimizer(
@@ -479,6 +516,7 @@ def rank_rule(
         max_drop=settings.max_drop,
         multiple=settings.multiple,
         budget=budget,
+        by="loss" if settings.weigh and budget is not None else "value",
     )
 
 

@@ -132,6 +132,11 @@ def task(settings: Settings) -> recipe.Task:
         entropy, right = _each(logits, batch["target"])
         return jnp.mean(entropy), (extra, {"accuracy": jnp.mean(right)})
 
+    def drawn(params: Any, extra: Any, batch: Mapping[str, Array], key: Array) -> Array:
+        output = model.apply({"params": params}, batch["token"])
+        token = jax.random.categorical(key, jax.lax.stop_gradient(output))
+        return jnp.mean(_each(output, token)[0])
+
     forward = jax.jit(oialr.factored(lambda p, x: model.apply({"params": p}, x)))
     passages = text.passages(data.parts["test"], context=settings.context)
 
@@ -156,6 +161,8 @@ def task(settings: Settings) -> recipe.Task:
         epoch=(len(train) - settings.context) / settings.batch,
         layout=layout,
         described={"dataset": settings.dataset},
+        drawn=drawn,
+        terms=lambda batch: batch["target"].size,
     )
 
 
