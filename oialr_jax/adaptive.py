@@ -26,12 +26,12 @@ from oialr_jax.lowrank import (
 )
 from oialr_jax.matrices import Matrix
 from oialr_jax.moments import MomentRule
-from oialr_jax.projection import project
+from oialr_jax.projection import project_to_rank
 from oialr_jax.rehearsal import check_opt_state, check_state, rehearse
 from oialr_jax.reports import Report
 from oialr_jax.schedule import RankRule, Schedule
 from oialr_jax.sharding import Layout, on_auto_axes
-from oialr_jax.stability import stability
+from oialr_jax.stability import compare
 from oialr_jax.surgery import Setup, apply_ranks, apply_rule, choose, compile_ahead
 from oialr_jax.transform import (
     pending_ranks,
@@ -275,7 +275,7 @@ class AdaptiveStep:
         """The state with its dense matrices cut, and still dense."""
         jax.block_until_ready(state)
         started = time.perf_counter()
-        params = project(state.params, self._rule, self._matrices)
+        params = project_to_rank(state.params, self._rule, self._matrices)
         jax.block_until_ready(params)
         self.timings.append(Timing(number, surgery=time.perf_counter() - started))
         return state.replace(params=params)
@@ -395,7 +395,7 @@ def _stabilities(
     reference: PyTree, params: PyTree, matrices: tuple[Matrix, ...]
 ) -> list[Array]:
     """How stable the basis of each matrix is, of a stack the least stable one."""
-    found = stability(with_trainable(params, reference), params, matrices)
+    found = compare(with_trainable(params, reference), params, matrices)
     return [jnp.min(found[matrix.path].basis) for matrix in matrices]
 
 

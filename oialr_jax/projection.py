@@ -24,7 +24,9 @@ from oialr_jax.sharding import on_auto_axes
 
 
 @on_auto_axes
-def project(params: PyTree, rule: RankRule, matrices: Sequence[Matrix]) -> PyTree:
+def project_to_rank(
+    params: PyTree, rule: RankRule, matrices: Sequence[Matrix]
+) -> PyTree:
     """Host side: params with the nearest matrices of the ranks that `rule` chooses.
 
     They stay dense, and those that are LowRank, or not finite, are left alone. Of a
@@ -36,7 +38,7 @@ def project(params: PyTree, rule: RankRule, matrices: Sequence[Matrix]) -> PyTre
 
     >>> axes = Axes(shape=(2, 2), stack=(), inputs=(0,), outputs=(1,))
     >>> params = {"w": jnp.array([[2.0, 0.0], [0.0, 0.1]])}
-    >>> project(params, RankRule(), [Matrix("w", axes, rows=1, kind="dot")])
+    >>> project_to_rank(params, RankRule(), [Matrix("w", axes, rows=1, kind="dot")])
     {'w': Array([[2., 0.],
            [0., 0.]], dtype=float32)}
     """

@@ -149,7 +149,7 @@ def freeze_bases(
     Args:     reference: keep a copy of what is trained, as `Schedule(when="stable")`
               needs it: while matrices are dense as much memory as they take.
 
-    >>> from oialr_jax import Axes, factor
+    >>> from oialr_jax.lowrank import Axes, factor
     >>> params = {"w": factor(jnp.ones((4, 3)), Axes((4, 3), (), (0,), (1,)), rank=1)}
     >>> state = freeze_bases(optax.trace(0.9)).init(params)
     >>> [leaf.shape for leaf in jax.tree.leaves(state.inner_state)]

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 
 import oialr_jax as oialr
+from oialr_jax.lowrank import Axes
+from oialr_jax.matrices import Matrix
 
 # Autoformer on ETTm2 (7 variables, 5 time features), model width 512, in the order in
 # which the network executes; (name, input side, output side).
@@ -30,7 +32,7 @@ def layers():
 
 def matrices():
     return [
-        oialr.Matrix(name, oialr.Axes((m, n), (), (0,), (1,)), rows=1, kind="dot")
+        Matrix(name, Axes((m, n), (), (0,), (1,)), rows=1, kind="dot")
         for name, m, n in layers()
     ]
 

@@ -23,7 +23,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import oialr_jax as oialr
 from oialr_jax import decompose, surgery
-from oialr_jax.lowrank import named_leaves
+from oialr_jax.lowrank import Axes, is_low_rank, named_leaves
+from oialr_jax.matrices import Matrix
+from oialr_jax.projection import project_to_rank
 from oialr_jax.transform import pending_ranks, reference_of
 
 SCHEDULE = oialr.Schedule(delay=4, every=3, layer_step=0.5)
@@ -369,9 +371,9 @@ def test_nor_where_the_state_has_a_fixed_place_as_after_a_restore(place):
 def test_nor_where_long_matrices_go_by_their_gram_matrix(count):
     """On one device and on several, which come to the same."""
     jax.clear_caches()
-    axes = oialr.Axes((12, 40), (), (0,), (1,))
+    axes = Axes((12, 40), (), (0,), (1,))
     names = [f"w{i}" for i in range(5)]
-    matrices = [oialr.Matrix(name, axes, rows=1, kind="dot") for name in names]
+    matrices = [Matrix(name, axes, rows=1, kind="dot") for name in names]
     params = {name: normal(i, 12, 40) for i, name in enumerate(names)}
     ranks = {name: 3 + i % 2 for i, name in enumerate(names)}
     tx = oialr.freeze_bases(optax.adam(0.1))
@@ -517,7 +519,7 @@ def test_bases_are_not_copied_by_a_step():
     where = {
         path: (node.u.unsafe_buffer_pointer(), node.vt.unsafe_buffer_pointer())
         for path, node in named_leaves(state.params).items()
-        if oialr.is_low_rank(node)
+        if is_low_rank(node)
     }
     assert len(where) == 3
     state, _ = step(state, *batch(5))
@@ -783,7 +785,7 @@ def test_the_dense_warm_up_is_projected_on_schedule():
     matrices = oialr.select(oialr.find_matrices(fn, state.params, batch(0)[0]))
     for t in range(9):
         if t in (2, 5, 8):  # one step moves W a little
-            cut = oialr.project(state.params, BUDGET, matrices)
+            cut = project_to_rank(state.params, BUDGET, matrices)
             ranks = [rank_of(cut[name]["kernel"]) for name in "abc"]
             assert all(0 < r < 16 for r in ranks)
             assert sum(r * (32 + r) for r in ranks) <= BUDGET.budget

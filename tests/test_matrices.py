@@ -14,7 +14,8 @@ from helpers import assert_close, in_low_rank
 
 import oialr_jax as oialr
 from oialr_jax import cost
-from oialr_jax.lowrank import named_leaves
+from oialr_jax.lowrank import Axes, factor, named_leaves
+from oialr_jax.matrices import Skipped
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -252,7 +253,7 @@ def test_a_leaf_that_is_no_matrix_is_listed_with_what_stopped_it(reason):
 
     matrices = oialr.find_matrices(fn, params, jnp.ones((2, 4)))
     assert [m.path for m in matrices] == ["v"]
-    assert matrices.skipped == (oialr.Skipped("w", (4, 6), reason),)
+    assert matrices.skipped == (Skipped("w", (4, 6), reason),)
     lines = str(matrices).splitlines()
     assert lines[1].split() == ["v", "dot", "2", "4x5", "1"]
     assert lines[2:] == ["no matrices:", f"w  [4, 6]  {reason}"]
@@ -289,7 +290,7 @@ def test_what_is_done_beside_a_product_decides_by_the_sides_of_the_matrix(name):
         return convolved(params["w"], x), BESIDE[name](params["w"])
 
     (found,) = oialr.find_matrices(fn, {"w": normal(0, 3, 4, 6)}, normal(1, 2, 5, 4))
-    assert found.axes == oialr.Axes((3, 4, 6), (), (0, 1), (2,))
+    assert found.axes == Axes((3, 4, 6), (), (0, 1), (2,))
     assert found.other == {"mul": ("mul",), "": (), "scaled": ()}.get(
         name, ("reduce_sum",)
     )
@@ -302,7 +303,7 @@ def test_a_use_of_one_entry_does_not_say_what_an_axis_is():
         return x @ params["w"][1], convolved(params["w"], x)
 
     (found,) = oialr.find_matrices(fn, {"w": normal(0, 3, 4, 6)}, normal(1, 2, 5, 4))
-    assert found.axes == oialr.Axes((3, 4, 6), (), (0, 1), (2,))
+    assert found.axes == Axes((3, 4, 6), (), (0, 1), (2,))
     assert (found.uses, found.other) == (2, ())
 
 
@@ -349,7 +350,7 @@ def test_leaves_that_cannot_be_matrices_are_listed_and_those_that_are_no_arrays_
         "ref": "held in a jax.Ref",
         "numpy": "select_n",
     }
-    low = {**params, "w": oialr.factor(params["w"], matrices[0].axes, 2)}
+    low = {**params, "w": factor(params["w"], matrices[0].axes, 2)}
     x = normal(1, 2, 4)
     assert_close(
         oialr.factored(fn)(low, x), fn({**low, "w": low["w"].materialize()}, x), 1e-5

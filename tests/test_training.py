@@ -23,6 +23,9 @@ from flax.training.train_state import TrainState
 from helpers import assert_close
 
 import oialr_jax as oialr
+from oialr_jax.lowrank import is_low_rank, without_identity
+from oialr_jax.training import TrainingState
+from oialr_jax.transform import with_trainable
 
 WIDTH, DELAY, STEPS = 32, 20, 26
 TUTORIALS = pathlib.Path(__file__).parent / "tutorials"
@@ -98,7 +101,7 @@ def by_hand(tx):
 
 def program(step, state, t):
     """The program of a step, as it goes to the compiler."""
-    given = oialr.without_identity((state, *batch(t)))
+    given = without_identity((state, *batch(t)))
     return step._jitted.lower(*given).as_text()
 
 
@@ -306,17 +309,17 @@ def test_an_average_follows_the_conversion():
         state, _ = run.step(state, *batch(int(state.step)))
         if oialr.ranks(state.params) != before:
             desired = oialr.rebase(desired, state.params)
-        desired = oialr.with_trainable(
+        desired = with_trainable(
             desired, average(oialr.trainable(state.params), oialr.trainable(desired))
         )
     assert oialr.ranks(state.beside["ema"]) == oialr.ranks(state.params) != {}
     assert_close(state.beside["ema"], desired, 1e-5)
     for ema, param in zip(
-        jax.tree.leaves(state.beside["ema"], is_leaf=oialr.is_low_rank),
-        jax.tree.leaves(state.params, is_leaf=oialr.is_low_rank),
+        jax.tree.leaves(state.beside["ema"], is_leaf=is_low_rank),
+        jax.tree.leaves(state.params, is_leaf=is_low_rank),
         strict=True,
     ):
-        if oialr.is_low_rank(param):
+        if is_low_rank(param):
             np.testing.assert_array_equal(ema.u, param.u)
 
 
@@ -613,7 +616,7 @@ MISTAKES: dict[str, tuple[Any, type[Exception], str]] = {
     "empty": (lambda: init(select=()), ValueError, "`select` is empty"),
     "step_before_init": (
         lambda: oialr.training(loss, optax.sgd(0.1), delay=1).step(
-            oialr.TrainingState(0, {}, ())
+            TrainingState(0, {}, ())
         ),
         ValueError,
         r"state = run\.init\(params, \*batch\) comes first",

@@ -34,6 +34,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt8
 
 import oialr_jax as oialr
+from oialr_jax.sharding import Rules
 from train import loop, names, process, recipe
 from train.data import augment
 from train.data.arrays import Dataset, Images, drawn, standardize
@@ -514,7 +515,7 @@ def _sums(
     return jnp.sum(right), jnp.sum(jnp.where(counted, entropy, 0))
 
 
-def rules(mesh: Mesh, model: str) -> oialr.Rules:
+def rules(mesh: Mesh, model: str) -> Rules:
     """Which side of which matrix the axis `model` divides, if the mesh has it.
 
     Raises:   ValueError: no rules are known for this model.

@@ -21,6 +21,10 @@ from jaxtyping import Array
 
 import oialr_jax as oialr
 from oialr_jax import cost
+from oialr_jax.adaptive import Timing
+from oialr_jax.lowrank import without_identity
+from oialr_jax.matrices import Matrix
+from oialr_jax.reports import Report
 from train import loop, names, optimizers, rates, report
 from train.tracking import Tracking
 
@@ -181,7 +185,7 @@ class State(train_state.TrainState):
     def averaged(self) -> Any:
         """The params to evaluate: their running average where there is one."""
         averaged = optimizers.averaged(self.params, self.opt_state)
-        return oialr.without_identity(averaged)  # one program for all bases
+        return without_identity(averaged)  # one program for all bases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,8 +304,8 @@ def run(settings: S, build: Callable[[S], Task], *, name: str) -> dict[str, Any]
     ):
         state = layout.initialize(create, key) if found is None else found.state
         step: Any
-        reports: Sequence[oialr.Report] = []
-        timings: Sequence[oialr.Timing] = []
+        reports: Sequence[Report] = []
+        timings: Sequence[Timing] = []
         if plan is not None:
             step = oialr.adaptive(train_step, tx, matrices, plan, rule, layout=layout)
             reports, timings = step.reports, step.timings
@@ -360,7 +364,7 @@ def run(settings: S, build: Callable[[S], Task], *, name: str) -> dict[str, Any]
 
 
 def optimizer(
-    settings: Settings, matrices: Sequence[oialr.Matrix] = ()
+    settings: Settings, matrices: Sequence[Matrix] = ()
 ) -> optax.GradientTransformation:
     """The optimizer that was asked for, with its rate, clipping and running average.
 
@@ -452,7 +456,7 @@ def schedule(settings: Settings) -> oialr.Schedule:
 
 
 def rank_rule(
-    settings: Settings, params: Any, matrices: Sequence[oialr.Matrix]
+    settings: Settings, params: Any, matrices: Sequence[Matrix]
 ) -> oialr.RankRule:
     """Which ranks stay; of a budget the weights outside the `matrices` are taken first.
 
