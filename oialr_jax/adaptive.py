@@ -68,7 +68,7 @@ def adaptive(
     whatever the compiler's speed. Without a lag the step waits for the compiler. The
     thread works in the mesh of `jax.set_mesh`; other contexts of JAX do not reach it.
 
-    Projections of `Schedule.project` change no shape and are no events: nothing is
+    `Schedule.projections` change no shape and are no events: nothing is
     reported, and `timings` has what they cost.
 
     What happens at a step depends on the step number and the state alone, so a run

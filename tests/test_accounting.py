@@ -38,16 +38,16 @@ def matrices():
 
 
 def test_the_floor_ranks_of_the_published_run():
-    eligible = oialr.select(matrices(), keep_last=0, min_aspect=0.1)
+    eligible = oialr.select(matrices(), dense_last=0, min_aspect=0.1)
     assert len(eligible) == 22
-    # keep_first counted among the eligible ones, as the authors' code: the first query
-    authors = {"min_aspect": 0.1, "keep_eligible": True}
-    chosen = oialr.select(matrices(), keep_first=1, keep_last=0, **authors)
+    # dense_first counted among the eligible ones, as the authors' code: the first query
+    authors = {"min_aspect": 0.1, "among_eligible": True}
+    chosen = oialr.select(matrices(), dense_first=1, dense_last=0, **authors)
     assert len(chosen) == 21
     assert "encoder_0/query" not in {x.path for x in chosen}
 
     rule = oialr.RankRule()
-    floors = {x.path: rule.floor_rank(min(x.m, x.n)) for x in chosen}
+    floors = {x.path: rule.min_rank(min(x.m, x.n)) for x in chosen}
     assert set(floors.values()) == {5}
 
     def node(x):

@@ -769,7 +769,7 @@ def test_without_a_reference_stability_cannot_be_seen():
 
 # --------------------------------------------------------------------- projections
 
-PROJECTED = oialr.Schedule(delay=9, every=3, project=3, project_from=2, stop=10)
+PROJECTED = oialr.Schedule(delay=9, every=3, projections=range(2, 9, 3), stop=10)
 BUDGET = oialr.RankRule(budget=3 * 4 * (32 + 4))
 
 
@@ -780,7 +780,7 @@ def rank_of(leaf):
 def test_the_dense_warm_up_is_projected_on_schedule():
     state, step, _ = problem(schedule=PROJECTED, rule=BUDGET)
     plain, unprojected, _ = problem(
-        schedule=dataclasses.replace(PROJECTED, project=None), rule=BUDGET
+        schedule=dataclasses.replace(PROJECTED, projections=()), rule=BUDGET
     )
     matrices = oialr.select(oialr.find_matrices(fn, state.params, batch(0)[0]))
     for t in range(9):
@@ -808,7 +808,7 @@ def test_after_projections_the_conversion_is_one_event_that_loses_little():
     ]
     energies = [x.energy for x in step.reports[1].layers]
     plain, unprojected, _ = problem(
-        schedule=dataclasses.replace(PROJECTED, project=None), rule=BUDGET
+        schedule=dataclasses.replace(PROJECTED, projections=()), rule=BUDGET
     )
     run(plain, unprojected, 0, 20)
     others = [x.energy for x in unprojected.reports[1].layers]

@@ -195,7 +195,7 @@ def test_a_low_rank_leaf_that_is_replaced_is_refused_and_not_selected():
     params = {"w": normal(0, 6, 8)}
     (found,) = oialr.find_matrices(decayed, params, normal(1, 5, 6))
     assert found.other == ("replaced in place",)
-    assert oialr.select([found], keep_last=0) == ()
+    assert oialr.select([found], dense_last=0) == ()
     low = {"w": factor(params["w"], AXES, 3)}
     with pytest.raises(TypeError, match="w is in low rank and the function replaces"):
         oialr.factored(decayed)(low, normal(1, 5, 6))
@@ -323,7 +323,7 @@ def test_no_tracer_leaks_and_no_transfer_is_hidden():
     step = jax.jit(oialr.value_and_grad(oialr.factored(forward)))
     with jax.checking_leaks(), jax.transfer_guard("disallow"):
         found = oialr.find_matrices(forward, params, x)
-        assert oialr.select(found, keep_last=0) == tuple(found)
+        assert oialr.select(found, dense_last=0) == tuple(found)
         oialr.explain(forward, params, x)
         step(params, x)
         oialr.materialize(params)

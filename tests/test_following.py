@@ -57,7 +57,7 @@ def begun(lag=0, follow=("ema",), ema=lambda x: x, step=None, jit=jax.jit, **opt
         tx,
         matrices,
         schedule,
-        oialr.RankRule(cutoff=0.25, floor=0.5),
+        oialr.RankRule(cutoff=0.25, min_rank_share=0.5),
         follow=follow,
         jit=jit,
         **options,

@@ -60,7 +60,7 @@ def test_a_leaf_that_is_also_gathered_is_reported_and_not_selected():
     fn, params, tokens = BY_NAME["tied_embedding"].build()
     dense, embedding = oialr.find_matrices(fn, params, tokens)
     assert embedding.other == ("gather",)
-    assert oialr.select([dense, embedding], keep_last=0) == (dense,)
+    assert oialr.select([dense, embedding], dense_last=0) == (dense,)
     assert oialr.select([dense, embedding], include="Embed") == (embedding,)
 
 
@@ -81,7 +81,7 @@ def test_grouped_convolution_stays_dense_and_is_said(module, groups):
     assert [m.path for m in matrices] == ["kernel"]
     said = f"left dense: kernel (grouped convolution, {groups} groups)"
     with pytest.warns(UserWarning, match=re.escape(said)):
-        assert oialr.select(matrices, keep_last=0) == ()
+        assert oialr.select(matrices, dense_last=0) == ()
     with pytest.raises(ValueError, match="`include` asks for kernel, a grouped"):
         oialr.select(matrices, include="kernel")
 
@@ -93,7 +93,7 @@ def test_two_roles_of_one_leaf_are_reported():
 
     (found,) = oialr.find_matrices(fn, {"w": jnp.ones((4, 2, 3))}, jnp.ones((5, 4)))
     assert found.other == ("dot over other axes",)
-    assert oialr.select([found], keep_last=0) == ()
+    assert oialr.select([found], dense_last=0) == ()
 
 
 def _chain(*widths):
@@ -109,28 +109,28 @@ def _chain(*widths):
     return oialr.find_matrices(fn, params, x)
 
 
-def test_keep_last_spares_the_real_last_matrix():
+def test_dense_last_spares_the_real_last_matrix():
     matrices = _chain(64, 64, 64, 4)  # a narrow head, not eligible by shape
     assert [m.path for m in oialr.select(matrices)] == ["w0", "w1"]
-    assert [m.path for m in oialr.select(matrices, keep_last=2)] == ["w0"]
-    authors = oialr.select(matrices, keep_eligible=True)
+    assert [m.path for m in oialr.select(matrices, dense_last=2)] == ["w0"]
+    authors = oialr.select(matrices, among_eligible=True)
     assert [m.path for m in authors] == ["w0"]  # the layer before the head is spared
 
 
-def test_keep_first_counts_in_execution_order():
+def test_dense_first_counts_in_execution_order():
     matrices = _chain(4, 64, 64, 64, 64)  # a narrow stem, not eligible by shape
-    assert [m.path for m in oialr.select(matrices, keep_first=1)] == ["w1", "w2"]
-    authors = oialr.select(matrices, keep_first=1, keep_eligible=True)
+    assert [m.path for m in oialr.select(matrices, dense_first=1)] == ["w1", "w2"]
+    authors = oialr.select(matrices, dense_first=1, among_eligible=True)
     assert [m.path for m in authors] == ["w2"]
 
 
 def test_keeping_more_than_there_are_keeps_all():
-    assert oialr.select(_chain(8, 8, 8), keep_last=5) == ()
+    assert oialr.select(_chain(8, 8, 8), dense_last=5) == ()
 
 
 def test_aspect_is_strict_as_the_authors():
     matrices = _chain(100, 10, 100, 11)
-    chosen = oialr.select(matrices, keep_last=0, min_aspect=0.1)
+    chosen = oialr.select(matrices, dense_last=0, min_aspect=0.1)
     assert [m.path for m in chosen] == ["w2"]
 
 
@@ -200,8 +200,8 @@ def test_every_head_is_spared_unless_none_is(wrap):
     params = {name: jnp.ones(shape) for name, shape in shapes.items()}
     found = oialr.find_matrices(fn, params, jnp.ones((4, 8)))
     assert [m.path for m in oialr.select(found)] == ["stem", "trunk"]
-    assert oialr.select(found, keep_last=0) == found
-    assert oialr.select(found, keep_eligible=True) == found[:-1]  # as the authors
+    assert oialr.select(found, dense_last=0) == found
+    assert oialr.select(found, among_eligible=True) == found[:-1]  # as the authors
 
 
 def test_what_a_loop_gives_the_next_turn_reads():
@@ -313,7 +313,7 @@ def test_the_result_is_a_tuple():
     assert matrices == tuple(matrices)
     assert matrices[:1] + matrices[1:] == matrices
     assert len(matrices) == 2
-    assert oialr.select(matrices, keep_last=0) == matrices
+    assert oialr.select(matrices, dense_last=0) == matrices
 
 
 def test_leaves_that_cannot_be_matrices_are_listed_and_those_that_are_no_arrays_not():

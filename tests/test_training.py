@@ -86,7 +86,7 @@ def by_hand(tx):
     forward = oialr.factored(loss)
     tx = oialr.freeze_bases(tx)
     schedule = oialr.Schedule(
-        delay=18, every=3, lag=2, stop=19, project=1, project_from=6
+        delay=18, every=3, lag=2, stop=19, projections=range(6, 18)
     )
     rule = oialr.RankRule(budget=2 * WIDTH**2 // 4)
 
@@ -380,9 +380,7 @@ def test_layouts_place_the_state_and_the_batches():
 @pytest.mark.parametrize("middle", [2, 4, 7])
 def test_a_run_resumed_from_a_checkpoint_is_the_uninterrupted_one(middle, tmp_path):
     """Before, between (a lag) and after the conversion at step 5."""
-    schedule = oialr.Schedule(
-        delay=3, every=4, stop=4, lag=2, project=1, project_from=1
-    )
+    schedule = oialr.Schedule(delay=3, every=4, stop=4, lag=2, projections=range(1, 3))
 
     def begin():
         def noisy(params, x, y, *, key):
@@ -609,7 +607,7 @@ MISTAKES: dict[str, tuple[Any, type[Exception], str]] = {
         r"no leaf of the params is used as a matrix: .*reduce_sum",
     ),
     "none_selected": (
-        lambda: init(select={"keep_last": 3}),
+        lambda: init(select={"dense_last": 3}),
         ValueError,
         r"no matrix pays.*a/kernel 32x32.*select=\{'include'",
     ),

@@ -11,6 +11,7 @@ LIBRARY = ROOT / "oialr_jax"
 FLOORS = {
     "effects": 0,
     "linalg": 0,
+    "renames": 0,
     "views": 0,
     "cost": 1,
     "dataflow": 1,

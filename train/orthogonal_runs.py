@@ -385,7 +385,7 @@ class Unlabelled:
         found = oialr.find_matrices(
             self.task.loss, params, extra, self.task.batch(0), key
         )
-        self.matrices = oialr.select(found, keep_last=preset.keep_last)
+        self.matrices = oialr.select(found, dense_last=preset.dense_last)
         self.initial = jax.jit(self.created)
         self.stepped = jax.jit(self.step, donate_argnums=0)
 
