@@ -189,21 +189,15 @@ class Schedule:
     `layer_step` of them at first, as many more each time. It happens `lag` steps after
     its ranks were chosen; in between the program for the new shapes is compiled.
 
-    With `when="stable"` update j treats, whatever their place, the layers whose basis
-    has turned little since update j - 1 (the first: since the optimizer state was
-    made): those with a stability of at least `threshold`, which is 1 for a basis that
-    stands still. A dense one is converted then and a low-rank one cut; the others wait
-    for the next update, and may be dense for ever. `layer_step` has no meaning.
-
     Before the steps in `projections`, say `range(300, 2500, 20)`, each matrix of the
     dense warm-up becomes the nearest one of the rank that the rule chooses (singular
     value projection, Jain, Meka and Dhillon 2010) and trains on, dense. So bases turn
     towards what a low rank can hold, and the conversion loses the last few steps alone.
 
     Raises:   ValueError: `delay` below 0, `every` below 1, `layer_step` outside [0, 1],
-              `lag` outside [0, every), `stop` not after `delay`, another `when`,
-              `threshold` outside [-1, 1], `projections` that do not ascend or lie
-              outside [0, `delay`). TypeError: `projections` is no sequence.
+              `lag` outside [0, every), `stop` not after `delay`, `projections` that do
+              not ascend or lie outside [0, `delay`). TypeError: `projections` is no
+              sequence.
     Source:   Coquelin et al. 2024 (arXiv 2401.08505). The authors' code counts steps
               from 1 and acts when a counter equals the next update, so a counter that
               starts past it or jumps over it never acts again; here an update is due
@@ -222,16 +216,10 @@ class Schedule:
     layer_step: float = 0.1
     lag: int = 0
     stop: int | None = None
-    when: str = "delay"
-    threshold: float = 0.98
     projections: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
-        if self.when not in ("delay", "stable"):
-            raise ValueError(f"`when` must be 'delay' or 'stable', got {self.when!r}")
-        if not -1 <= self.threshold <= 1:
-            raise ValueError(f"`threshold` must be in [-1, 1], got {self.threshold}")
         if self.delay < 0:
             raise ValueError(f"`delay` must be at least 0, got {self.delay}")
         if self.every < 1:
@@ -261,7 +249,7 @@ class Schedule:
             )
 
     def converted(self, step: int) -> bool:
-        """Whether the batch of this step meets low-rank params, if all are stable."""
+        """Whether the batch of this step meets low-rank params."""
         return step >= self.delay + self.lag
 
     def decided(self, step: int, previous: int | None = None) -> int | None:
@@ -317,15 +305,22 @@ class Schedule:
         return tuple(range(self.delay + self.lag, end, self.every))
 
     def compilations(
-        self, steps: int, rule: RankRule | None = None, sides: Sequence[int] = ()
+        self,
+        steps: int,
+        rule: RankRule | None = None,
+        sides: Sequence[int] = (),
+        *,
+        one_by_one: bool = False,
     ) -> int:
         """How often a step whose other shapes are constant is compiled at most.
 
         Once dense, and once for each event. With the `rule`, and the small `sides` of
         all matrices, once for the conversion and once for each fall of a rank, which is
         through multiples of `rule.multiple`; a matrix that is not finite at the
-        conversion, and so converts later, adds one. With `when="stable"` every matrix
-        may be converted by itself.
+        conversion, and so converts later, adds one.
+
+        Args:     one_by_one: each matrix may be converted at an update of its own, as
+                  with `stability.when_settled`.
 
         >>> schedule = Schedule(delay=100, every=50)
         >>> schedule.compilations(1000)
@@ -336,6 +331,6 @@ class Schedule:
         events = len(self.events(steps))
         if rule is not None:
             falls = sum(-(-side // rule.multiple) - 1 for side in sides)
-            conversions = len(sides) if self.when == "stable" else 1
+            conversions = len(sides) if one_by_one else 1
             events = min(events, conversions + falls)
         return 1 + events

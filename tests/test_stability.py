@@ -526,3 +526,8 @@ def test_params_on_a_mesh_give_the_same_numbers():
         oialr.stability.spectra(x, [matrix])["w"] for x in (spread[0], {"w": before})
     )
     np.testing.assert_allclose(left.sigma, right.sigma, rtol=1e-5)
+
+
+def test_a_threshold_that_no_stability_has_is_refused():
+    with pytest.raises(ValueError, match=r"^`threshold` must be in \[-1, 1\], got 1.1"):
+        oialr.stability.when_settled(1.1)

@@ -39,6 +39,7 @@ FLOORS = {
     "matrices": 3,
     "checks": 4,
     "defaults": 4,
+    "due": 4,
     "explain": 4,
     "projection": 4,
     "curvature": 4,
@@ -54,7 +55,7 @@ FLOORS = {
 }
 STAIRS = {  # of a room that is a package, whose __init__ sees all of its own
     "orthogonal": {"polar": 0, "directions": 1, "transforms": 2, "optimizers": 3},
-    "stability": {"singular": 0, "comparison": 1},
+    "stability": {"singular": 0, "comparison": 1, "settled": 2},
 }
 PLAIN = ("cost", "schedule")  # decide on integers: no JAX
 FLAX = ("serialization",)  # registers nodes with Flax, where it is installed

@@ -87,11 +87,9 @@ class Settings:
     projections: tuple[float, float] | None = None
     """When projections of the dense warm-up begin and the time between them: matrices
     are cut to the ranks that the rule gives them then, and train on, dense."""
-    when: Literal["delay", "stable"] = "delay"
-    """Convert all matrices after `delay`; or from then on each one when its basis has
-    turned little between two events, and cut it only then."""
-    threshold: float = 0.98
-    """The least stability of a basis that counts as little; 1 is none."""
+    settled: float | None = None
+    """Convert and cut a matrix only at events between which the stability of its basis
+    was at least this; 1 is a basis that stands still."""
     lag: int = 0
     """Steps between the choice of ranks and the event; meanwhile its step compiles."""
     min_aspect: float = 0.1
@@ -246,8 +244,11 @@ def run(settings: S, build: Callable[[S], Task], *, name: str) -> dict[str, Any]
         among_eligible=settings.among_eligible,
     )
     rule = rank_rule(settings, weights, matrices)
-    stable = low_rank and settings.when == "stable"
-    tx = oialr.freeze_bases(optimizer(settings, matrices), reference=stable)
+    tx, due = optimizer(settings, matrices), None
+    if low_rank and settings.settled is not None:
+        due = oialr.stability.when_settled(settings.settled)
+        tx = optax.chain(tx, oialr.stability.keep_reference())
+    tx = oialr.freeze_bases(tx)
     loss = oialr.factored(task.loss)
 
     def create(key: Array) -> State:
@@ -305,7 +306,9 @@ def run(settings: S, build: Callable[[S], Task], *, name: str) -> dict[str, Any]
         reports: Sequence[Report] = []
         timings: Sequence[Timing] = []
         if plan is not None:
-            step = oialr.adaptive(train_step, tx, matrices, plan, rule, layout=layout)
+            step = oialr.adaptive(
+                train_step, tx, matrices, plan, rule, due=due, layout=layout
+            )
             reports, timings = step.reports, step.timings
         else:
             places = (layout(state), None)
@@ -446,8 +449,6 @@ def schedule(settings: Settings) -> oialr.Schedule:
         layer_step=settings.layer_step,
         lag=settings.lag,
         stop=stop,
-        when=settings.when,
-        threshold=settings.threshold,
     )
 
 

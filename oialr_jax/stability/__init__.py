@@ -7,6 +7,7 @@ from oialr_jax.stability.comparison import (
     compare,
     tracker,
 )
+from oialr_jax.stability.settled import keep_reference, when_settled
 from oialr_jax.stability.singular import Spectrum, Subspaces, spectra, subspaces
 
 __all__ = [
@@ -16,7 +17,9 @@ __all__ = [
     "Subspaces",
     "Tracker",
     "compare",
+    "keep_reference",
     "spectra",
     "subspaces",
     "tracker",
+    "when_settled",
 ]
