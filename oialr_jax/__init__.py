@@ -1,67 +1,33 @@
-"""Public names of oialr_jax: low-rank training of any JAX model."""
+"""Public names of oialr_jax: low-rank training of any JAX model.
 
-from oialr_jax.adaptive import AdaptiveStep, Timing, adaptive
-from oialr_jax.checkpoint import Checkpoints, Restored
-from oialr_jax.compression import Cut, compress
-from oialr_jax.cost import Rates
-from oialr_jax.curvature import curvature, of_outputs
-from oialr_jax.explain import Explanation, explain
+What is needed to train, to convert and to measure stands here; orthogonal gradients and
+the stability of bases have namespaces of their own, and results their rooms, such as
+`oialr_jax.reports`.
+"""
+
+import importlib
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from oialr_jax import orthogonal, stability
+from oialr_jax.adaptive import adaptive
+from oialr_jax.checkpoint import Checkpoints
+from oialr_jax.compression import compress
+from oialr_jax.curvature import curvature
+from oialr_jax.explain import explain
 from oialr_jax.factored import factored
 from oialr_jax.following import rebase
-from oialr_jax.linalg import orthogonality_error
-from oialr_jax.lowrank import (
-    Axes,
-    Counts,
-    LowRank,
-    counts,
-    factor,
-    global_norm,
-    is_low_rank,
-    materialize,
-    ranks,
-    without_identity,
-)
-from oialr_jax.matrices import Matrices, Matrix, Skipped, find_matrices, select
+from oialr_jax.lowrank import LowRank, counts, global_norm, materialize, ranks
+from oialr_jax.matrices import find_matrices, select
 from oialr_jax.moments import MomentRule
-from oialr_jax.orthogonal import (
-    core_muon,
-    normalize_components,
-    normalize_tensor,
-    orthogonal_sgd,
-    orthogonalize,
-    scale_by_outer_shape,
-    spectral_trust_region,
-    swan,
-)
-from oialr_jax.projection import project
-from oialr_jax.reports import LayerReport, Report
 from oialr_jax.schedule import RankRule, Schedule
 from oialr_jax.serialization import register
-from oialr_jax.sharding import Layout, Rules, make_mesh
-from oialr_jax.stability import (
-    Portrait,
-    Spectrum,
-    Stability,
-    Subspaces,
-    Tracker,
-    spectra,
-    stability,
-    subspaces,
-    tracker,
-)
+from oialr_jax.sharding import Layout, make_mesh
 from oialr_jax.surgery import densify, factorize, truncate
-from oialr_jax.training import Training, TrainingState, training
-from oialr_jax.transform import (
-    FreezeBasesState,
-    freeze_bases,
-    trainable,
-    value_and_grad,
-    value_and_grad_from_state,
-    with_trainable,
-)
+from oialr_jax.training import training
+from oialr_jax.transform import freeze_bases, trainable, value_and_grad
 from oialr_jax.versions import warn_of_faults as _warn_of_faults
 from oialr_jax.weighing import Weighing
-from oialr_jax.weighted import Statistics
 from oialr_jax.wrapping import wrap
 
 register()
@@ -69,77 +35,81 @@ register()
 __version__ = "0.1.0"
 
 __all__ = [
-    "AdaptiveStep",
-    "Axes",
     "Checkpoints",
-    "Counts",
-    "Cut",
-    "Explanation",
-    "FreezeBasesState",
-    "LayerReport",
     "Layout",
     "LowRank",
-    "Matrices",
-    "Matrix",
     "MomentRule",
-    "Portrait",
     "RankRule",
-    "Rates",
-    "Report",
-    "Restored",
-    "Rules",
     "Schedule",
-    "Skipped",
-    "Spectrum",
-    "Stability",
-    "Statistics",
-    "Subspaces",
-    "Timing",
-    "Tracker",
-    "Training",
-    "TrainingState",
     "Weighing",
     "adaptive",
     "compress",
-    "core_muon",
     "counts",
     "curvature",
     "densify",
     "explain",
-    "factor",
     "factored",
     "factorize",
     "find_matrices",
     "freeze_bases",
     "global_norm",
-    "is_low_rank",
     "make_mesh",
     "materialize",
-    "normalize_components",
-    "normalize_tensor",
-    "of_outputs",
-    "orthogonal_sgd",
-    "orthogonality_error",
-    "orthogonalize",
-    "project",
+    "orthogonal",
     "ranks",
     "rebase",
-    "scale_by_outer_shape",
     "select",
-    "spectra",
-    "spectral_trust_region",
     "stability",
-    "subspaces",
-    "swan",
-    "tracker",
     "trainable",
     "training",
     "truncate",
     "value_and_grad",
-    "value_and_grad_from_state",
-    "with_trainable",
-    "without_identity",
     "wrap",
 ]
+
+_MOVED = {
+    "adaptive": ("AdaptiveStep", "Timing"),
+    "checkpoint": ("Restored",),
+    "compression": ("Cut",),
+    "cost": ("Rates",),
+    "curvature": ("of_outputs",),
+    "explain": ("Explanation",),
+    "linalg": ("orthogonality_error",),
+    "lowrank": ("Axes", "Counts", "factor", "is_low_rank", "without_identity"),
+    "matrices": ("Matrices", "Matrix", "Skipped"),
+    "orthogonal": tuple(orthogonal.__all__),
+    "reports": ("LayerReport", "Report"),
+    "sharding": ("Rules",),
+    "stability": (
+        "Portrait",
+        "Spectrum",
+        "Stability",
+        "Subspaces",
+        "Tracker",
+        "spectra",
+        "subspaces",
+        "tracker",
+    ),
+    "training": ("Training", "TrainingState"),
+    "weighted": ("Statistics",),
+    "transform": ("FreezeBasesState", "value_and_grad_from_state", "with_trainable"),
+}
+"""Names that stood here, by the module that has them now."""
+
+if not TYPE_CHECKING:  # a type checker is to see the new places alone
+
+    def __getattr__(name: str) -> Any:
+        """A name that has moved, for one release more."""
+        for module, names in _MOVED.items():
+            if name in names:
+                warnings.warn(
+                    f"oialr_jax.{name} has moved: from oialr_jax.{module} import "
+                    f"{name}. The old place goes with the next release",
+                    DeprecationWarning,
+                    stacklevel=2,
+                )
+                return getattr(importlib.import_module(f"oialr_jax.{module}"), name)
+        raise AttributeError(f"module 'oialr_jax' has no attribute {name!r}")
+
 
 _warn_of_faults()

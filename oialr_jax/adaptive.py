@@ -9,13 +9,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
-from jaxtyping import Array
 
 from oialr_jax.checks import check_optimizer
 from oialr_jax.compiling import filters, options_for, shape_of, zeros_of
 from oialr_jax.decompose import AHEAD, NOW, Run
+from oialr_jax.due import Chooser, LastExecutedFirst
 from oialr_jax.following import Identities, bare, followed, rebase
 from oialr_jax.lowrank import (
     PyTree,
@@ -26,22 +25,14 @@ from oialr_jax.lowrank import (
 )
 from oialr_jax.matrices import Matrix
 from oialr_jax.moments import MomentRule
-from oialr_jax.projection import project
+from oialr_jax.projection import project_to_rank
 from oialr_jax.ranking import choose
 from oialr_jax.rehearsal import check_opt_state, check_state, rehearse
 from oialr_jax.reports import Report
 from oialr_jax.schedule import RankRule, Schedule
-from oialr_jax.sharding import Layout, on_auto_axes
-from oialr_jax.stability import stability
+from oialr_jax.sharding import Layout
 from oialr_jax.surgery import Setup, apply_ranks, apply_rule, compile_ahead
-from oialr_jax.transform import (
-    pending_ranks,
-    reference_of,
-    trainable,
-    with_pending,
-    with_reference,
-    with_trainable,
-)
+from oialr_jax.transform import pending_ranks, with_pending
 from oialr_jax.weighing import Weighing, added
 from oialr_jax.weighted import Statistics
 
@@ -54,6 +45,7 @@ def adaptive(
     rule: RankRule = RankRule(),  # noqa: B008 -- frozen
     *,
     moment_rule: MomentRule = MomentRule(),  # noqa: B008 -- frozen
+    due: Chooser | None = None,
     steps_per_call: int = 1,
     follow: Sequence[str] = (),
     weighing: Weighing | None = None,
@@ -72,13 +64,12 @@ def adaptive(
     whatever the compiler's speed. Without a lag the step waits for the compiler. The
     thread works in the mesh of `jax.set_mesh`; other contexts of JAX do not reach it.
 
-    Projections of `Schedule.project` change no shape and are no events: nothing is
+    `Schedule.projections` change no shape and are no events: nothing is
     reported, and `timings` has what they cost.
 
     What happens at a step depends on the step number and the state alone, so a run
     resumed from a saved state repeats the uninterrupted one. Ranks that should be
     waiting at their event and do not (another loop ran in between) are chosen then.
-    `Schedule(when="stable")` needs `tx = freeze_bases(..., reference=True)`.
 
     What follows an event: `.params`, `.opt_state`, and the fields of the state that
     `follow` names, trees beside the params such as an average, a target network or the
@@ -95,6 +86,8 @@ def adaptive(
     `state, metrics = step(state, batch)`; `donate_argnums=()` keeps it.
 
     Args:     matrices: in execution order, as `find_matrices` and `select` give them.
+              due: which of them an update treats, as `stability.when_settled()`; by
+              default all are converted and the last executed are truncated first.
               steps_per_call: by how much one call raises `state.step`.
               layout: where the state lies, before, after and across events; the state
               given has to be there, as `layout.initialize` puts it.
@@ -102,21 +95,15 @@ def adaptive(
               which donates by donate="all" alone, or `jax.pmap`, with in_axes=(None, 0)
               and out_axes=None, so that the state has no device axis.
               jit_options: passed to it (static_argnames, donate_argnums, ...).
-    Raises:   ValueError: no matrices, `steps_per_call` below 1, a budget for layers
-              that are treated when they are stable, or options that `jit` does not
-              take; on call, what `factorize` and `truncate` raise, a state, optimizer
-              or step that would fail at the conversion, a tree in the bases of before
-              an event, a step whose `state.step` does not advance by `steps_per_call`,
-              and no reference for a schedule that needs one; at an event, what failed
-              in the background. TypeError: the state has no `.step`, ...
+    Raises:   ValueError: no matrices, `steps_per_call` below 1, or options that `jit`
+              does not take; on call, what `factorize`, `truncate` and `due` raise, a
+              state, optimizer or step that would fail at the conversion, a tree in the
+              bases of before an event, and a step whose `state.step` does not advance
+              by `steps_per_call`; at an event, what failed in the background.
+              TypeError: the state has no `.step`, ...
     """
     if not matrices:
         raise ValueError("`matrices` is empty: there is nothing to hold in low rank")
-    if rule.budget is not None and schedule.when == "stable":
-        raise ValueError(
-            "a `budget` is shared by all matrices, which when='stable' treats one by "
-            "one: give a `cutoff`, or when='delay'"
-        )
     if rule.by == "loss" and weighing is None:
         raise ValueError(
             "a rule with by='loss' weighs directions by curvature: give "
@@ -139,6 +126,7 @@ def adaptive(
         tuple(matrices),
         schedule,
         rule,
+        LastExecutedFirst(schedule, rule) if due is None else due,
         steps_per_call,
         follow,
         weighing,
@@ -168,8 +156,7 @@ class AdaptiveStep:
     `reports` lists what each event of this process did, a conversion and a truncation
     at one step one by one; `timings` what decisions and events cost the host (the
     compilation that follows an event without a lag not included); `compilations` how
-    often the step was traced and compiled; `stabilities` has (step, stability by path)
-    of every update of a schedule that waits for them. None of them decides anything.
+    often the step was traced and compiled. None of them decides anything.
     """
 
     def __init__(
@@ -179,6 +166,7 @@ class AdaptiveStep:
         matrices: tuple[Matrix, ...],
         schedule: Schedule,
         rule: RankRule,
+        due: Chooser,
         steps_per_call: int,
         follow: tuple[str, ...],
         weighing: Weighing | None,
@@ -188,11 +176,11 @@ class AdaptiveStep:
         """Use `adaptive`, which checks its arguments."""
         self.reports: list[Report] = []
         self.timings: list[Timing] = []
-        self.stabilities: list[tuple[int, dict[str, float]]] = []
         self.compilations = 0
         self._matrices = matrices
         self._schedule = schedule
         self._rule = rule
+        self._due = due
         self._setup = setup
         self._stride = steps_per_call
         self._follow = follow
@@ -224,14 +212,6 @@ class AdaptiveStep:
             self._check(state, args, kwargs)
             number = int(jax.device_get(state.step))  # waits for the device
             self._ahead = None
-            if (
-                self._schedule.when == "stable"
-                and reference_of(state.opt_state) is None
-            ):
-                raise ValueError(
-                    "a schedule with when='stable' compares the params with a "
-                    "reference: make the optimizer by freeze_bases(..., reference=True)"
-                )
             ranks = pending_ranks(state.params, state.opt_state)
             if ranks:
                 self._compile_ahead(state, number, ranks, args, kwargs)
@@ -277,6 +257,7 @@ class AdaptiveStep:
     def _check(self, state: Any, args: Any, kwargs: Any) -> None:
         """What can be said of a state that another call has not returned."""
         check_state(state, self._follow, (args, kwargs))
+        self._due.check(state.opt_state, self._rule)
         if self._is_checked:
             return
         if self._weighing is not None and not hasattr(state, "curvature"):
@@ -338,7 +319,7 @@ class AdaptiveStep:
         jax.block_until_ready(state)
         started = time.perf_counter()
         sums = self._statistics(state)
-        params = project(state.params, self._rule, self._matrices, sums)
+        params = project_to_rank(state.params, self._rule, self._matrices, sums)
         jax.block_until_ready(params)
         self.timings.append(Timing(number, surgery=time.perf_counter() - started))
         return _without_sums(state.replace(params=params), sums)
@@ -349,15 +330,15 @@ class AdaptiveStep:
         """The state with ranks waiting for their event, whose programs compile."""
         jax.block_until_ready(state)  # steps still running are no part of the event
         started = time.perf_counter()
-        state, matrices, treated = self._due(state, number, update)
+        state, held, cut = self._due(state, update, self._matrices)
         leaves = named_leaves(state.params)
-        dense = [x for x in matrices if not is_low_rank(leaves.get(x.path))]
+        dense = [x for x in held if not is_low_rank(leaves.get(x.path))]
         if self._rule.by == "loss":  # which leaves some of the treated dense
-            dense = [x for x in dense if x not in treated]
+            dense = [x for x in dense if x not in cut]
         ranks = {x.path: min(x.m, x.n) for x in dense}
-        if treated:
+        if cut:
             sums = self._statistics(state)
-            ranks |= choose(state.params, self._rule, treated, sums)
+            ranks |= choose(state.params, self._rule, cut, sums)
         opt_state = with_pending(state.params, state.opt_state, ranks)
         state = state.replace(opt_state=opt_state)
         self._compile_ahead(state, number, ranks, args, kwargs)
@@ -369,9 +350,10 @@ class AdaptiveStep:
     ) -> None:
         state, args, kwargs = jax.tree.map(shape_of, (state, args, kwargs))
         decided = self._schedule.decided(number, previous=-1)
-        then: tuple[Matrix, ...] = ()  # of stable ones nobody knows which
-        if self._schedule.when == "delay":
-            then = self._treated(0 if decided is None else decided + 1)
+        then: tuple[Matrix, ...] = ()
+        if not self._due.looks_at_state:
+            following = 0 if decided is None else decided + 1
+            then = self._due(None, following, self._matrices).cut
         mesh = jax.sharding.get_mesh()  # known to this thread alone
         sums = self._statistics(state)
         state = _without_sums(state, sums)
@@ -432,10 +414,10 @@ class AdaptiveStep:
             params, opt_state, reports = apply_ranks(
                 params, opt_state, self._matrices, ranks, **setup
             )
-        elif late or self._schedule.when == "delay":  # of stable ones none had settled
-            state, matrices, treated = self._due(state, number, update)
+        elif late or not self._due.looks_at_state:  # else nothing was due
+            state, held, cut = self._due(state, update, self._matrices)
             params, opt_state, reports = apply_rule(
-                params, state.opt_state, matrices, self._rule, treated, **setup
+                params, state.opt_state, held, self._rule, cut, **setup
             )
         done = time.perf_counter()
         self.timings.append(
@@ -456,48 +438,6 @@ class AdaptiveStep:
             for i, x in enumerate(reports)
         ]
         return state
-
-    def _due(
-        self, state: Any, number: int, update: int
-    ) -> tuple[Any, tuple[Matrix, ...], tuple[Matrix, ...]]:
-        """The state, what is to be in low rank, and what of it the rule is to cut."""
-        if self._schedule.when == "stable":
-            state, settled = self._settled(state, number)
-            return state, settled, settled
-        return state, self._matrices, self._treated(update)
-
-    def _settled(self, state: Any, number: int) -> tuple[Any, tuple[Matrix, ...]]:
-        """The matrices that have settled; and the state, which is the new reference."""
-        scores = jax.device_get(
-            _stabilities(
-                reference_of(state.opt_state),
-                without_identity(state.params),
-                self._matrices,
-            )
-        )
-        found = {x.path: float(s) for x, s in zip(self._matrices, scores, strict=True)}
-        self.stabilities.append((number, found))
-        settled = tuple(
-            x for x in self._matrices if found[x.path] >= self._schedule.threshold
-        )
-        kept = jax.tree.map(jnp.copy, trainable(state.params))
-        return state.replace(opt_state=with_reference(state.opt_state, kept)), settled
-
-    def _treated(self, update: int) -> tuple[Matrix, ...]:
-        if self._rule.budget is not None:  # shared by all of them
-            return self._matrices
-        count = self._schedule.treated(update, len(self._matrices))
-        return self._matrices[len(self._matrices) - count :]
-
-
-@on_auto_axes
-@functools.partial(jax.jit, static_argnames="matrices")
-def _stabilities(
-    reference: PyTree, params: PyTree, matrices: tuple[Matrix, ...]
-) -> list[Array]:
-    """How stable the basis of each matrix is, of a stack the least stable one."""
-    found = stability(with_trainable(params, reference), params, matrices)
-    return [jnp.min(found[matrix.path].basis) for matrix in matrices]
 
 
 def _compiled(program: Any, given: Any) -> Any:

@@ -77,7 +77,7 @@ def compress(
         )
     else:
         rule = RankRule(
-            by="loss", budget=budget, price=price, multiple=multiple, floor=0
+            by="loss", budget=budget, price=price, multiple=multiple, min_rank_share=0
         )
         low, _, reports = apply_rule(
             params, None, known, rule, known, tx=None, statistics=statistics

@@ -48,14 +48,13 @@ def scheduled(
             f"delay={delay} is not before the end of a run of steps={steps}, which "
             f"would stay dense; a third is delay={steps // 3}"
         )
-    lag = min(25, delay // 10)
+    lag, every = min(25, delay // 10), delay // 20
     return Schedule(
         delay=delay - lag,
         every=lag + 1,
         lag=lag,
         stop=delay - lag + 1,
-        project=delay // 20 or None,
-        project_from=3 * delay // 10,
+        projections=range(3 * delay // 10, delay - lag, every) if every else (),
     )
 
 
@@ -124,7 +123,7 @@ class Choice:
         whole = counts(params).dense
         inside = sum(math.prod(x.axes.shape) for x in matrices)
         dense = whole - inside
-        floors = [rule.floor_rank(min(x.m, x.n)) for x in matrices]
+        floors = [rule.min_rank(min(x.m, x.n)) for x in matrices]
         least = sum(
             math.prod(x.axes.l) * r * (x.m + x.n + r)
             for x, r in zip(matrices, floors, strict=True)

@@ -40,7 +40,7 @@ def factored(
               backend, and counts FLOPs where it knows none.
     Raises:   ValueError: an `order` that is none of a low-rank leaf.
 
-    >>> from oialr_jax import Axes, LowRank
+    >>> from oialr_jax.lowrank import Axes, LowRank
     >>> q, _ = jnp.linalg.qr(jnp.arange(8.0).reshape(4, 2) ** 2)
     >>> w = LowRank(q, jnp.eye(2), q.T, Axes((4, 4), (), (0,), (1,)))
     >>> product = factored(lambda w, x: x @ w)(w, q.T)

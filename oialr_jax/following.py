@@ -45,7 +45,7 @@ def rebase(tree: PyTree, params: PyTree) -> PyTree:
 
     Traceable. The bases of the result are copies, so that both trees can be donated.
 
-    >>> from oialr_jax import Axes, factor
+    >>> from oialr_jax.lowrank import Axes, factor
     >>> params = {"w": factor(jnp.ones((4, 3)), Axes((4, 3), (), (0,), (1,)), rank=1)}
     >>> ema = rebase({"ema": {"w": 2 * jnp.ones((4, 3))}, "decay": 0.9}, params)
     >>> bool(jnp.allclose(ema["ema"]["w"].materialize(), 2)), ema["decay"]

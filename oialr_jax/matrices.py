@@ -20,6 +20,7 @@ from oialr_jax.lowrank import (
     path_name,
     unique_names,
 )
+from oialr_jax.renames import renamed
 from oialr_jax.views import Use, View, as_array, is_same
 
 
@@ -203,13 +204,16 @@ def find_matrices(
     return probe.matrices(named_leaves(params), readers.read_by_others(walked))
 
 
+@renamed(
+    keep_first="dense_first", keep_last="dense_last", keep_eligible="among_eligible"
+)
 def select(
     matrices: Sequence[Matrix],
     *,
     min_aspect: float | None = None,
-    keep_first: int = 0,
-    keep_last: int = 1,
-    keep_eligible: bool = False,
+    dense_first: int = 0,
+    dense_last: int = 1,
+    among_eligible: bool = False,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
 ) -> tuple[Matrix, ...]:
@@ -221,18 +225,17 @@ def select(
     about square, min(m, n) > 0.1 max(m, n). With `min_aspect` that takes the place of
     0.1, and decides alone.
 
-    The first `keep_first` and the last `keep_last` matrices that the network executes
+    The first `dense_first` and the last `dense_last` matrices that the network executes
     stay dense, eligible or not; and if any of the last do, so does every head, a matrix
-    whose result no other matrix reads. With `keep_eligible` they are counted among the
-    eligible ones alone, which is what the authors' code does and which often spares the
-    layer before the head.
+    whose result no other matrix reads. With `among_eligible` only eligible matrices are
+    counted, as in the authors' code, which often spares the layer before the head.
 
     Args:     include: regular expressions; exactly the matrices whose path matches one
               are taken, whatever their shape, place and other uses. exclude: regular
               expressions; a match is never taken.
     Raises:   ValueError: a pattern matches no matrix, or `include` asks for a grouped
               convolution, whose groups one factorisation would mix.
-    Source:   OIALR's rule for linear layers is min_aspect=0.1 with keep_eligible=True,
+    Source:   OIALR's rule for linear layers is min_aspect=0.1, among_eligible=True,
               here for convolutions too, where the authors' code tests one side only by
               mistake.
     """
@@ -247,14 +250,14 @@ def select(
         return tuple(chosen)
     fitting = [x for x in matrices if _fits(x, min_aspect) and x.path not in excluded]
     eligible = [x for x in fitting if not x.other]
-    kept = eligible if keep_eligible else matrices
-    heads = [x for x in matrices if x.is_head and keep_last and not keep_eligible]
-    last = kept[max(0, len(kept) - keep_last) :]
-    dense = {x.path for x in (*kept[:keep_first], *last, *heads)}
+    counted = eligible if among_eligible else matrices
+    heads = [x for x in matrices if x.is_head and dense_last and not among_eligible]
+    last = counted[max(0, len(counted) - dense_last) :]
+    dense = {x.path for x in (*counted[:dense_first], *last, *heads)}
     grouped = [x for x in fitting if _groups(x) and x.path not in dense]
     if grouped:
         listed = ", ".join(f"{x.path} ({_groups(x)})" for x in grouped)
-        warnings.warn(f"left dense: {listed}", stacklevel=2)
+        warnings.warn(f"left dense: {listed}", stacklevel=3)  # 2 is `renamed`
     return tuple(x for x in eligible if x.path not in dense)
 
 

@@ -26,7 +26,7 @@ from oialr_jax.weighted import Statistics
 
 
 @on_auto_axes
-def project(
+def project_to_rank(
     params: PyTree,
     rule: RankRule,
     matrices: Sequence[Matrix],
@@ -44,7 +44,7 @@ def project(
 
     >>> axes = Axes(shape=(2, 2), stack=(), inputs=(0,), outputs=(1,))
     >>> params = {"w": jnp.array([[2.0, 0.0], [0.0, 0.1]])}
-    >>> project(params, RankRule(), [Matrix("w", axes, rows=1, kind="dot")])
+    >>> project_to_rank(params, RankRule(), [Matrix("w", axes, rows=1, kind="dot")])
     {'w': Array([[2., 0.],
            [0., 0.]], dtype=float32)}
     """

@@ -136,8 +136,8 @@ def ranks_by(
         prices.append(Prices(costs, None if is_low_rank(leaf) else dense))
         if i not in known:
             share = total * dense / whole
-            floor = min(most, rule.floor_rank(min(matrix.m, matrix.n)))
-            rank = max(floor, int(np.searchsorted(costs, share, side="right")))
+            least = min(most, rule.min_rank(min(matrix.m, matrix.n)))
+            rank = max(least, int(np.searchsorted(costs, share, side="right")))
             ranks[i], budget = rank, budget - costs[rank - 1]
     chosen = _of_finite(
         dataclasses.replace(rule, budget=max(budget, 0 if rule.price else 1)),

@@ -4,7 +4,9 @@ Plain integers and numpy, no JAX: every answer is a function of its arguments al
 a resumed run does what the uninterrupted one does.
 """
 
+import bisect
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import final
@@ -13,24 +15,26 @@ import numpy as np
 from jaxtyping import Float
 
 from oialr_jax.allocation import Prices, allocate
+from oialr_jax.renames import renamed
 
 
 @final
+@renamed(floor="min_rank_share")
 @dataclasses.dataclass(frozen=True)
 class RankRule:
     """How many singular values of a core stay.
 
-    Values below `cutoff` times the largest go; one update drops at most the part
-    `max_drop` of the rank (rounded up), and stops at `floor` times the small side of
-    the dense matrix. `multiple` rounds the choice up. A core of zeros has no value
-    below its largest and keeps its rank.
+    Values below `cutoff` times the largest go. One update drops at most the part
+    `max_drop` of the rank (rounded up), and no rank falls below `min_rank_share` times
+    the small side of the dense matrix. `multiple` rounds the choice up. A core of zeros
+    has no value below its largest and keeps its rank.
 
     With a `budget` the matrices together hold at most so many weights, bases and cores,
     and their ranks are chosen together (`choose_all`): values go by σ/σ₀ of their own
     matrix, the largest stay, as with one cutoff that is as low as the budget lets it
     be; but no matrix keeps so many that it has more weights than when it is dense.
-    Then `cutoff` and `max_drop` have no meaning; the `floor` of every matrix is kept,
-    and above it `multiple` directions come or go at once.
+    Then `cutoff` and `max_drop` have no meaning; every matrix keeps its
+    `min_rank`, and above it `multiple` directions come or go at once.
 
     With by="loss" the matrices share the budget by what their directions are worth in
     loss (`allocation.allocate`), which takes statistics of `curvature`; a matrix that
@@ -38,9 +42,9 @@ class RankRule:
     at a rank, None for dense: `Matrix.weights` by default, `Matrix.flops`, or what
     gives seconds, functools.partial(Matrix.seconds, rates=...).
 
-    Raises:   ValueError: `cutoff` or `floor` outside [0, 1], `max_drop` outside (0, 1],
-              `multiple` or `budget` below 1, another `by`, by="loss" without a budget,
-              a `price` without by="loss".
+    Raises:   ValueError: `cutoff` or `min_rank_share` outside [0, 1], `max_drop`
+              outside (0, 1], `multiple` or `budget` below 1, another `by`, by="loss"
+              without a budget, a `price` without by="loss".
     Source:   Coquelin et al. 2024 (arXiv 2401.08505), the rule of the authors' code at
               the defaults. Their floor may exceed the present rank, which asks for
               directions that are gone: here no choice is above the rank or below 1.
@@ -53,7 +57,7 @@ class RankRule:
     """
 
     cutoff: float = 0.1
-    floor: float = 0.01
+    min_rank_share: float = 0.01
     max_drop: float = 0.5
     multiple: int = 1
     budget: float | int | None = None
@@ -68,7 +72,7 @@ class RankRule:
             raise ValueError("by='loss' divides a budget: give RankRule(budget=...)")
         if self.by == "value" and self.price is not None:
             raise ValueError("a `price` counts a budget that is divided by='loss'")
-        for name in ("cutoff", "floor"):
+        for name in ("cutoff", "min_rank_share"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"`{name}` must be in [0, 1], got {value}")
@@ -79,9 +83,9 @@ class RankRule:
         if self.budget is not None and not self.budget >= (0 if self.price else 1):
             raise ValueError(f"`budget` must be at least 1, got {self.budget}")
 
-    def floor_rank(self, small_side: int) -> int:
+    def min_rank(self, small_side: int) -> int:
         """The rank below which nothing is dropped, at least 1."""
-        return max(1, int(self.floor * small_side))
+        return max(1, int(self.min_rank_share * small_side))
 
     def choose(self, sigma: Float[np.ndarray, "*l k"], small_side: int) -> int:
         """The new rank of a core with the singular values `sigma`, in [1, k].
@@ -110,7 +114,7 @@ class RankRule:
 
         Shapes:   sigmas: (k,) or (l, k) each, as `choose` takes them.
         Args:     sides: (m, n) of each dense matrix. prices: of each, for by="loss".
-        Raises:   ValueError: as `choose`; or the floors alone are above the budget.
+        Raises:   ValueError: as `choose`; or the least ranks are above the budget.
 
         >>> rule = RankRule(budget=2 * (16 + 8 + 2) + 1 * (8 + 8 + 1))
         >>> steep, flat = np.array([3.0, 0.3, 0.2, 0.1]), np.array([5.0, 4.0, 1.0, 0.5])
@@ -125,7 +129,7 @@ class RankRule:
         if self.by == "loss":
             if prices is None:
                 raise ValueError("by='loss' needs the `prices` of the matrices")
-            floors = [self.floor_rank(min(side)) for side in sides]
+            floors = [self.min_rank(min(side)) for side in sides]
             return allocate(
                 [_spectra(x, min(y)) for x, y in zip(sigmas, sides, strict=True)],
                 prices,
@@ -151,7 +155,7 @@ class RankRule:
             k = spectra.shape[1]
             largest = np.where(spectra[:, :1] > 0, spectra[:, :1], 1)
             part = np.mean(spectra / largest, axis=0)
-            ranks.append(min(k, self.floor_rank(min(m, n))))
+            ranks.append(min(k, self.min_rank(min(m, n))))
             for first in range(ranks[i], k, self.multiple):
                 rank = min(k, first + self.multiple)
                 if rank * (m + n + rank) < m * n:
@@ -176,7 +180,7 @@ class RankRule:
 
     def _choose(self, sigma: np.ndarray, small_side: int) -> int:
         k = len(sigma)
-        floor = self.floor_rank(small_side)
+        floor = self.min_rank(small_side)
         least = k - k * self.max_drop  # exact where k * (1 - 0.9) would be a bit less
         below = np.flatnonzero(sigma < self.cutoff * sigma[0])
         # cutoff <= 1, so the largest value stays and every branch gives at least 1
@@ -226,22 +230,15 @@ class Schedule:
     `layer_step` of them at first, as many more each time. It happens `lag` steps after
     its ranks were chosen; in between the program for the new shapes is compiled.
 
-    With `when="stable"` update j treats, whatever their place, the layers whose basis
-    has turned little since update j - 1 (the first: since the optimizer state was
-    made): those with a stability of at least `threshold`, which is 1 for a basis that
-    stands still. A dense one is converted then and a low-rank one cut; the others wait
-    for the next update, and may be dense for ever. `layer_step` has no meaning.
-
-    With `project` the dense warm-up is cut as well, from step `project_from` on, every
-    so many steps: each matrix becomes the nearest one of the rank that the rule chooses
-    (singular value projection, Jain, Meka and Dhillon 2010), stays dense and goes on to
-    train. Bases turn then towards what a low rank can hold, and the conversion finds
-    matrices that are of that rank but for the last few steps.
+    Before the steps in `projections`, say `range(300, 2500, 20)`, each matrix of the
+    dense warm-up becomes the nearest one of the rank that the rule chooses (singular
+    value projection, Jain, Meka and Dhillon 2010) and trains on, dense. So bases turn
+    towards what a low rank can hold, and the conversion loses the last few steps alone.
 
     Raises:   ValueError: `delay` below 0, `every` below 1, `layer_step` outside [0, 1],
-              `lag` outside [0, every), `stop` not after `delay`, another `when`,
-              `threshold` outside [-1, 1], `project` below 1, `project_from` outside
-              [0, `delay`) where there is a `project`.
+              `lag` outside [0, every), `stop` not after `delay`, `projections` that do
+              not ascend or lie outside [0, `delay`). TypeError: `projections` is no
+              sequence.
     Source:   Coquelin et al. 2024 (arXiv 2401.08505). The authors' code counts steps
               from 1 and acts when a counter equals the next update, so a counter that
               starts past it or jumps over it never acts again; here an update is due
@@ -260,17 +257,10 @@ class Schedule:
     layer_step: float = 0.1
     lag: int = 0
     stop: int | None = None
-    when: str = "delay"
-    threshold: float = 0.98
-    project: int | None = None
-    project_from: int = 0
+    projections: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
-        if self.when not in ("delay", "stable"):
-            raise ValueError(f"`when` must be 'delay' or 'stable', got {self.when!r}")
-        if not -1 <= self.threshold <= 1:
-            raise ValueError(f"`threshold` must be in [-1, 1], got {self.threshold}")
         if self.delay < 0:
             raise ValueError(f"`delay` must be at least 0, got {self.delay}")
         if self.every < 1:
@@ -285,16 +275,22 @@ class Schedule:
             raise ValueError(
                 f"`stop` must be after delay={self.delay}, got {self.stop}"
             )
-        if self.project is not None and self.project < 1:
-            raise ValueError(f"`project` must be at least 1, got {self.project}")
-        if self.project is not None and not 0 <= self.project_from < self.delay:
+        steps = self.projections
+        if not isinstance(steps, Sequence):
+            raise TypeError(
+                "`projections` must be steps, as "
+                f"range(first, {self.delay}, every); got {steps!r}"
+            )
+        if any(a >= b for a, b in itertools.pairwise(steps)) or (
+            steps and not 0 <= steps[0] <= steps[-1] < self.delay
+        ):
             raise ValueError(
-                f"`project_from` must be in [0, delay={self.delay}), "
-                f"got {self.project_from}"
+                f"`projections` must ascend within [0, delay={self.delay}), as "
+                f"range(first, {self.delay}, every); got {steps}"
             )
 
     def converted(self, step: int) -> bool:
-        """Whether the batch of this step meets low-rank params, if all are stable."""
+        """Whether the batch of this step meets low-rank params."""
         return step >= self.delay + self.lag
 
     def decided(self, step: int, previous: int | None = None) -> int | None:
@@ -319,10 +315,8 @@ class Schedule:
     def projected(self, step: int, previous: int | None = None) -> bool:
         """Whether a projection lies in (previous, step]: cut what is dense now."""
         previous = step - 1 if previous is None else previous
-        last = min(step, self.delay - 1)
-        if self.project is None or last < self.project_from:
-            return False
-        return last - (last - self.project_from) % self.project > previous
+        i = bisect.bisect_right(self.projections, step)
+        return i > 0 and self.projections[i - 1] > previous
 
     def acts(self, step: int) -> bool:
         """Whether something is decomposed before the batch of this step."""
@@ -352,15 +346,22 @@ class Schedule:
         return tuple(range(self.delay + self.lag, end, self.every))
 
     def compilations(
-        self, steps: int, rule: RankRule | None = None, sides: Sequence[int] = ()
+        self,
+        steps: int,
+        rule: RankRule | None = None,
+        sides: Sequence[int] = (),
+        *,
+        one_by_one: bool = False,
     ) -> int:
         """How often a step whose other shapes are constant is compiled at most.
 
         Once dense, and once for each event. With the `rule`, and the small `sides` of
         all matrices, once for the conversion and once for each fall of a rank, which is
         through multiples of `rule.multiple`; a matrix that is not finite at the
-        conversion, and so converts later, adds one. With `when="stable"` every matrix
-        may be converted by itself.
+        conversion, and so converts later, adds one.
+
+        Args:     one_by_one: each matrix may be converted at an update of its own, as
+                  with `stability.when_settled`.
 
         >>> schedule = Schedule(delay=100, every=50)
         >>> schedule.compilations(1000)
@@ -371,6 +372,6 @@ class Schedule:
         events = len(self.events(steps))
         if rule is not None:
             falls = sum(-(-side // rule.multiple) - 1 for side in sides)
-            conversions = len(sides) if self.when == "stable" else 1
+            conversions = len(sides) if one_by_one else 1
             events = min(events, conversions + falls)
         return 1 + events

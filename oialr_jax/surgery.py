@@ -302,22 +302,24 @@ def apply_rule(
 @on_auto_axes
 def densify(
     params: PyTree,
-    opt_state: PyTree | None = None,
+    opt_state: PyTree,
     *,
     tx: optax.GradientTransformation | None = None,
     moment_rule: MomentRule = MomentRule(),  # noqa: B008 -- frozen
-) -> Any:
-    """Host side: params with every LowRank leaf dense again.
+) -> tuple[PyTree, PyTree]:
+    """Host side: (params, opt_state) with every LowRank leaf dense again.
 
-    With an optimizer state and its `tx` the result is (params, opt_state), first
-    moments lifted as U M Vᵀ.
+    First moments are lifted as U M Vᵀ. For params alone there is `materialize`.
+
+    Args:     opt_state, tx: both, or None for params without an optimizer.
+    Raises:   ValueError: `opt_state` without `tx` or the reverse; `tx` as in
+              `factorize`.
     """
     nodes = {x: leaf for x, leaf in named_leaves(params).items() if is_low_rank(leaf)}
     dense = with_leaves(params, {x: node.materialize() for x, node in nodes.items()})
-    if opt_state is None:
-        return dense
+    _check_wrapped(opt_state, tx)
     if tx is None:
-        raise ValueError("`densify` needs `tx` to carry the optimizer state")
+        return dense, None
     moves = {
         name: Move(
             node.u.astype(compute_dtype(node.dtype)),
@@ -326,7 +328,6 @@ def densify(
         )
         for name, node in nodes.items()
     }
-    _check_wrapped(opt_state, tx)
     return dense, _carried(dense, opt_state, moves, setup=Setup(tx, moment_rule))
 
 

@@ -32,18 +32,15 @@ class FreezeBasesState(NamedTuple):
     `pending` is int32 with one entry per leaf of the params, in tree order: the rank
     that was chosen for it and that the next rank event gives it, 0 for none. It is part
     of the state so that a run resumed in between does what the uninterrupted one does.
-    `reference` is what `trainable` was at the last update, for a schedule that waits
-    for stable bases; else `()`.
     """
 
     inner_state: Any
     pending: Array
-    reference: Any = ()
 
     @staticmethod
     def crosses() -> Mapping[str, str]:
         """What the fields hold when bases turn."""
-        return {"inner_state": "state", "reference": "params"}
+        return {"inner_state": "state"}
 
 
 class FrozenBases(optax.GradientTransformationExtraArgs):
@@ -80,23 +77,6 @@ def with_pending(params: PyTree, opt_state: PyTree, ranks: Mapping[str, int]) ->
     return jax.tree.map(replaced, opt_state, is_leaf=is_frozen)
 
 
-def reference_of(opt_state: PyTree) -> PyTree | None:
-    """What `trainable(params)` was at the last update, if `freeze_bases` keeps it."""
-    for state in jax.tree.leaves(opt_state, is_leaf=is_frozen):
-        if is_frozen(state) and jax.tree.leaves(state.reference):
-            return state.reference
-    return None
-
-
-def with_reference(opt_state: PyTree, reference: PyTree) -> PyTree:
-    """The optimizer state with another reference."""
-    return jax.tree.map(
-        lambda x: x._replace(reference=reference) if is_frozen(x) else x,
-        opt_state,
-        is_leaf=is_frozen,
-    )
-
-
 def is_frozen(x: object) -> bool:
     """Whether x is the state of `freeze_bases`."""
     return isinstance(x, FreezeBasesState)
@@ -125,8 +105,6 @@ def with_trainable(params: PyTree, trained: PyTree) -> PyTree:
 
 def freeze_bases(
     inner: optax.GradientTransformation | optax.MultiSteps,
-    *,
-    reference: bool = False,
 ) -> FrozenBases:
     """The inner transformation on cores and dense leaves; the bases never move.
 
@@ -146,10 +124,7 @@ def freeze_bases(
     Masks and labels have to say the same of a core, which has two axes, as of its dense
     matrix: give them as a tree, computed once from the dense params.
 
-    Args:     reference: keep a copy of what is trained, as `Schedule(when="stable")`
-              needs it: while matrices are dense as much memory as they take.
-
-    >>> from oialr_jax import Axes, factor
+    >>> from oialr_jax.lowrank import Axes, factor
     >>> params = {"w": factor(jnp.ones((4, 3)), Axes((4, 3), (), (0,), (1,)), rank=1)}
     >>> state = freeze_bases(optax.trace(0.9)).init(params)
     >>> [leaf.shape for leaf in jax.tree.leaves(state.inner_state)]
@@ -162,9 +137,7 @@ def freeze_bases(
     def init(params: PyTree) -> FreezeBasesState:
         leaves = len(jax.tree.leaves(params, is_leaf=is_low_rank))
         pending = jnp.zeros(leaves, jnp.int32)
-        trained = trainable(params)
-        kept = jax.tree.map(jnp.copy, trained) if reference else ()
-        return FreezeBasesState(inner.init(trained), pending, kept)
+        return FreezeBasesState(inner.init(trainable(params)), pending)
 
     def update(
         updates: PyTree,

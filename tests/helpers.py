@@ -7,16 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import oialr_jax as oialr
-from oialr_jax.lowrank import named_leaves, path_name
+from oialr_jax.lowrank import (
+    factor,
+    is_low_rank,
+    named_leaves,
+    path_name,
+    without_identity,
+)
+from oialr_jax.matrices import Matrix
 
 # Relative to the largest entry of the reference, for sums of up to a few hundred terms.
 TOLERANCE = {jnp.dtype(jnp.float32): 2e-5, jnp.dtype(jnp.bfloat16): 4e-2}
 
 
-def in_low_rank(
-    params: Any, matrices: Sequence[oialr.Matrix], fraction: float = 0.5
-) -> Any:
+def in_low_rank(params: Any, matrices: Sequence[Matrix], fraction: float = 0.5) -> Any:
     """The tree with each found matrix cut to a fraction of its full rank."""
     by_path = {x.path: x for x in matrices}
 
@@ -25,7 +29,7 @@ def in_low_rank(
         if found is None:
             return leaf
         rank = max(1, int(fraction * min(found.m, found.n)))
-        return oialr.factor(leaf, found.axes, rank)
+        return factor(leaf, found.axes, rank)
 
     return jax.tree_util.tree_map_with_path(convert, params)
 
@@ -35,7 +39,7 @@ def assert_close(actual: Any, desired: Any, tolerance: float) -> None:
 
     Which event made the bases of a node is not compared: rounding tells two apart.
     """
-    actual, desired = map(oialr.without_identity, (actual, desired))
+    actual, desired = map(without_identity, (actual, desired))
     assert jax.tree.structure(actual) == jax.tree.structure(desired)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(desired), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -60,7 +64,7 @@ def projected(dense_gradient: Any, params: Any) -> dict[str, Any]:
     result = {}
     for name, leaf in named_leaves(params).items():
         g = gradients.get(name)
-        if oialr.is_low_rank(leaf):
+        if is_low_rank(leaf):
             g = leaf.axes.to_matrix(g)
             g = jnp.swapaxes(leaf.u, -1, -2) @ g @ jnp.swapaxes(leaf.vt, -1, -2)
         if g is not None:

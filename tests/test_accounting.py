@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 
 import oialr_jax as oialr
+from oialr_jax.lowrank import Axes
+from oialr_jax.matrices import Matrix
 
 # Autoformer on ETTm2 (7 variables, 5 time features), model width 512, in the order in
 # which the network executes; (name, input side, output side).
@@ -30,22 +32,22 @@ def layers():
 
 def matrices():
     return [
-        oialr.Matrix(name, oialr.Axes((m, n), (), (0,), (1,)), rows=1, kind="dot")
+        Matrix(name, Axes((m, n), (), (0,), (1,)), rows=1, kind="dot")
         for name, m, n in layers()
     ]
 
 
 def test_the_floor_ranks_of_the_published_run():
-    eligible = oialr.select(matrices(), keep_last=0, min_aspect=0.1)
+    eligible = oialr.select(matrices(), dense_last=0, min_aspect=0.1)
     assert len(eligible) == 22
-    # keep_first counted among the eligible ones, as the authors' code: the first query
-    authors = {"min_aspect": 0.1, "keep_eligible": True}
-    chosen = oialr.select(matrices(), keep_first=1, keep_last=0, **authors)
+    # dense_first counted among the eligible ones, as the authors' code: the first query
+    authors = {"min_aspect": 0.1, "among_eligible": True}
+    chosen = oialr.select(matrices(), dense_first=1, dense_last=0, **authors)
     assert len(chosen) == 21
     assert "encoder_0/query" not in {x.path for x in chosen}
 
     rule = oialr.RankRule()
-    floors = {x.path: rule.floor_rank(min(x.m, x.n)) for x in chosen}
+    floors = {x.path: rule.min_rank(min(x.m, x.n)) for x in chosen}
     assert set(floors.values()) == {5}
 
     def node(x):

@@ -23,8 +23,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import oialr_jax as oialr
 from oialr_jax import decompose, ranking, surgery
-from oialr_jax.lowrank import named_leaves
-from oialr_jax.transform import pending_ranks, reference_of
+from oialr_jax.due import Due
+from oialr_jax.lowrank import Axes, is_low_rank, named_leaves
+from oialr_jax.matrices import Matrix
+from oialr_jax.projection import project_to_rank
+from oialr_jax.stability.settled import reference_of
+from oialr_jax.transform import pending_ranks
 
 SCHEDULE = oialr.Schedule(delay=4, every=3, layer_step=0.5)
 RULE = oialr.RankRule(cutoff=0.3)
@@ -369,9 +373,9 @@ def test_nor_where_the_state_has_a_fixed_place_as_after_a_restore(place):
 def test_nor_where_long_matrices_go_by_their_gram_matrix(count):
     """On one device and on several, which come to the same."""
     jax.clear_caches()
-    axes = oialr.Axes((12, 40), (), (0,), (1,))
+    axes = Axes((12, 40), (), (0,), (1,))
     names = [f"w{i}" for i in range(5)]
-    matrices = [oialr.Matrix(name, axes, rows=1, kind="dot") for name in names]
+    matrices = [Matrix(name, axes, rows=1, kind="dot") for name in names]
     params = {name: normal(i, 12, 40) for i, name in enumerate(names)}
     ranks = {name: 3 + i % 2 for i, name in enumerate(names)}
     tx = oialr.freeze_bases(optax.adam(0.1))
@@ -517,7 +521,7 @@ def test_bases_are_not_copied_by_a_step():
     where = {
         path: (node.u.unsafe_buffer_pointer(), node.vt.unsafe_buffer_pointer())
         for path, node in named_leaves(state.params).items()
-        if oialr.is_low_rank(node)
+        if is_low_rank(node)
     }
     assert len(where) == 3
     state, _ = step(state, *batch(5))
@@ -666,11 +670,11 @@ def test_models_of_other_frameworks_train_in_low_rank(build):
     assert len(oialr.ranks(state.params)) == 2
     assert all(rank < min(m, n) for m, n, rank in oialr.ranks(state.params).values())
     assert losses[-1] < 0.5 * losses[0]
-    dense = forward(oialr.densify(state.params), batch(0)[0])
+    dense = forward(oialr.materialize(state.params), batch(0)[0])
     assert_close(low_rank_forward(state.params, batch(0)[0]), dense, 2e-5)
 
 
-STABLE = oialr.Schedule(delay=4, every=4, when="stable", threshold=0.999)
+SETTLING = oialr.Schedule(delay=4, every=4)
 
 
 def slowing(lag=0):
@@ -687,15 +691,16 @@ def slowing(lag=0):
             for name, leaf in params.items()
         },
     )
-    schedule = dataclasses.replace(STABLE, lag=lag)
+    schedule = dataclasses.replace(SETTLING, lag=lag)
+    due = oialr.stability.when_settled(0.999)
     state, _, train_step = problem()
     matrices = oialr.select(oialr.find_matrices(fn, state.params, batch(0)[0]))
-    tx = oialr.freeze_bases(tx, reference=True)
+    tx = oialr.freeze_bases(optax.chain(tx, oialr.stability.keep_reference()))
     state = TrainState.create(apply_fn=fn, params=state.params, tx=tx)
     step = oialr.adaptive(
-        train_step, tx, matrices, schedule, oialr.RankRule(cutoff=0.6)
+        train_step, tx, matrices, schedule, oialr.RankRule(cutoff=0.6), due=due
     )
-    return state, step
+    return state, step, due
 
 
 def basis(w):
@@ -705,7 +710,7 @@ def basis(w):
 
 @pytest.mark.parametrize("lag", [0, 2])
 def test_layers_are_converted_when_their_basis_has_settled(lag):
-    state, step = slowing(lag)
+    state, step, due = slowing(lag)
     kinds, dense = {}, {}
     for i in range(24):
         dense[i] = jax.device_get(oialr.materialize(state.params))
@@ -718,8 +723,8 @@ def test_layers_are_converted_when_their_basis_has_settled(lag):
         ("c/kernel", 20 + lag),
     ]
     assert all(rank < 16 for _, rank in kinds.values())  # cut by the same event
-    assert [i for i, _ in step.stabilities] == [4, 8, 12, 16, 20]
-    for (before, _), (now, found) in pairwise([(0, {}), *step.stabilities]):
+    assert [i for i, _ in due.scores] == [4, 8, 12, 16, 20]
+    for (before, _), (now, found) in pairwise([(0, {}), *due.scores]):
         for name in "abc":
             same = name == "a" or (name == "b" and before >= 8) or before >= 16
             score = found[f"{name}/kernel"]
@@ -736,11 +741,11 @@ def few(pushed, others):
 
 @pytest.mark.parametrize("middle", few([5, 13], [3, 7, 17]))
 def test_a_run_that_waits_for_stability_can_be_resumed(middle):
-    state, step = slowing(lag=2)
+    state, step, _ = slowing(lag=2)
     before, _ = run(state, step, 0, middle)
     kept = copied(before)
     whole, losses = run(before, step, middle, 24)
-    _, fresh = slowing(lag=2)
+    _, fresh, _ = slowing(lag=2)
     resumed, again = run(kept, fresh, middle, 24)
     assert again == losses
     assert jax.tree.structure(resumed.params) == jax.tree.structure(whole.params)
@@ -750,7 +755,7 @@ def test_a_run_that_waits_for_stability_can_be_resumed(middle):
 
 def test_the_reference_turns_with_the_bases():
     """It is the matrix of the update before, in the coordinates of the core."""
-    state, step = slowing()
+    state, step, _ = slowing()
     state, _ = run(state, step, 0, 12)
     reference = jax.device_get(state.params["b"]["kernel"])  # dense at step 12
     state, _ = run(state, step, 12, 13)
@@ -759,15 +764,44 @@ def test_the_reference_turns_with_the_bases():
     assert_close(kept, node.u.T @ reference @ node.vt.T, 1e-5)
 
 
-def test_without_a_reference_stability_cannot_be_seen():
-    state, step, _ = problem(schedule=STABLE)
-    with pytest.raises(ValueError, match=r"freeze_bases\(..., reference=True\)"):
-        step(state, *batch(0))
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (oialr.RankRule(cutoff=0.6), r"chain\(tx, oialr_jax.stability.keep_reference"),
+        (oialr.RankRule(budget=3 * 4 * (32 + 4)), "`budget` is shared by all matrices"),
+    ],
+    ids=["no_reference", "a_budget"],
+)
+def test_what_settling_needs_is_said_before_the_first_step(rule, message):
+    due = oialr.stability.when_settled(0.999)
+    state, step, _ = problem(schedule=SETTLING, rule=rule, due=due)
+    for run in (step.check, step):
+        with pytest.raises(ValueError, match=message):
+            run(state, *batch(0))
+
+
+def test_a_chooser_of_ones_own_decides_what_is_due():
+    """Update j treats matrix j alone: no state is looked at, so it is asked ahead."""
+
+    class OneEach:
+        looks_at_state = False
+
+        def check(self, opt_state, rule):
+            del opt_state, rule
+
+        def __call__(self, state, update, matrices):
+            return Due(state, matrices[: update + 1], matrices[update : update + 1])
+
+    schedule = dataclasses.replace(SETTLING, lag=2)
+    state, step, _ = problem(schedule=schedule, due=OneEach())
+    state, _ = run(state, step, 0, 16)
+    first = {x.path: r.step for r in reversed(step.reports) for x in r.layers}
+    assert first == {"a/kernel": 6, "b/kernel": 10, "c/kernel": 14}
 
 
 # --------------------------------------------------------------------- projections
 
-PROJECTED = oialr.Schedule(delay=9, every=3, project=3, project_from=2, stop=10)
+PROJECTED = oialr.Schedule(delay=9, every=3, projections=range(2, 9, 3), stop=10)
 BUDGET = oialr.RankRule(budget=3 * 4 * (32 + 4))
 
 
@@ -778,12 +812,12 @@ def rank_of(leaf):
 def test_the_dense_warm_up_is_projected_on_schedule():
     state, step, _ = problem(schedule=PROJECTED, rule=BUDGET)
     plain, unprojected, _ = problem(
-        schedule=dataclasses.replace(PROJECTED, project=None), rule=BUDGET
+        schedule=dataclasses.replace(PROJECTED, projections=()), rule=BUDGET
     )
     matrices = oialr.select(oialr.find_matrices(fn, state.params, batch(0)[0]))
     for t in range(9):
         if t in (2, 5, 8):  # one step moves W a little
-            cut = oialr.project(state.params, BUDGET, matrices)
+            cut = project_to_rank(state.params, BUDGET, matrices)
             ranks = [rank_of(cut[name]["kernel"]) for name in "abc"]
             assert all(0 < r < 16 for r in ranks)
             assert sum(r * (32 + r) for r in ranks) <= BUDGET.budget
@@ -806,7 +840,7 @@ def test_after_projections_the_conversion_is_one_event_that_loses_little():
     ]
     energies = [x.energy for x in step.reports[1].layers]
     plain, unprojected, _ = problem(
-        schedule=dataclasses.replace(PROJECTED, project=None), rule=BUDGET
+        schedule=dataclasses.replace(PROJECTED, projections=()), rule=BUDGET
     )
     run(plain, unprojected, 0, 20)
     others = [x.energy for x in unprojected.reports[1].layers]
@@ -825,11 +859,6 @@ def test_a_budget_counts_all_matrices_whatever_the_layer_step():
         "b/kernel",
         "c/kernel",
     }
-
-
-def test_a_budget_cannot_be_shared_by_layers_that_come_one_by_one():
-    with pytest.raises(ValueError, match="`budget` is shared by all matrices"):
-        problem(schedule=STABLE, rule=BUDGET)
 
 
 @pytest.mark.parametrize("middle", [4, 5, 9])

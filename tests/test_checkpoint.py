@@ -19,6 +19,7 @@ from flax.training.train_state import TrainState
 
 import oialr_jax as oialr
 from oialr_jax import checkpoint
+from oialr_jax.lowrank import Axes, factor
 from oialr_jax.transform import pending_ranks
 
 # Of several arrays that cannot be read Orbax reports the first; asyncio grumbles about
@@ -441,8 +442,8 @@ def test_a_low_rank_leaf_of_another_precision(tmp_path):
 
 
 def test_bases_narrower_than_their_core_fit_a_dense_program(tmp_path):
-    axes = oialr.Axes((6, 4), (), (0,), (1,))
-    node = oialr.factor(normal(0, 6, 4), axes, 2)
+    axes = Axes((6, 4), (), (0,), (1,))
+    node = factor(normal(0, 6, 4), axes, 2)
     u, vt = node.u.astype(jnp.bfloat16), node.vt.astype(jnp.bfloat16)
     state = small({"w": oialr.LowRank(u, node.s, vt, axes)})
     with oialr.Checkpoints(tmp_path) as saved:
@@ -477,7 +478,7 @@ def small(params, key=None):
     return state.replace(step=jnp.zeros((), jnp.int32))
 
 
-LOW = oialr.factor(normal(0, 6, 4), oialr.Axes((6, 4), (), (0,), (1,)), 2)
+LOW = factor(normal(0, 6, 4), Axes((6, 4), (), (0,), (1,)), 2)
 COLLISIONS = {
     "slash": ({"a/b": jnp.ones(2), "a": {"b": jnp.zeros(2)}}, "['a/b']", "['a']['b']"),
     "list": ({"a/0": jnp.ones(2), "a": [jnp.zeros(2)]}, "['a/0']", "['a'][0]"),

@@ -8,7 +8,7 @@ from helpers import TOLERANCE, assert_close, projected, scalar_loss
 from test_factored import GRADIENT_TOLERANCE, low_rank_case
 
 import oialr_jax as oialr
-from oialr_jax.lowrank import named_leaves
+from oialr_jax.lowrank import is_low_rank, named_leaves
 
 
 def taken_apart(tree):
@@ -65,7 +65,7 @@ def test_the_table_of_cases_compiled_as_users_do(case):
     tolerance = TOLERANCE[jnp.dtype(case.dtype)]
     assert_close(out, desired, tolerance)
     actual = {
-        name: leaf.s if oialr.is_low_rank(leaf) else leaf
+        name: leaf.s if is_low_rank(leaf) else leaf
         for name, leaf in named_leaves(gradient).items()
     }
     expected = projected(dense, params)

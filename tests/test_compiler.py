@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import oialr_jax as oialr
-from oialr_jax import polar
+from oialr_jax.lowrank import Axes, factor
+from oialr_jax.orthogonal import polar
 from oialr_jax.versions import CURE, fault
 
 ROUNDING = 2e-5  # float32, relative to the largest entry of the reference
@@ -44,7 +45,7 @@ def normal(rng, *shape):
 
 def low_rank(rng, shape, axes, rank):
     w = normal(rng, *shape) / np.sqrt(np.prod(shape[:-1])).astype(np.float32)
-    return oialr.factor(jnp.asarray(w), axes, rank)
+    return factor(jnp.asarray(w), axes, rank)
 
 
 def backward_of_norm(name, x, h):
@@ -92,7 +93,7 @@ def test_products_after_a_normalisation(norm):
     rng = np.random.default_rng(0)
     args, desired = {}, {}
     for m, n, rank in SHAPES:
-        axes = oialr.Axes((m, n), (), (0,), (1,))
+        axes = Axes((m, n), (), (0,), (1,))
         for order in ORDERS:
             w = low_rank(rng, (m, n), axes, rank)
             w = w.materialize() if order == "dense" else w
@@ -171,7 +172,7 @@ def convolved(x, w):
 def test_convolutions_after_a_normalisation():
     rng = np.random.default_rng(2)
     shape = (3, 3, 32, 96)
-    axes = oialr.Axes(shape, (), (0, 1, 2), (3,))
+    axes = Axes(shape, (), (0, 1, 2), (3,))
     given, desired = {}, {}
     for order in ORDERS[:3]:
         w = low_rank(rng, shape, axes, 24)
@@ -213,7 +214,7 @@ def test_convolutions_after_a_normalisation():
 
 
 def by_singular_values(x, table, order):
-    """The polynomials of `polar.py` on the singular values of x, in float64."""
+    """The polynomials of `orthogonal.polar` on the singular values of x, in float64."""
     u, sigma, vt = np.linalg.svd(x, full_matrices=False)
     norm = np.sum(sigma**order, -1, keepdims=True) ** (1 / order)
     sigma = sigma / norm / (1 + polar._SAFETY if order == 8 else 1)

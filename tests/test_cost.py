@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 import oialr_jax as oialr
 from oialr_jax import cost
 from oialr_jax.cost import LOW_RANK, Cost, Order, Rates, Workload
+from oialr_jax.lowrank import Axes, factor
+from oialr_jax.transform import with_trainable
 
 MANY = 10**9  # rows for which work that does not grow with the rows vanishes
 XLA_TOLERANCE = 0.01  # the counts are equal; XLA may come to count element-wise work
@@ -244,8 +246,8 @@ def test_xla_counts_the_same_for_a_stack(order):
 @pytest.mark.parametrize("order", [Order.CHAIN, Order.MERGED, Order.REBUILT])
 def test_a_factored_function_costs_what_the_order_says(order, shape):
     rows, (m, n), r = 512, SHAPES[shape], 96
-    axes = oialr.Axes(shape=(m, n), stack=(), inputs=(0,), outputs=(1,))
-    leaf = oialr.factor(jax.random.normal(jax.random.key(0), (m, n)), axes, r)
+    axes = Axes(shape=(m, n), stack=(), inputs=(0,), outputs=(1,))
+    leaf = factor(jax.random.normal(jax.random.key(0), (m, n)), axes, r)
     apply = oialr.factored(lambda params, x: x @ params["w"], order=order)
 
     def program(leaf, x, g):
@@ -381,7 +383,7 @@ def test_a_factored_convolution_costs_what_the_order_says(order, shape):
     """No padding, so that every tap of every output position is a product."""
     *window, channels, n = CONVOLUTIONS[shape]
     image = jnp.ones((4, 12, 12, channels))
-    axes = oialr.Axes(CONVOLUTIONS[shape], (), (0, 1, 2), (3,))
+    axes = Axes(CONVOLUTIONS[shape], (), (0, 1, 2), (3,))
     weight = jax.random.normal(jax.random.key(0), CONVOLUTIONS[shape])
     r = 6
 
@@ -390,12 +392,12 @@ def test_a_factored_convolution_costs_what_the_order_says(order, shape):
             x, params["w"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
 
-    leaf = weight if order is None else oialr.factor(weight, axes, r)
+    leaf = weight if order is None else factor(weight, axes, r)
     apply = oialr.factored(call, order=order)
 
     def program(leaf, trained, x, g):
         def use(trained):
-            return apply({"w": oialr.with_trainable(leaf, trained)}, x)
+            return apply({"w": with_trainable(leaf, trained)}, x)
 
         y, pullback = jax.vjp(use, trained)
         return y, pullback(g)

@@ -19,7 +19,9 @@ from jax.sharding import PartitionSpec as P
 import oialr_jax as oialr
 from oialr_jax import allocation, interpret, tracing, views, weighted
 from oialr_jax.compression import two_factors
-from oialr_jax.lowrank import named_leaves, path_name
+from oialr_jax.curvature import of_outputs
+from oialr_jax.linalg import orthogonality_error
+from oialr_jax.lowrank import Axes, is_low_rank, named_leaves, path_name
 
 SUMS = {jnp.dtype(jnp.float32): 5e-5, jnp.dtype(jnp.bfloat16): 4e-2}
 """Of the largest entry of a sum."""
@@ -198,7 +200,7 @@ def _conv_rows(x, g, number, use, params):
 
 def reference(loss, params, matrices, *batch):
     """Σ x xᵀ, Σ δ δᵀ and the number of rows, by path, in float64."""
-    traced = tracing.trace(loss, (params, *batch), {}, oialr.is_low_rank)
+    traced = tracing.trace(loss, (params, *batch), {}, is_low_rank)
     terms = len(jax.tree.leaves(batch)[0])
     handler = _Reference(matrices, terms)
 
@@ -584,7 +586,7 @@ def test_bases_are_orthonormal_and_all_directions_are_the_matrix(shape):
     np.testing.assert_allclose(found.left @ found.right, w, atol=EXACT)
     for rank in (1, 3):
         u, _, vt = weighted.cut(found, rank)
-        assert float(oialr.orthogonality_error(u, vt)) < 1e-5
+        assert float(orthogonality_error(u, vt)) < 1e-5
 
 
 @pytest.mark.parametrize("identity", ["none", "matrix", "diagonal"])
@@ -600,7 +602,7 @@ def test_without_curvature_it_is_the_svd(identity):
         found.sigma, jnp.linalg.svd(w, compute_uv=False), rtol=1e-5
     )
     u, s, vt = weighted.cut(found, 2)
-    svd = oialr.factor(w, oialr.Axes((6, 4), (), (0,), (1,)), 2)
+    svd = oialr.lowrank.factor(w, Axes((6, 4), (), (0,), (1,)), 2)
     np.testing.assert_allclose(u @ s @ vt, svd.materialize(), atol=1e-5)
 
 
@@ -650,7 +652,7 @@ def test_the_loss_of_outputs_predicts_their_distance():
 
     w, x = normal(0, 12, 8), normal(1, 4000, 12)
     matrices = oialr.find_matrices(fn, w, x)
-    run = oialr.curvature(oialr.of_outputs(fn), matrices)
+    run = oialr.curvature(of_outputs(fn), matrices)
     found = run(w, x, key=jax.random.key(2))
     assert float(found.terms) == 4000
     low, (cut,) = oialr.compress(w, matrices, found, {"": 3})
@@ -736,7 +738,7 @@ def test_compress_keeps_to_its_budget_and_the_loss_rises_as_predicted():
             x = x + jnp.tanh(x @ params[name])
         return x
 
-    run = jax.jit(oialr.curvature(oialr.of_outputs(fn), matrices))
+    run = jax.jit(oialr.curvature(of_outputs(fn), matrices))
     found = run(params, x, key=jax.random.key(0))
     low, cuts = oialr.compress(params, matrices, found, 250, price=two_factors)
     spent = sum(two_factors(m, c.rank) for m, c in zip(matrices, cuts, strict=True))
@@ -772,7 +774,7 @@ def test_stacks_share_a_rank_and_cores_are_cut_further():
         old, new = before[cut.path], after[cut.path]
         assert new.rank == 3
         assert new.basis != old.basis
-        assert float(oialr.orthogonality_error(new.u, new.vt)) < 1e-5
+        assert float(orthogonality_error(new.u, new.vt)) < 1e-5
         error = old.s - old.u.mT @ (new.u @ new.s @ new.vt) @ old.vt.mT
         c, d = (np.asarray(s, np.float64) for s in found.covariances(cut.path))
         total = sum(

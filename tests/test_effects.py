@@ -14,10 +14,10 @@ from helpers import assert_close
 from jax.experimental import io_callback
 
 import oialr_jax as oialr
-from oialr_jax.lowrank import map_low_rank
+from oialr_jax.lowrank import Axes, factor, is_low_rank, map_low_rank
 
 TOLERANCE = 1e-4
-AXES = oialr.Axes((6, 8), (), (0,), (1,))
+AXES = Axes((6, 8), (), (0,), (1,))
 
 
 class Block(nnx.Module):
@@ -52,7 +52,7 @@ class Model(nnx.Module):
 def models(wrap=lambda call: call, shared=True):
     """The model with one kernel in low rank, and the same model dense."""
     low, dense = (Model(nnx.Rngs(0), wrap, shared) for _ in range(2))
-    node = oialr.factor(low.blocks[0].linear.kernel[...], AXES, 3)
+    node = factor(low.blocks[0].linear.kernel[...], AXES, 3)
     low.blocks[0].linear.kernel.set_raw_value(node)
     dense.blocks[0].linear.kernel[...] = node.materialize()
     return low, dense
@@ -103,7 +103,7 @@ def test_statistics_counters_and_masks_follow_as_in_the_dense_program(way):
     assert int(low.calls[...]) == 2
     changed = [np.any(a != b) for a, b in zip(before, state_of(dense), strict=True)]
     assert sum(changed) >= 4  # not vacuous: mean, var, two counters
-    assert oialr.is_low_rank(low.blocks[0].linear.kernel.get_raw_value())
+    assert is_low_rank(low.blocks[0].linear.kernel.get_raw_value())
 
 
 def test_our_value_and_grad_refuses_an_object_that_is_there_twice():
@@ -195,8 +195,8 @@ def test_a_low_rank_leaf_that_is_replaced_is_refused_and_not_selected():
     params = {"w": normal(0, 6, 8)}
     (found,) = oialr.find_matrices(decayed, params, normal(1, 5, 6))
     assert found.other == ("replaced in place",)
-    assert oialr.select([found], keep_last=0) == ()
-    low = {"w": oialr.factor(params["w"], AXES, 3)}
+    assert oialr.select([found], dense_last=0) == ()
+    low = {"w": factor(params["w"], AXES, 3)}
     with pytest.raises(TypeError, match="w is in low rank and the function replaces"):
         oialr.factored(decayed)(low, normal(1, 5, 6))
     jax.effects_barrier()
@@ -204,7 +204,7 @@ def test_a_low_rank_leaf_that_is_replaced_is_refused_and_not_selected():
 
 
 def weight():
-    return oialr.factor(normal(0, 6, 8), AXES, 3)
+    return factor(normal(0, 6, 8), AXES, 3)
 
 
 def test_plain_containers_change_as_when_the_function_itself_runs():
@@ -222,7 +222,7 @@ def test_plain_containers_change_as_when_the_function_itself_runs():
         params = {"w": w, "sum": jnp.zeros(()), "calls": 3}
         batch, log = {"x": x, "y": jnp.ones(2)}, [jnp.ones(())]
         results.append((run(params, batch, log), params, batch, log))
-    assert oialr.is_low_rank(results[0][1]["renamed"])
+    assert is_low_rank(results[0][1]["renamed"])
     assert results[0][1]["calls"] == 4
     actual, desired = (map_low_rank(lambda x: x.materialize(), r) for r in results)
     assert_close(actual, desired, TOLERANCE)
@@ -323,7 +323,7 @@ def test_no_tracer_leaks_and_no_transfer_is_hidden():
     step = jax.jit(oialr.value_and_grad(oialr.factored(forward)))
     with jax.checking_leaks(), jax.transfer_guard("disallow"):
         found = oialr.find_matrices(forward, params, x)
-        assert oialr.select(found, keep_last=0) == tuple(found)
+        assert oialr.select(found, dense_last=0) == tuple(found)
         oialr.explain(forward, params, x)
         step(params, x)
         oialr.materialize(params)

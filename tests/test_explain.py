@@ -9,8 +9,10 @@ from helpers import in_low_rank
 
 import oialr_jax as oialr
 from oialr_jax import cost
+from oialr_jax.cost import Rates
+from oialr_jax.lowrank import Axes, factor
 
-RATES = oialr.Rates(
+RATES = Rates(
     dot=1e9, dot_kernel=1e7, conv=1e9, conv_input=1e9, conv_kernel=1e9, bandwidth=1e12
 )
 
@@ -25,8 +27,8 @@ def problem():
     params = {"a": normal(0, 24, 64), "b": normal(1, 64, 64), "c": normal(2, 64, 10)}
     x = normal(3, 32, 24)
     low = dict(params)
-    low["a"] = oialr.factor(params["a"], oialr.Axes((24, 64), (), (0,), (1,)), 4)
-    low["b"] = oialr.factor(params["b"], oialr.Axes((64, 64), (), (0,), (1,)), 48)
+    low["a"] = factor(params["a"], Axes((24, 64), (), (0,), (1,)), 4)
+    low["b"] = factor(params["b"], Axes((64, 64), (), (0,), (1,)), 48)
     return low, x
 
 
@@ -129,7 +131,7 @@ def test_shapes_suffice_and_it_prints():
         jax.ShapeDtypeStruct(s, jnp.float32) for s in [(12, r), (r, r), (r, 32)]
     ]
     params["layers_0"]["kernel"] = oialr.LowRank(
-        *abstract, oialr.Axes((12, 32), (), (0,), (1,))
+        *abstract, Axes((12, 32), (), (0,), (1,))
     )
     text = str(oialr.explain(forward, params, x))
     assert "layers_0/kernel" in text

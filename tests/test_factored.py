@@ -17,7 +17,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import oialr_jax as oialr
-from oialr_jax.lowrank import named_leaves
+from oialr_jax.lowrank import Axes, factor, is_low_rank, named_leaves
+from oialr_jax.transform import with_trainable
 
 GRADIENT_TOLERANCE = 10  # times the tolerance of values: a second pass of rounding
 
@@ -75,8 +76,8 @@ def test_gradient_of_the_core_is_the_projected_dense_gradient(case, order):
 def test_plain_grad_gives_the_bases_zero():
     fn, params, x = low_rank_case(BY_NAME["attention"])
     grads = jax.grad(scalar_loss(oialr.factored(fn)))(params, x)
-    for node in jax.tree.leaves(grads, is_leaf=oialr.is_low_rank):
-        if oialr.is_low_rank(node):
+    for node in jax.tree.leaves(grads, is_leaf=is_low_rank):
+        if is_low_rank(node):
             assert not np.any(node.u)
             assert not np.any(node.vt)
             assert np.any(node.s)
@@ -190,15 +191,15 @@ def test_low_rank_leaves_in_any_argument_keep_their_own_axes():
     def fn(a, x, *, b):
         return (x @ a["w"]) @ b["w"].T
 
-    a = {"w": oialr.factor(normal(0, 6, 8), oialr.Axes((6, 8), (), (0,), (1,)), 3)}
-    b = {"w": oialr.factor(normal(1, 5, 8), oialr.Axes((5, 8), (), (1,), (0,)), 2)}
+    a = {"w": factor(normal(0, 6, 8), Axes((6, 8), (), (0,), (1,)), 3)}
+    b = {"w": factor(normal(1, 5, 8), Axes((5, 8), (), (1,), (0,)), 2)}
     x = normal(2, 4, 6)
     desired = fn(oialr.materialize(a), x, b=oialr.materialize(b))
     assert_close(oialr.factored(fn)(a, x, b=b), desired, TOLERANCE[x.dtype])
 
 
 def test_results_that_are_not_arrays_come_back():
-    w = oialr.factor(normal(0, 4, 4), oialr.Axes((4, 4), (), (0,), (1,)))
+    w = factor(normal(0, 4, 4), Axes((4, 4), (), (0,), (1,)))
     out = oialr.factored(lambda w, x: {"y": x @ w, "tag": "a", "none": None, "n": 3})(
         w, jnp.ones((2, 4))
     )
@@ -244,7 +245,7 @@ _quantized.defvjp(_quantized_fwd, _quantized_bwd)
 @pytest.mark.parametrize("primitive", UNKNOWN)
 def test_what_no_rule_knows_is_materialised_and_said_once(primitive):
     fn = UNKNOWN[primitive]
-    w = oialr.factor(normal(0, 4, 6), oialr.Axes((4, 6), (), (0,), (1,)), 3)
+    w = factor(normal(0, 4, 6), Axes((4, 6), (), (0,), (1,)), 3)
     params, x = {"w": w}, normal(1, 2, 4)
 
     def by_name(params, x):
@@ -262,7 +263,7 @@ def test_what_no_rule_knows_is_materialised_and_said_once(primitive):
 
 @pytest.mark.filterwarnings("ignore:.*is materialised:UserWarning")
 def test_a_custom_rule_about_the_dense_weight_is_respected():
-    w = oialr.factor(normal(0, 4, 6), oialr.Axes((4, 6), (), (0,), (1,)), 3)
+    w = factor(normal(0, 4, 6), Axes((4, 6), (), (0,), (1,)), 3)
     x = normal(1, 2, 4)
     grad = jax.grad(lambda w: jnp.sum(jnp.sin(oialr.factored(_quantized)(w, x))))(w)
     dense = jax.grad(lambda w: jnp.sum(jnp.sin(_quantized(w, x))))(w.materialize())
@@ -303,7 +304,7 @@ over_time.defvjp(lambda w, x: (over_time(w, x), (w, x)), _over_time_backward)
 
 
 def test_a_custom_rule_may_sum_over_rows_in_any_order():
-    w = oialr.factor(normal(0, 12, 10), oialr.Axes((12, 10), (), (0,), (1,)), 4)
+    w = factor(normal(0, 12, 10), Axes((12, 10), (), (0,), (1,)), 4)
     x = normal(1, 3, 5, 12)
 
     def loss(fn):
@@ -316,7 +317,7 @@ def test_a_custom_rule_may_sum_over_rows_in_any_order():
 
 
 def test_a_custom_rule_with_labels_of_whole_numbers_makes_no_dense_array():
-    w = oialr.factor(normal(0, 48, 40), oialr.Axes((48, 40), (), (0,), (1,)), 4)
+    w = factor(normal(0, 48, 40), Axes((48, 40), (), (0,), (1,)), 4)
     x, labels = normal(1, 16, 48), jnp.arange(16) % 40
 
     def loss(fn):
@@ -333,7 +334,7 @@ def test_a_custom_rule_with_labels_of_whole_numbers_makes_no_dense_array():
 
 def test_the_dense_gradient_never_exists():
     """No array of the shape of W in the compiled step of a chained layer."""
-    w = oialr.factor(normal(0, 96, 80), oialr.Axes((96, 80), (), (0,), (1,)), 8)
+    w = factor(normal(0, 96, 80), Axes((96, 80), (), (0,), (1,)), 8)
     x = normal(1, 512, 96)
     step = jax.jit(
         oialr.value_and_grad(scalar_loss(oialr.factored(lambda w, x: x @ w)))
@@ -365,10 +366,10 @@ def test_a_network_at_15_percent_rank_does_under_035_of_the_dense_flops():
 
 
 def test_only_rank_sized_activations_are_kept_for_the_backward_pass():
-    w = oialr.factor(normal(0, 96, 80), oialr.Axes((96, 80), (), (0,), (1,)), 8)
+    w = factor(normal(0, 96, 80), Axes((96, 80), (), (0,), (1,)), 8)
     x = normal(1, 512, 96)
     run = oialr.factored(lambda w, x: x @ w)
-    _, pullback = jax.vjp(lambda s: run(oialr.with_trainable(w, s), x), w.s)
+    _, pullback = jax.vjp(lambda s: run(with_trainable(w, s), x), w.s)
     kept = [
         leaf.shape for leaf in jax.tree.leaves(pullback) if leaf.shape[:1] == (512,)
     ]
@@ -388,12 +389,12 @@ def test_factored_traces_one_program_per_shape():
 
 def kept(order, m, n, rank, rows=64):
     """Shapes of the arrays that JAX saves between forward and backward pass."""
-    axes = oialr.Axes((m, n), (), (0,), (1,))
-    leaf = oialr.factor(normal(0, m, n), axes, rank)
+    axes = Axes((m, n), (), (0,), (1,))
+    leaf = factor(normal(0, m, n), axes, rank)
     apply = oialr.factored(lambda w, x: x @ w, order=order)
 
     def use(x, core):
-        return apply(oialr.with_trainable(leaf, core), x)
+        return apply(with_trainable(leaf, core), x)
 
     _, pullback = jax.vjp(use, normal(1, rows, m), leaf.s)
     return {array.shape for array in jax.tree.leaves(pullback) if array.ndim}
@@ -417,8 +418,8 @@ def test_other_orders_keep_the_input():
 
 
 def test_a_convolution_chain_keeps_positions_by_rank_and_no_input():
-    axes = oialr.Axes((3, 3, 12, 20), (), (0, 1, 2), (3,))
-    leaf = oialr.factor(normal(0, 3, 3, 12, 20), axes, 5)
+    axes = Axes((3, 3, 12, 20), (), (0, 1, 2), (3,))
+    leaf = factor(normal(0, 3, 3, 12, 20), axes, 5)
     x = normal(1, 4, 8, 8, 12)
 
     def conv(w, x):
@@ -429,7 +430,7 @@ def test_a_convolution_chain_keeps_positions_by_rank_and_no_input():
 
     apply = oialr.factored(conv, order="chain")
     _, pullback = jax.vjp(
-        lambda x, core: apply(oialr.with_trainable(leaf, core), x), x, leaf.s
+        lambda x, core: apply(with_trainable(leaf, core), x), x, leaf.s
     )
     saved = {array.shape for array in jax.tree.leaves(pullback)}
     assert (4, 8, 8, 5) in saved

@@ -14,9 +14,11 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import oialr_jax as oialr
-from oialr_jax.lowrank import named_leaves
+from oialr_jax.lowrank import Axes, factor, is_low_rank, named_leaves
+from oialr_jax.matrices import Matrix
+from oialr_jax.transform import with_trainable
 
-AXES = oialr.Axes((6, 5), (), (0,), (1,))
+AXES = Axes((6, 5), (), (0,), (1,))
 RATE = 0.3
 
 
@@ -55,7 +57,7 @@ def begun(lag=0, follow=("ema",), ema=lambda x: x, step=None, jit=jax.jit, **opt
         tx,
         matrices,
         schedule,
-        oialr.RankRule(cutoff=0.25, floor=0.5),
+        oialr.RankRule(cutoff=0.25, min_rank_share=0.5),
         follow=follow,
         jit=jit,
         **options,
@@ -78,18 +80,18 @@ def projected(w, node):
 
 
 def low_rank(seed, rank, w=None):
-    return oialr.factor(normal(seed, 6, 5) if w is None else w, AXES, rank)
+    return factor(normal(seed, 6, 5) if w is None else w, AXES, rank)
 
 
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("kind", ["dense", "node", "others_axes"])
 def test_rebase_gives_the_nearest_matrix_in_the_span(kind, jitted):
     node = low_rank(0, 3)
-    swapped = oialr.Axes((6, 5), (), (1,), (0,))
+    swapped = Axes((6, 5), (), (1,), (0,))
     leaf = {
         "dense": normal(1, 6, 5),
         "node": low_rank(1, 4),
-        "others_axes": oialr.factor(normal(1, 6, 5), swapped, 4),
+        "others_axes": factor(normal(1, 6, 5), swapped, 4),
     }[kind]
     verb = jax.jit(oialr.rebase) if jitted else oialr.rebase
     tree = {"step": jnp.arange(3), "mine": [{"w": leaf, "x": normal(2, 6, 5)}]}
@@ -121,14 +123,14 @@ def test_rebase_leaves_what_is_no_copy_of_the_parameter():
 def test_nodes_of_different_bases_are_not_combined():
     w = normal(0, 6, 5)
     tx = oialr.freeze_bases(optax.sgd(0.1))
-    matrices = [oialr.Matrix("w", AXES, rows=1, kind="dot")]
+    matrices = [Matrix("w", AXES, rows=1, kind="dot")]
     params, state, _ = oialr.factorize({"w": w}, tx.init({"w": w}), matrices, tx=tx)
     other, _, _ = oialr.factorize({"w": w + 0.1}, state, matrices, tx=tx)
     with pytest.raises(ValueError, match=r"oialr_jax\.rebase\(tree, params\)"):
         optax.incremental_update(params, other, 0.1)
     jax.tree.map(jnp.add, params, jax.grad(lambda p: p["w"].s.sum())(params))
     turned, state, _ = oialr.truncate(
-        oialr.with_trainable(params, {"w": params["w"].s + 0.01}),
+        with_trainable(params, {"w": params["w"].s + 0.01}),
         state,
         {"w": 5},
         tx=tx,
@@ -160,12 +162,12 @@ def test_an_average_follows_conversion_and_truncation(kind, lag):
             NESTED[kind](state.params)
         )
         old, new, params, nodes = (
-            [x for x in jax.tree.leaves(t, is_leaf=oialr.is_low_rank) if x.ndim == 2]
+            [x for x in jax.tree.leaves(t, is_leaf=is_low_rank) if x.ndim == 2]
             for t in (before, dense(state.ema), dense(state.params), state.ema)
         )
         params = params * (len(new) // len(params))
         for w, after, p, node in zip(old, new, params, nodes, strict=True):
-            w = projected(w, node) if oialr.is_low_rank(node) else w
+            w = projected(w, node) if is_low_rank(node) else w
             wanted = (1 - RATE) * w + RATE * p
             np.testing.assert_allclose(after, wanted, atol=2e-5, err_msg=str(i))
         if not lag:

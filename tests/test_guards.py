@@ -11,6 +11,7 @@ from cases import normal
 from flax.training.train_state import TrainState
 
 import oialr_jax as oialr
+from oialr_jax.projection import project_to_rank
 from oialr_jax.surgery import choose
 
 TX = oialr.freeze_bases(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2)))
@@ -35,7 +36,7 @@ def create(key):
 def life(folder, state, x, layout):
     """Everything that happens on the host to one state."""
     matrices = oialr.find_matrices(fn, state.params, x)
-    kept = oialr.project(state.params, RULE, matrices)
+    kept = project_to_rank(state.params, RULE, matrices)
     ranks = choose(kept, RULE, matrices)
     params, opt_state, _ = oialr.factorize(kept, state.opt_state, matrices, tx=TX)
     u = params["a"].u  # far enough from orthonormal to be repaired

@@ -171,7 +171,7 @@ def test_trains_across_a_conversion_and_a_truncation(name):
     assert set(ranks) == {matrix.path for matrix in matrices}
     assert any(r < min(m, n) for m, n, r in ranks.values())
     assert losses[-1] < 0.7 * losses[7]
-    dense = forward(oialr.densify(state.params), x)
+    dense = forward(oialr.materialize(state.params), x)
     assert_close(low_forward(state.params, x), dense, 5e-5)
 
 

@@ -14,7 +14,8 @@ from helpers import assert_close, in_low_rank
 
 import oialr_jax as oialr
 from oialr_jax import cost
-from oialr_jax.lowrank import named_leaves
+from oialr_jax.lowrank import Axes, factor, named_leaves
+from oialr_jax.matrices import Skipped
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -59,7 +60,7 @@ def test_a_leaf_that_is_also_gathered_is_reported_and_not_selected():
     fn, params, tokens = BY_NAME["tied_embedding"].build()
     dense, embedding = oialr.find_matrices(fn, params, tokens)
     assert embedding.other == ("gather",)
-    assert oialr.select([dense, embedding], keep_last=0) == (dense,)
+    assert oialr.select([dense, embedding], dense_last=0) == (dense,)
     assert oialr.select([dense, embedding], include="Embed") == (embedding,)
 
 
@@ -80,7 +81,7 @@ def test_grouped_convolution_stays_dense_and_is_said(module, groups):
     assert [m.path for m in matrices] == ["kernel"]
     said = f"left dense: kernel (grouped convolution, {groups} groups)"
     with pytest.warns(UserWarning, match=re.escape(said)):
-        assert oialr.select(matrices, keep_last=0) == ()
+        assert oialr.select(matrices, dense_last=0) == ()
     with pytest.raises(ValueError, match="`include` asks for kernel, a grouped"):
         oialr.select(matrices, include="kernel")
 
@@ -92,7 +93,7 @@ def test_two_roles_of_one_leaf_are_reported():
 
     (found,) = oialr.find_matrices(fn, {"w": jnp.ones((4, 2, 3))}, jnp.ones((5, 4)))
     assert found.other == ("dot over other axes",)
-    assert oialr.select([found], keep_last=0) == ()
+    assert oialr.select([found], dense_last=0) == ()
 
 
 def _chain(*widths):
@@ -108,28 +109,28 @@ def _chain(*widths):
     return oialr.find_matrices(fn, params, x)
 
 
-def test_keep_last_spares_the_real_last_matrix():
+def test_dense_last_spares_the_real_last_matrix():
     matrices = _chain(64, 64, 64, 4)  # a narrow head, not eligible by shape
     assert [m.path for m in oialr.select(matrices)] == ["w0", "w1"]
-    assert [m.path for m in oialr.select(matrices, keep_last=2)] == ["w0"]
-    authors = oialr.select(matrices, keep_eligible=True)
+    assert [m.path for m in oialr.select(matrices, dense_last=2)] == ["w0"]
+    authors = oialr.select(matrices, among_eligible=True)
     assert [m.path for m in authors] == ["w0"]  # the layer before the head is spared
 
 
-def test_keep_first_counts_in_execution_order():
+def test_dense_first_counts_in_execution_order():
     matrices = _chain(4, 64, 64, 64, 64)  # a narrow stem, not eligible by shape
-    assert [m.path for m in oialr.select(matrices, keep_first=1)] == ["w1", "w2"]
-    authors = oialr.select(matrices, keep_first=1, keep_eligible=True)
+    assert [m.path for m in oialr.select(matrices, dense_first=1)] == ["w1", "w2"]
+    authors = oialr.select(matrices, dense_first=1, among_eligible=True)
     assert [m.path for m in authors] == ["w2"]
 
 
 def test_keeping_more_than_there_are_keeps_all():
-    assert oialr.select(_chain(8, 8, 8), keep_last=5) == ()
+    assert oialr.select(_chain(8, 8, 8), dense_last=5) == ()
 
 
 def test_aspect_is_strict_as_the_authors():
     matrices = _chain(100, 10, 100, 11)
-    chosen = oialr.select(matrices, keep_last=0, min_aspect=0.1)
+    chosen = oialr.select(matrices, dense_last=0, min_aspect=0.1)
     assert [m.path for m in chosen] == ["w2"]
 
 
@@ -199,8 +200,8 @@ def test_every_head_is_spared_unless_none_is(wrap):
     params = {name: jnp.ones(shape) for name, shape in shapes.items()}
     found = oialr.find_matrices(fn, params, jnp.ones((4, 8)))
     assert [m.path for m in oialr.select(found)] == ["stem", "trunk"]
-    assert oialr.select(found, keep_last=0) == found
-    assert oialr.select(found, keep_eligible=True) == found[:-1]  # as the authors
+    assert oialr.select(found, dense_last=0) == found
+    assert oialr.select(found, among_eligible=True) == found[:-1]  # as the authors
 
 
 def test_what_a_loop_gives_the_next_turn_reads():
@@ -252,7 +253,7 @@ def test_a_leaf_that_is_no_matrix_is_listed_with_what_stopped_it(reason):
 
     matrices = oialr.find_matrices(fn, params, jnp.ones((2, 4)))
     assert [m.path for m in matrices] == ["v"]
-    assert matrices.skipped == (oialr.Skipped("w", (4, 6), reason),)
+    assert matrices.skipped == (Skipped("w", (4, 6), reason),)
     lines = str(matrices).splitlines()
     assert lines[1].split() == ["v", "dot", "2", "4x5", "1"]
     assert lines[2:] == ["no matrices:", f"w  [4, 6]  {reason}"]
@@ -289,7 +290,7 @@ def test_what_is_done_beside_a_product_decides_by_the_sides_of_the_matrix(name):
         return convolved(params["w"], x), BESIDE[name](params["w"])
 
     (found,) = oialr.find_matrices(fn, {"w": normal(0, 3, 4, 6)}, normal(1, 2, 5, 4))
-    assert found.axes == oialr.Axes((3, 4, 6), (), (0, 1), (2,))
+    assert found.axes == Axes((3, 4, 6), (), (0, 1), (2,))
     assert found.other == {"mul": ("mul",), "": (), "scaled": ()}.get(
         name, ("reduce_sum",)
     )
@@ -302,7 +303,7 @@ def test_a_use_of_one_entry_does_not_say_what_an_axis_is():
         return x @ params["w"][1], convolved(params["w"], x)
 
     (found,) = oialr.find_matrices(fn, {"w": normal(0, 3, 4, 6)}, normal(1, 2, 5, 4))
-    assert found.axes == oialr.Axes((3, 4, 6), (), (0, 1), (2,))
+    assert found.axes == Axes((3, 4, 6), (), (0, 1), (2,))
     assert (found.uses, found.other) == (2, ())
 
 
@@ -312,7 +313,7 @@ def test_the_result_is_a_tuple():
     assert matrices == tuple(matrices)
     assert matrices[:1] + matrices[1:] == matrices
     assert len(matrices) == 2
-    assert oialr.select(matrices, keep_last=0) == matrices
+    assert oialr.select(matrices, dense_last=0) == matrices
 
 
 def test_leaves_that_cannot_be_matrices_are_listed_and_those_that_are_no_arrays_not():
@@ -349,7 +350,7 @@ def test_leaves_that_cannot_be_matrices_are_listed_and_those_that_are_no_arrays_
         "ref": "held in a jax.Ref",
         "numpy": "select_n",
     }
-    low = {**params, "w": oialr.factor(params["w"], matrices[0].axes, 2)}
+    low = {**params, "w": factor(params["w"], matrices[0].axes, 2)}
     x = normal(1, 2, 4)
     assert_close(
         oialr.factored(fn)(low, x), fn({**low, "w": low["w"].materialize()}, x), 1e-5

@@ -9,10 +9,12 @@ from cases import normal
 from test_transform import CHAINS
 
 import oialr_jax as oialr
+from oialr_jax.lowrank import Axes
+from oialr_jax.matrices import Matrix
 from oialr_jax.moments import MomentRule
 
-AXES = oialr.Axes((10, 8), (), (0,), (1,))
-MATRIX = oialr.Matrix("w", AXES, rows=1, kind="dot")
+AXES = Axes((10, 8), (), (0,), (1,))
+MATRIX = Matrix("w", AXES, rows=1, kind="dot")
 B1, B2 = 0.9, 0.999
 
 
@@ -190,8 +192,8 @@ def test_a_leaf_belongs_to_the_parameter_with_the_longest_matching_path():
     params = {"w": normal(0, 6, 6), "outer": {"w": normal(1, 6, 6)}}
     tx = oialr.freeze_bases(optax.sgd(0.1, momentum=0.9))
     _, state = tx.update(params, tx.init(params), params)
-    axes = oialr.Axes((6, 6), (), (0,), (1,))
-    matrices = [oialr.Matrix(path, axes, 1, "dot") for path in ("w", "outer/w")]
+    axes = Axes((6, 6), (), (0,), (1,))
+    matrices = [Matrix(path, axes, 1, "dot") for path in ("w", "outer/w")]
     low, low_state, _ = oialr.factorize(params, state, matrices, tx=tx)
     trace = low_state.inner_state[0].trace
     for get in (lambda t: t["w"], lambda t: t["outer"]["w"]):

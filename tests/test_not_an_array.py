@@ -16,8 +16,9 @@ from flax.training.train_state import TrainState
 from helpers import in_low_rank
 
 import oialr_jax as oialr
+from oialr_jax.lowrank import Axes, factor
 
-AXES = oialr.Axes((6, 4), (), (0,), (1,))
+AXES = Axes((6, 4), (), (0,), (1,))
 X = np.ones((3, 6), np.float32)
 NOT_DEFINED = {
     "T": lambda w: w.T,
@@ -51,7 +52,7 @@ NOT_DEFINED = {
 
 
 def node(rank=2):
-    return oialr.factor(normal(0, 6, 4), AXES, rank)
+    return factor(normal(0, 6, 4), AXES, rank)
 
 
 @pytest.mark.parametrize("use", NOT_DEFINED)
@@ -153,7 +154,7 @@ def test_flax_serialization_refuses_what_does_not_fit():
     dense = serialization.to_bytes(oialr.materialize(params()))
     with pytest.raises(ValueError, match="a/kernel is in low rank in the target and"):
         serialization.from_bytes(params(), dense)
-    turned = {"w": oialr.factor(normal(0, 6, 4), oialr.Axes((6, 4), (), (1,), (0,)))}
+    turned = {"w": factor(normal(0, 6, 4), Axes((6, 4), (), (1,), (0,)))}
     stored = serialization.to_bytes({"w": node()})
     with pytest.raises(ValueError, match=r"w: factors of shapes .* do not fit"):
         serialization.from_bytes(turned, stored)

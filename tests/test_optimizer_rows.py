@@ -18,6 +18,9 @@ from cases import normal
 import oialr_jax as oialr
 from oialr_jax import transform
 from oialr_jax.checks import check_optimizer
+from oialr_jax.lowrank import Axes, factor, is_low_rank
+from oialr_jax.matrices import Matrix
+from oialr_jax.transform import value_and_grad_from_state
 
 contrib = optax.contrib
 SGD = optax.sgd(0.1)
@@ -25,18 +28,18 @@ SGD = optax.sgd(0.1)
 
 def axes(*shape):
     last = len(shape) - 1
-    return oialr.Axes(shape, (), tuple(range(last)), (last,))
+    return Axes(shape, (), tuple(range(last)), (last,))
 
 
 def matrix(path, *shape):
-    return oialr.Matrix(path, axes(*shape), rows=1, kind="dot")
+    return Matrix(path, axes(*shape), rows=1, kind="dot")
 
 
 def gathered(tx, steps=60, shape=(10, 8)):
     """A dense state, carried to new bases, and what the optimizer gathers in those."""
     tx = oialr.freeze_bases(tx)
     dense = {"w": normal(0, *shape), "b": normal(1, 3)}
-    node = oialr.factor(dense["w"], axes(*shape))
+    node = factor(dense["w"], axes(*shape))
     low = {**dense, "w": node}
     states, mean = [tx.init(dense), tx.init(low)], 0.3 * normal(99, *shape)
     update = jax.jit(tx.update)
@@ -319,7 +322,7 @@ KEEPING = {
     "more_than_one_axis": optax.adamw(
         0.1, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)
     ),
-    "by_name": oialr.core_muon(0.1, CONV_MATRICES),
+    "by_name": oialr.orthogonal.core_muon(0.1, CONV_MATRICES),
     "adafactor": optax.adafactor(0.1, min_dim_size_to_factor=4),
     "sm3": optax.sm3(0.1),
 }
@@ -375,7 +378,7 @@ def search(tx, params, state):
 
 
 def search_from_state(tx, params, state):
-    value, grads = oialr.value_and_grad_from_state(loss)(params, state=state)
+    value, grads = value_and_grad_from_state(loss)(params, state=state)
     return tx.update(grads, state, params, value=value, grad=grads, value_fn=loss)
 
 
@@ -443,7 +446,7 @@ def test_a_function_without_params_is_refused():
 
 def test_functions_see_nodes_and_give_back_cores():
     """Value and aux too; an argument that is no params tree is handed on as it is."""
-    node = oialr.factor(normal(0, 6, 4), axes(6, 4))
+    node = factor(normal(0, 6, 4), axes(6, 4))
     params, seen = {"w": node}, []
 
     def update(grads, state, params=None, *, fn, tree, scale):
@@ -462,8 +465,8 @@ def test_functions_see_nodes_and_give_back_cores():
         params, tx.init(params), params, fn=fn, tree=params, scale=3
     )
     ((first, number, second),) = seen
-    assert oialr.is_low_rank(first)
-    assert oialr.is_low_rank(second)
+    assert is_low_rank(first)
+    assert is_low_rank(second)
     assert number == 3
     assert state.inner_state == (1.0, "aux")
     np.testing.assert_array_equal(updates["w"].s, node.s)

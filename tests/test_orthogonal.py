@@ -12,8 +12,9 @@ from cases import BY_NAME, normal
 from helpers import in_low_rank, projected, scalar_loss
 
 import oialr_jax as oialr
-from oialr_jax import directions
-from oialr_jax.lowrank import named_leaves
+from oialr_jax.lowrank import Axes, factor, is_low_rank, named_leaves
+from oialr_jax.matrices import Matrix
+from oialr_jax.orthogonal import directions
 
 EXACT = 1e-5  # float32, condition up to 1e1
 PRODUCTS = 5e-3  # null directions of rounding noise after all steps of products
@@ -40,8 +41,8 @@ def apply(tx, grads, params=None):
 
 
 def matrix(path, *shape, stack=(), inputs=(0,), outputs=(1,), other=()):
-    axes = oialr.Axes(shape, stack, inputs, outputs)
-    return oialr.Matrix(path, axes, rows=1, kind="dot", other=other)
+    axes = Axes(shape, stack, inputs, outputs)
+    return Matrix(path, axes, rows=1, kind="dot", other=other)
 
 
 SHAPES = [(12, 12), (20, 7), (7, 20), (9, 1), (1, 9)]
@@ -56,7 +57,7 @@ METHODS = ["auto", "svd", "qdwh", "polar_express"]
 def test_is_the_product_of_the_singular_vectors(method, shape):
     g = conditioned(0, *shape)
     u, _, vt = np.linalg.svd(np.asarray(g, np.float64), full_matrices=False)
-    out = apply(oialr.orthogonalize(method), {"w": g})["w"]
+    out = apply(oialr.orthogonal.orthogonalize(method), {"w": g})["w"]
     np.testing.assert_allclose(out, u @ vt, atol=EXACT)
 
 
@@ -64,7 +65,7 @@ def test_is_the_product_of_the_singular_vectors(method, shape):
 def test_newton_schulz_keeps_singular_vectors_and_comes_near_one(shape):
     g = conditioned(0, *shape)
     u, _, vt = np.linalg.svd(np.asarray(g, np.float64), full_matrices=False)
-    out = apply(oialr.orthogonalize("newton_schulz"), {"w": g})["w"]
+    out = apply(oialr.orthogonal.orthogonalize("newton_schulz"), {"w": g})["w"]
     inner = u.T @ out @ vt.T
     sigma = np.diagonal(inner)
     np.testing.assert_allclose(inner, np.diag(sigma), atol=EXACT)
@@ -78,14 +79,16 @@ def test_newton_schulz_keeps_singular_vectors_and_comes_near_one(shape):
 def test_null_directions_stay_empty(method, tolerance, shape):
     k = min(shape)
     g = conditioned(1, *shape, sigma=np.where(np.arange(k) < k // 2, 1.0, 0.0))
-    out = apply(oialr.orthogonalize(method), {"w": g})["w"]
+    out = apply(oialr.orthogonal.orthogonalize(method), {"w": g})["w"]
     np.testing.assert_allclose(out, reference(g), atol=tolerance)
 
 
 @pytest.mark.parametrize("method", ["svd", "qdwh"])
 def test_fill_completes_what_the_canonical_factor_leaves_empty(method):
     g = conditioned(1, 12, 12, sigma=np.where(np.arange(12) < 6, 1.0, 0.0))
-    out = np.asarray(apply(oialr.orthogonalize(method, fill=True), {"w": g})["w"])
+    out = np.asarray(
+        apply(oialr.orthogonal.orthogonalize(method, fill=True), {"w": g})["w"]
+    )
     np.testing.assert_allclose(out.T @ out, np.eye(12), atol=EXACT)
     canonical = reference(g)
     np.testing.assert_allclose(canonical.T @ (out - canonical), 0, atol=EXACT)
@@ -97,7 +100,7 @@ def test_rank_tolerance_decides_what_counts_as_zero(method, scale):
     """Relative to the largest: the four of these that are below a hundredth."""
     sigma = np.concatenate([np.geomspace(1, 0.02, 20), np.geomspace(5e-3, 1e-3, 4)])
     g = conditioned(1, 24, 24, sigma=sigma)
-    tx = oialr.orthogonalize(method, rank_tolerance=0.01)
+    tx = oialr.orthogonal.orthogonalize(method, rank_tolerance=0.01)
     out = apply(tx, {"w": scale * g})["w"]
     np.testing.assert_allclose(out, reference(g, 0.01), atol=2e-4)
 
@@ -108,21 +111,23 @@ def test_products_have_the_precision_that_was_asked_for(name):
     g, counts = {"w": normal(0, 6, 4)}, {}
     for precision in ("highest", "default"):
         if name == "muon":
-            tx = oialr.core_muon(0.1, [matrix("w", 6, 4)], precision=precision)
+            tx = oialr.orthogonal.core_muon(
+                0.1, [matrix("w", 6, 4)], precision=precision
+            )
         else:
-            tx = oialr.orthogonalize(name, precision=precision)
+            tx = oialr.orthogonal.orthogonalize(name, precision=precision)
         jaxpr = jax.make_jaxpr(lambda g, tx=tx: tx.update(g, tx.init(g), g)[0])(g)
         counts[precision] = str(jaxpr).count("HIGHEST")
     assert counts["highest"] > counts["default"]  # some of qdwh's own are the highest
 
 
 DIRECTIONS = {
-    "svd": oialr.orthogonalize("svd"),
-    "qdwh": oialr.orthogonalize("qdwh"),
-    "auto": oialr.orthogonalize(),
-    "newton_schulz": oialr.orthogonalize("newton_schulz"),
-    "tensor": oialr.normalize_tensor(),
-    "components": oialr.normalize_components(),
+    "svd": oialr.orthogonal.orthogonalize("svd"),
+    "qdwh": oialr.orthogonal.orthogonalize("qdwh"),
+    "auto": oialr.orthogonal.orthogonalize(),
+    "newton_schulz": oialr.orthogonal.orthogonalize("newton_schulz"),
+    "tensor": oialr.orthogonal.normalize_tensor(),
+    "components": oialr.orthogonal.normalize_components(),
 }
 
 
@@ -170,7 +175,7 @@ def test_float64_stays_float64_beside_float32_of_the_same_shape(method):
     with jax.enable_x64(True):
         g = np.asarray(conditioned(0, 12, 9), np.float64)
         grads = {"a": jnp.asarray(g), "b": jnp.asarray(g, jnp.float32)}
-        out = apply(oialr.orthogonalize(method, steps=None), grads)
+        out = apply(oialr.orthogonal.orthogonalize(method, steps=None), grads)
         assert dtypes(out) == dtypes(grads) == [jnp.float64, jnp.float32]
         exact = 1e-12 if method != "auto" else EXACT
         np.testing.assert_allclose(out["a"], reference(g), atol=exact)
@@ -205,9 +210,9 @@ def test_directions_have_no_state_and_keep_types(name):
 
 def test_controls_are_what_they_say():
     g = normal(0, 6, 4).at[:, 1].set(0)  # a filter without gradient
-    out = apply(oialr.normalize_tensor(), {"w": g})["w"]
+    out = apply(oialr.orthogonal.normalize_tensor(), {"w": g})["w"]
     np.testing.assert_allclose(out, g / np.linalg.norm(g), atol=1e-6)
-    out = apply(oialr.normalize_components(), {"w": g})["w"]
+    out = apply(oialr.orthogonal.normalize_components(), {"w": g})["w"]
     norms = np.linalg.norm(out, axis=0)
     np.testing.assert_allclose(norms, [1, 0, 1, 1], atol=1e-6)
     np.testing.assert_allclose(
@@ -219,7 +224,10 @@ def test_components_step_as_far_as_orthogonal_ones():
     g = conditioned(0, 20, 7)
     steps = [
         apply(tx, {"w": g})["w"]
-        for tx in (oialr.normalize_components(), oialr.orthogonalize("svd"))
+        for tx in (
+            oialr.orthogonal.normalize_components(),
+            oialr.orthogonal.orthogonalize("svd"),
+        )
     ]
     for out in steps:
         np.testing.assert_allclose(np.linalg.norm(out, axis=0), 1, atol=EXACT)
@@ -230,7 +238,7 @@ def test_components_step_as_far_as_orthogonal_ones():
 
 def test_by_default_the_last_axis_is_the_outputs_and_vectors_stay():
     g = {"conv": normal(0, 3, 3, 4, 8), "bias": normal(1, 8)}
-    out = apply(oialr.orthogonalize("svd"), g)
+    out = apply(oialr.orthogonal.orthogonalize("svd"), g)
     expected = reference(g["conv"].reshape(36, 8)).reshape(3, 3, 4, 8)
     np.testing.assert_allclose(out["conv"], expected, atol=EXACT)
     np.testing.assert_array_equal(out["bias"], g["bias"])
@@ -242,7 +250,7 @@ def test_matrices_say_which_leaves_and_axes():
         matrix("q", 8, 2, 3, outputs=(1, 2)),
         matrix("scan", 3, 6, 4, stack=(0,), inputs=(2,), outputs=(1,)),
     ]
-    out = apply(oialr.orthogonalize("svd", matrices=matrices), g)
+    out = apply(oialr.orthogonal.orthogonalize("svd", matrices=matrices), g)
     expected = reference(g["q"].reshape(8, 6)).reshape(8, 2, 3)
     np.testing.assert_allclose(out["q"], expected, atol=EXACT)
     np.testing.assert_allclose(out["scan"], reference(g["scan"]), atol=EXACT)
@@ -253,14 +261,14 @@ def test_a_stack_of_cores_is_a_stack():
     """Of three matrices at once, cores (3, 4, 4) of a dense (3, 9, 6)."""
     found = matrix("w", 3, 9, 6, stack=(0,), inputs=(1,), outputs=(2,))
     g = normal(0, 3, 4, 4)
-    out = apply(oialr.orthogonalize("svd", matrices=[found]), {"w": g})["w"]
+    out = apply(oialr.orthogonal.orthogonalize("svd", matrices=[found]), {"w": g})["w"]
     np.testing.assert_allclose(out, reference(g), atol=1e-4)
 
 
 def test_grouped_convolutions_are_left_alone():
     grouped = matrix("w", 6, 4, other=("grouped convolution, 2 groups",))
     g = {"w": normal(0, 6, 4)}
-    out = apply(oialr.orthogonalize(matrices=[grouped]), g)
+    out = apply(oialr.orthogonal.orthogonalize(matrices=[grouped]), g)
     np.testing.assert_array_equal(out["w"], g["w"])
 
 
@@ -279,7 +287,7 @@ def dependencies(hlo):
 def test_equal_shapes_are_one_call_and_svds_follow_one_another(method):
     shapes = {"a": (6, 4), "b": (6, 4), "c": (4, 6), "d": (3, 2, 4), "e": (5, 5)}
     g = {name: normal(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
-    tx = oialr.orthogonalize(method)
+    tx = oialr.orthogonal.orthogonalize(method)
     jaxpr = str(jax.make_jaxpr(lambda g: tx.update(g, tx.init(g))[0])(g))
     calls = re.findall(r"= svd\[", jaxpr)
     assert len(calls) == (3 if method == "svd" else 0)
@@ -305,14 +313,31 @@ def test_equal_shapes_are_one_call_and_svds_follow_one_another(method):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: oialr.orthogonalize("qr"), "`method` must be one of auto, .*'qr'"),
-        (lambda: oialr.orthogonalize(fill=True), "need svd or qdwh, .*'auto'"),
-        (lambda: oialr.orthogonalize("svd", steps=3), "svd has none: got 3"),
-        (lambda: oialr.orthogonalize(steps=0), "`steps` must be at least 1.*got 0"),
-        (lambda: oialr.spectral_trust_region(1.0, norm="l1"), "`norm` must .*'l1'"),
-        (lambda: oialr.spectral_trust_region(1.0, averaging=0.0), r"\(0, 1\], got 0"),
         (
-            lambda: oialr.spectral_trust_region(1.0, norm="max", method="svd"),
+            lambda: oialr.orthogonal.orthogonalize("qr"),
+            "`method` must be one of auto, .*'qr'",
+        ),
+        (
+            lambda: oialr.orthogonal.orthogonalize(fill=True),
+            "need svd or qdwh, .*'auto'",
+        ),
+        (lambda: oialr.orthogonal.orthogonalize("svd", steps=3), "svd has none: got 3"),
+        (
+            lambda: oialr.orthogonal.orthogonalize(steps=0),
+            "`steps` must be at least 1.*got 0",
+        ),
+        (
+            lambda: oialr.orthogonal.spectral_trust_region(1.0, norm="l1"),
+            "`norm` must .*'l1'",
+        ),
+        (
+            lambda: oialr.orthogonal.spectral_trust_region(1.0, averaging=0.0),
+            r"\(0, 1\], got 0",
+        ),
+        (
+            lambda: oialr.orthogonal.spectral_trust_region(
+                1.0, norm="max", method="svd"
+            ),
             "need norm spectral, got 'max'",
         ),
     ],
@@ -334,16 +359,16 @@ def test_options_that_do_not_fit(build, message):
 @pytest.mark.parametrize("recipe", ["orthogonalize", "swan", "core_muon"])
 def test_matrices_that_do_not_fit_the_params(recipe, found, message):
     build = {
-        "orthogonalize": lambda x: oialr.orthogonalize(matrices=x),
-        "swan": lambda x: oialr.swan(0.1, x),
-        "core_muon": lambda x: oialr.core_muon(0.1, x),
+        "orthogonalize": lambda x: oialr.orthogonal.orthogonalize(matrices=x),
+        "swan": lambda x: oialr.orthogonal.swan(0.1, x),
+        "core_muon": lambda x: oialr.orthogonal.core_muon(0.1, x),
     }[recipe]
     with pytest.raises(ValueError, match=message):
         build([found]).init({"w": normal(0, 6, 4), "b": normal(0, 4)})
 
 
 def test_a_square_leaf_beyond_full_rank_is_no_core():
-    tx = oialr.orthogonalize(matrices=[matrix("w", 6, 4)])
+    tx = oialr.orthogonal.orthogonalize(matrices=[matrix("w", 6, 4)])
     assert tx.init({"w": normal(0, 4, 4)}) == optax.EmptyState()
     with pytest.raises(ValueError, match=r"w has shape \(5, 5\): neither"):
         tx.init({"w": normal(0, 5, 5)})
@@ -352,7 +377,9 @@ def test_a_square_leaf_beyond_full_rank_is_no_core():
 def test_without_freeze_bases_low_rank_is_refused():
     found = matrix("w", 6, 4)
     with pytest.raises(ValueError, match=r"w is in low rank: build .*freeze_bases"):
-        oialr.orthogonalize().init({"w": oialr.factor(normal(0, 6, 4), found.axes)})
+        oialr.orthogonal.orthogonalize().init(
+            {"w": factor(normal(0, 6, 4), found.axes)}
+        )
 
 
 # On cores as on W
@@ -361,11 +388,11 @@ def test_without_freeze_bases_low_rank_is_refused():
 @pytest.mark.parametrize("method", ["svd", "qdwh", "auto"])
 def test_polar_of_a_core_is_that_of_the_projected_gradient(method):
     found = matrix("w", 12, 9)
-    node = oialr.factor(normal(0, 12, 9), found.axes, rank=5)
+    node = factor(normal(0, 12, 9), found.axes, rank=5)
     u, vt = (np.asarray(f, np.float64) for f in (node.u, node.vt))
     g = conditioned(1, 12, 9)
     core = jnp.asarray(u.T @ g @ vt.T, jnp.float32)
-    tx = oialr.freeze_bases(oialr.orthogonalize(method, matrices=[found]))
+    tx = oialr.freeze_bases(oialr.orthogonal.orthogonalize(method, matrices=[found]))
     s = apply(tx, {"w": core}, {"w": node})["w"].s
     projected = u @ u.T @ g @ vt.T @ vt
     np.testing.assert_allclose(u @ s @ vt, reference(projected), atol=EXACT)
@@ -377,10 +404,10 @@ def test_cores_of_a_network_move_as_its_projected_gradient_says():
     fn, params, x, matrices = network("dense", "low_rank")
     loss = scalar_loss(oialr.factored(fn))
     _, cores = oialr.value_and_grad(loss)(params, x)
-    tx = oialr.freeze_bases(oialr.orthogonalize("svd", matrices=matrices))
+    tx = oialr.freeze_bases(oialr.orthogonal.orthogonalize("svd", matrices=matrices))
     updates = jax.jit(tx.update)(cores, tx.init(params), params)[0]
     dense = projected(jax.grad(loss)(oialr.materialize(params), x), params)
-    moved = {k: v for k, v in named_leaves(updates).items() if oialr.is_low_rank(v)}
+    moved = {k: v for k, v in named_leaves(updates).items() if is_low_rank(v)}
     assert len(moved) == len(matrices) == 2
     for name, leaf in moved.items():
         np.testing.assert_allclose(leaf.s, reference(dense[name]), atol=EXACT)
@@ -388,14 +415,16 @@ def test_cores_of_a_network_move_as_its_projected_gradient_says():
 
 GAUGE = matrix("w", 10, 8)
 INVARIANT = {
-    "orthogonal_sgd": oialr.orthogonal_sgd(0.05, weight_decay=0.01, method="svd"),
-    "orthogonal_sgd_products": oialr.orthogonal_sgd(0.05),
-    "trust_spectral": oialr.spectral_trust_region(0.05, method="svd"),
-    "trust_frobenius": oialr.spectral_trust_region(0.05, norm="frobenius"),
-    "momentum_then_tensor": optax.chain(
-        optax.trace(0.9), oialr.normalize_tensor(), optax.scale(-0.05)
+    "orthogonal_sgd": oialr.orthogonal.orthogonal_sgd(
+        0.05, weight_decay=0.01, method="svd"
     ),
-    "core_muon": oialr.core_muon(0.05, [GAUGE], weight_decay=0.1),
+    "orthogonal_sgd_products": oialr.orthogonal.orthogonal_sgd(0.05),
+    "trust_spectral": oialr.orthogonal.spectral_trust_region(0.05, method="svd"),
+    "trust_frobenius": oialr.orthogonal.spectral_trust_region(0.05, norm="frobenius"),
+    "momentum_then_tensor": optax.chain(
+        optax.trace(0.9), oialr.orthogonal.normalize_tensor(), optax.scale(-0.05)
+    ),
+    "core_muon": oialr.orthogonal.core_muon(0.05, [GAUGE], weight_decay=0.1),
 }
 
 
@@ -403,7 +432,7 @@ def trajectory(tx, *, turn_every, carry=True, steps=30):
     """W after steps on a noisy quadratic, with the bases turned now and then."""
     tx = oialr.freeze_bases(tx)
     target, start = np.asarray(normal(1, 10, 8)), normal(0, 10, 8)
-    params = {"w": oialr.factor(start, GAUGE.axes, rank=6)}
+    params = {"w": factor(start, GAUGE.axes, rank=6)}
     state = tx.init(params)
     update = jax.jit(tx.update)
     for t in range(steps):
@@ -433,8 +462,13 @@ def test_that_comparison_can_fail():
 
 
 BOUNDED = {  # and the largest singular value of its directions
-    "trust": (lambda *x, **k: oialr.spectral_trust_region(x[0], matrices=x[1], **k), 1),
-    "muon": (oialr.core_muon, 1.2),
+    "trust": (
+        lambda *x, **k: oialr.orthogonal.spectral_trust_region(
+            x[0], matrices=x[1], **k
+        ),
+        1,
+    ),
+    "muon": (oialr.orthogonal.core_muon, 1.2),
 }
 
 
@@ -448,7 +482,7 @@ def test_decoupled_decay_bounds_the_spectral_norm(name, low):
     start = 0.4 * reference(normal(0, 8, 6))
     params = {"w": jnp.asarray(start, jnp.float32)}
     if low:
-        params = {"w": oialr.factor(params["w"], found.axes, rank=4)}
+        params = {"w": factor(params["w"], found.axes, rank=4)}
     state, norms = tx.init(params), []
     update = jax.jit(tx.update)
     g = conditioned(3, *oialr.trainable(params)["w"].shape)
@@ -484,7 +518,7 @@ def problem(steps=4):
 @pytest.mark.parametrize("momentum", [0.9, None])
 def test_orthogonal_sgd_is_orthogonalise_then_decay_then_momentum(momentum):
     params, grads, _ = problem()
-    tx = oialr.orthogonal_sgd(0.1, momentum=momentum, weight_decay=0.05)
+    tx = oialr.orthogonal.orthogonal_sgd(0.1, momentum=momentum, weight_decay=0.05)
     actual, state = run(tx, params, grads)
     assert len(jax.tree.leaves(state)) == (2 if momentum else 0)
     for name, direction in (("w", reference), ("b", np.asarray)):
@@ -514,7 +548,9 @@ def test_orthogonal_sgd_is_the_paper_in_torch(fill):
         {k: gradient(10 * t + i, shape) for i, (k, shape) in enumerate(shapes.items())}
         for t in range(1, 5)
     ]
-    tx = oialr.orthogonal_sgd(0.1, weight_decay=0.05, method="svd", fill=fill)
+    tx = oialr.orthogonal.orthogonal_sgd(
+        0.1, weight_decay=0.05, method="svd", fill=fill
+    )
     actual, _ = run(tx, params, grads)
 
     def theirs(x):
@@ -539,7 +575,7 @@ def test_orthogonal_sgd_is_the_paper_in_torch(fill):
 @pytest.mark.parametrize("norm", ["spectral", "frobenius", "max"])
 def test_trust_region_averages_from_the_first_gradient(norm):
     params, grads, matrices = problem()
-    tx = oialr.spectral_trust_region(
+    tx = oialr.orthogonal.spectral_trust_region(
         0.1, norm=norm, averaging=0.3, weight_decay=0.5, matrices=matrices
     )
     actual, _ = run(tx, params, grads)
@@ -559,7 +595,7 @@ def test_trust_region_averages_from_the_first_gradient(norm):
 
 def test_swan_normalises_then_whitens_and_stores_nothing_for_matrices():
     params, grads, matrices = problem()
-    tx = oialr.swan(0.1, matrices, weight_decay=0.5, method="svd")
+    tx = oialr.orthogonal.swan(0.1, matrices, weight_decay=0.5, method="svd")
     actual, state = run(tx, params, grads)
     x = np.asarray(params["w"], np.float64)
     for g in grads:
@@ -576,7 +612,7 @@ def test_swan_normalises_then_whitens_and_stores_nothing_for_matrices():
 
 def test_swan_does_nothing_for_an_output_without_gradient():
     g = conditioned(0, 9, 5).at[:, 1].set(0)
-    tx = oialr.swan(1.0, [matrix("w", 9, 5)], rms=None, method="svd")
+    tx = oialr.orthogonal.swan(1.0, [matrix("w", 9, 5)], rms=None, method="svd")
     alive = np.delete(np.asarray(g, np.float64), 1, axis=1)
     alive = (alive - alive.mean(0)) / alive.std(0)
     expected = np.insert(-reference(alive), 1, 0, axis=1)
@@ -586,13 +622,13 @@ def test_swan_does_nothing_for_an_output_without_gradient():
 def test_swan_on_more_outputs_than_inputs_where_the_mean_takes_a_rank():
     """Centred columns of (4, 7) have rank 3; nothing may fill the fourth direction."""
     g = conditioned(0, 4, 7)
-    tx = oialr.swan(1.0, [matrix("w", 4, 7)], rms=None, method="svd")
+    tx = oialr.orthogonal.swan(1.0, [matrix("w", 4, 7)], rms=None, method="svd")
     out = apply(tx, {"w": g})["w"]
     np.testing.assert_allclose(np.sum(out, axis=0), 0, atol=EXACT)
     assert np.linalg.matrix_rank(out, tol=1e-3) == 3
 
 
-@pytest.mark.parametrize("recipe", [oialr.swan, oialr.core_muon])
+@pytest.mark.parametrize("recipe", [oialr.orthogonal.swan, oialr.orthogonal.core_muon])
 def test_other_leaves_get_the_optimizer_that_was_given(recipe):
     params, grads, matrices = problem()
     out = apply(recipe(0.1, matrices, adam=optax.sgd(2.0)), grads[0], params)
@@ -602,7 +638,7 @@ def test_other_leaves_get_the_optimizer_that_was_given(recipe):
 @pytest.mark.parametrize("options", [{}, {"beta": 0.5, "nesterov": False}], ids=str)
 def test_core_muon_on_dense_matrices_is_optax_muon(options):
     params, grads, matrices = problem()
-    ours = oialr.core_muon(0.1, matrices, weight_decay=0.2, **options)
+    ours = oialr.orthogonal.core_muon(0.1, matrices, weight_decay=0.2, **options)
     theirs = optax.contrib.muon(0.1, weight_decay=0.2, **options)
     actual, _ = run(ours, params, grads)
     expected, _ = run(theirs, params, grads)
@@ -612,7 +648,7 @@ def test_core_muon_on_dense_matrices_is_optax_muon(options):
 def test_core_muon_does_not_depend_on_the_scale_of_the_gradient():
     """With Optax's own eps, which is absolute, small gradients make small steps."""
     params, grads, matrices = problem()
-    tx = oialr.core_muon(0.1, matrices)
+    tx = oialr.orthogonal.core_muon(0.1, matrices)
     small = jax.tree.map(lambda g: 1e-10 * g, grads[0])
     steps = [apply(tx, g, params)["w"] for g in (grads[0], small)]
     np.testing.assert_allclose(*steps, rtol=1e-4, atol=1e-7)
@@ -621,9 +657,11 @@ def test_core_muon_does_not_depend_on_the_scale_of_the_gradient():
 @pytest.mark.parametrize("rms", [None, 0.2], ids=["spectral", "rms"])
 def test_core_muon_scales_by_the_shape_of_w(rms):
     found = matrix("w", 6, 24)
-    node = oialr.factor(normal(0, 6, 24), found.axes, rank=4)
+    node = factor(normal(0, 6, 24), found.axes, rank=4)
     tables = ((15 / 8, -10 / 8, 3 / 8),) * 20
-    tx = oialr.core_muon(1.0, [found], rms=rms, ns_coeffs=tables, ns_steps=20)
+    tx = oialr.orthogonal.core_muon(
+        1.0, [found], rms=rms, ns_coeffs=tables, ns_steps=20
+    )
     tx = oialr.freeze_bases(tx)
     s = apply(tx, {"w": conditioned(1, 4, 4)}, {"w": node})["w"].s
     step = np.asarray(node.u @ s @ node.vt)
@@ -638,7 +676,7 @@ def test_core_muon_scales_by_the_shape_of_w(rms):
 
 def test_a_convolution_stays_with_muon_when_it_is_converted():
     found = matrix("w", 3, 3, 4, 8, inputs=(0, 1, 2), outputs=(3,))
-    tx = oialr.freeze_bases(oialr.core_muon(0.1, [found]))
+    tx = oialr.freeze_bases(oialr.orthogonal.core_muon(0.1, [found]))
     params = {"w": normal(0, 3, 3, 4, 8), "b": normal(1, 8)}
     grads = {"w": normal(2, 3, 3, 4, 8), "b": normal(3, 8)}
     _, state = tx.update(grads, tx.init(params), params)
@@ -654,22 +692,24 @@ def test_a_convolution_stays_with_muon_when_it_is_converted():
 
 def recipes(matrices):
     return {
-        "orthogonal_sgd": oialr.orthogonal_sgd(3e-3, matrices=matrices),
-        "orthogonal_sgd_svd": oialr.orthogonal_sgd(
+        "orthogonal_sgd": oialr.orthogonal.orthogonal_sgd(3e-3, matrices=matrices),
+        "orthogonal_sgd_svd": oialr.orthogonal.orthogonal_sgd(
             3e-3, method="svd", matrices=matrices
         ),
-        "swan": oialr.swan(3e-3, matrices),
-        "spectral_trust_region": oialr.spectral_trust_region(
+        "swan": oialr.orthogonal.swan(3e-3, matrices),
+        "spectral_trust_region": oialr.orthogonal.spectral_trust_region(
             3e-3, matrices=matrices, weight_decay=0.1
         ),
-        "trust_frobenius": oialr.spectral_trust_region(
+        "trust_frobenius": oialr.orthogonal.spectral_trust_region(
             3e-3, norm="frobenius", matrices=matrices
         ),
-        "trust_max": oialr.spectral_trust_region(3e-3, norm="max", matrices=matrices),
-        "core_muon": oialr.core_muon(3e-3, matrices, weight_decay=0.1),
-        "core_muon_rms": oialr.core_muon(3e-3, matrices, rms=0.2),
+        "trust_max": oialr.orthogonal.spectral_trust_region(
+            3e-3, norm="max", matrices=matrices
+        ),
+        "core_muon": oialr.orthogonal.core_muon(3e-3, matrices, weight_decay=0.1),
+        "core_muon_rms": oialr.orthogonal.core_muon(3e-3, matrices, rms=0.2),
         "components": optax.chain(
-            oialr.normalize_components(matrices=matrices), optax.sgd(3e-3)
+            oialr.orthogonal.normalize_components(matrices=matrices), optax.sgd(3e-3)
         ),
     }
 
@@ -713,7 +753,7 @@ def test_the_loss_falls_and_nothing_compiles_twice(case, form, name):
     assert step._cache_size() == 1
     for path, leaf in named_leaves(new).items():
         old = named_leaves(params)[path]
-        if oialr.is_low_rank(leaf):
+        if is_low_rank(leaf):
             np.testing.assert_array_equal(leaf.u, old.u)
             np.testing.assert_array_equal(leaf.vt, old.vt)
             leaf, old = leaf.s, old.s

@@ -8,7 +8,7 @@ import pytest
 from cases import normal
 from scipy.optimize import linprog
 
-from oialr_jax import polar
+from oialr_jax.orthogonal import polar
 
 ROUNDING = 1e-4  # float32; coefficients of the short table reach 577
 

@@ -14,6 +14,8 @@ from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import oialr_jax as oialr
+from oialr_jax.lowrank import Axes
+from oialr_jax.matrices import Matrix
 
 
 class State(TrainState):
@@ -133,8 +135,8 @@ def test_a_step_that_gives_dense_params_back():
 )
 def test_matrices_of_other_params(matrix, match):
     path, shape = matrix
-    axes = oialr.Axes(shape, (), (0,), (1,))
-    refused(match, *begun(matrices=[oialr.Matrix(path, axes, rows=1, kind="dot")]))
+    axes = Axes(shape, (), (0,), (1,))
+    refused(match, *begun(matrices=[Matrix(path, axes, rows=1, kind="dot")]))
 
 
 @struct.dataclass

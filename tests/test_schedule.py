@@ -82,14 +82,14 @@ def test_defaults_are_the_authors_rule(sigma, extra):
 def test_other_cutoffs_and_floors_too(sigma, extra, cutoff, floor):
     small_side = len(sigma) + extra
     expected = reference_rank(sigma.astype(np.float64), small_side, cutoff, floor)
-    rule = RankRule(cutoff=cutoff, floor=floor)
+    rule = RankRule(cutoff=cutoff, min_rank_share=floor)
     assert rule.choose(sigma, small_side) == min(expected, len(sigma))
 
 
 rules = st.builds(
     RankRule,
     cutoff=st.floats(0, 1),
-    floor=st.floats(0, 1),
+    min_rank_share=st.floats(0, 1),
     max_drop=st.floats(0, 1, exclude_min=True),
     multiple=st.integers(1, 70),
 )
@@ -119,7 +119,7 @@ def test_no_update_drops_more_than_allowed_or_goes_below_the_floor(sigma, extra,
     k = len(sigma)
     kept = rule.choose(sigma, k + extra)
     assert kept >= int(k - k * rule.max_drop)
-    assert kept >= min(k, rule.floor_rank(k + extra))
+    assert kept >= min(k, rule.min_rank(k + extra))
 
 
 @given(sigmas=st.lists(spectra, min_size=1, max_size=4), extra=room, rule=rules)
@@ -166,11 +166,11 @@ def test_published_chains_of_a_rank_1_layer(ranks):
     [
         (RankRule(multiple=8), 400, [400, 200, 104, 56, 32, 16, 8]),
         (RankRule(multiple=64), 100, [100, 64]),
-        (RankRule(floor=0.1), 400, [400, 200, 100, 50, 40]),
+        (RankRule(min_rank_share=0.1), 400, [400, 200, 100, 50, 40]),
         (RankRule(max_drop=1.0), 400, [400, 4]),
-        (RankRule(max_drop=1.0, floor=0.0), 400, [400, 1]),
+        (RankRule(max_drop=1.0, min_rank_share=0.0), 400, [400, 1]),
         (RankRule(max_drop=0.9), 400, [400, 40, 4]),  # 40 * (1 - 0.9) is below 4
-        (RankRule(max_drop=0.8, floor=0.0), 125, [125, 25, 5, 1]),
+        (RankRule(max_drop=0.8, min_rank_share=0.0), 125, [125, 25, 5, 1]),
         (RankRule(cutoff=0.0), 400, [400]),
     ],
     ids=str,
@@ -197,8 +197,8 @@ def test_a_core_of_zeros_keeps_its_rank(shape):
 
 
 @pytest.mark.parametrize(("small_side", "rank"), [(1, 1), (99, 1), (100, 1), (768, 7)])
-def test_floor_rank(small_side, rank):
-    assert RankRule().floor_rank(small_side) == rank
+def test_min_rank(small_side, rank):
+    assert RankRule().min_rank(small_side) == rank
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_bad_spectra_are_named(sigma, message):
         ({"cutoff": -0.1}, r"^`cutoff` must be in \[0, 1\], got -0.1$"),
         ({"cutoff": 1.1}, r"^`cutoff` must be in \[0, 1\], got 1.1$"),
         ({"cutoff": float("nan")}, r"^`cutoff` must be in \[0, 1\], got nan$"),
-        ({"floor": 1.5}, r"^`floor` must be in \[0, 1\], got 1.5$"),
+        ({"min_rank_share": 1.5}, r"^`min_rank_share` must be in \[0, 1\], got 1.5$"),
         ({"max_drop": 0.0}, r"^`max_drop` must be in \(0, 1\], got 0.0$"),
         ({"max_drop": 1.5}, r"^`max_drop` must be in \(0, 1\], got 1.5$"),
         ({"multiple": 0}, r"^`multiple` must be at least 1, got 0$"),
@@ -371,17 +371,13 @@ def test_a_run_that_ends_before_the_conversion_is_an_error(steps):
         ({"lag": -1}, r"^`lag` must be in \[0, every=50\), got -1$"),
         ({"stop": 100}, r"^`stop` must be after delay=100, got 100$"),
         ({"stop": 0}, r"^`stop` must be after delay=100, got 0$"),
-        ({"when": "never"}, r"^`when` must be 'delay' or 'stable', got 'never'$"),
-        ({"threshold": 1.1}, r"^`threshold` must be in \[-1, 1\], got 1.1$"),
-        ({"project": 0}, r"^`project` must be at least 1, got 0$"),
         (
-            {"project": 5, "project_from": -1},
-            r"^`project_from` must be in \[0, delay=100\), got -1$",
+            {"projections": (-1, 5)},
+            r"^`projections` must ascend within \[0, delay=100\), as range\(first, "
+            r"100, every\); got \(-1, 5\)$",
         ),
-        (
-            {"project": 5, "project_from": 100},
-            r"^`project_from` must be in \[0, delay=100\), got 100$",
-        ),
+        ({"projections": range(0, 200, 5)}, r"got range\(0, 200, 5\)$"),
+        ({"projections": [3, 3]}, r"got \[3, 3\]$"),
     ],
 )
 def test_bad_schedules_are_named(settings, message):
@@ -463,11 +459,11 @@ def test_a_lag_delays_the_conversion():
 
 def test_layers_that_are_stable_at_other_times_compile_more_often():
     """Three matrices in multiples of 16: 4 + 4 + 2 ranks, each reached by itself."""
-    fixed = Schedule(delay=100, every=10)
-    stable = Schedule(delay=100, every=10, when="stable")
+    schedule = Schedule(delay=100, every=10)
     rule, sides = RankRule(multiple=16), [64, 64, 32]
-    assert fixed.compilations(1000, rule, sides) == 1 + 1 + 3 + 3 + 1
-    assert stable.compilations(1000, rule, sides) == 1 + 4 + 4 + 2
+    assert schedule.compilations(1000, rule, sides) == 1 + 1 + 3 + 3 + 1
+    most = schedule.compilations(1000, rule, sides, one_by_one=True)
+    assert most == 1 + 4 + 4 + 2
 
 
 # ------------------------------------------------------------------------- a budget
@@ -505,10 +501,10 @@ def sized(parts):
 def test_a_budget_is_kept_and_used_by_the_largest_values(parts, share, multiple, floor):
     """What is out is no larger than what is in, or does not fit any more."""
     sigmas, sides = sized(parts)
-    rule = RankRule(budget=1, multiple=multiple, floor=floor)
+    rule = RankRule(budget=1, multiple=multiple, min_rank_share=floor)
     bounds = []
     for sigma, (m, n) in zip(sigmas, sides, strict=True):
-        first = most = min(len(sigma), rule.floor_rank(min(m, n)))
+        first = most = min(len(sigma), rule.min_rank(min(m, n)))
         while (more := min(len(sigma), most + multiple)) > most:
             if more * (m + n + more) >= m * n:  # no fewer weights than dense
                 break
@@ -572,7 +568,7 @@ def test_without_a_budget_all_are_chosen_one_by_one():
 def test_a_budget_below_the_floors_says_what_it_would_take():
     sigmas, sides = [np.ones(8), np.ones(4)], [(8, 9), (4, 4)]
     message = r"`budget` is 46 weights: the matrices have 47 .* least ranks, \[2, 1\]"
-    rule = RankRule(budget=47, floor=0.25)
+    rule = RankRule(budget=47, min_rank_share=0.25)
     assert rule.choose_all(sigmas, sides) == [2, 1]
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(rule, budget=46).choose_all(sigmas, sides)
@@ -588,11 +584,13 @@ def test_one_rank_alone_cannot_be_chosen_with_a_budget():
 
 @given(st.integers(1, 60), st.integers(1, 9), st.data())
 def test_projections_begin_at_their_step_and_end_with_the_dense_warm_up(
-    delay, project, data
+    delay, between, data
 ):
     start = data.draw(st.integers(0, delay - 1))
-    schedule = Schedule(delay=delay, every=5, project=project, project_from=start)
-    wanted = list(range(start, delay, project))
+    steps = range(start, delay, between)
+    steps = data.draw(st.sampled_from([steps, [*steps]]))
+    schedule = Schedule(delay=delay, every=5, projections=steps)
+    wanted = list(steps)
     assert [t for t in range(80) if schedule.projected(t)] == wanted
     assert all(schedule.acts(t) for t in wanted)
     stride = data.draw(st.integers(1, 12))
@@ -601,6 +599,11 @@ def test_projections_begin_at_their_step_and_end_with_the_dense_warm_up(
     ]
     met = {-(-t // stride) * stride for t in wanted}
     assert seen == sorted(t for t in met if t < 80)
+
+
+def test_a_number_is_no_projections():
+    with pytest.raises(TypeError, match=r"as range\(first, 10, every\); got 2$"):
+        Schedule(delay=10, every=5, projections=2)
 
 
 def test_no_projections_by_default():

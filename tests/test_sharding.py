@@ -17,7 +17,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import oialr_jax as oialr
 from oialr_jax import decompose
-from oialr_jax.lowrank import named_leaves
+from oialr_jax.lowrank import Axes, factor, named_leaves
+from oialr_jax.matrices import Matrix
+from oialr_jax.projection import project_to_rank
+from oialr_jax.transform import with_trainable
 from train.models.vit import VisionTransformer
 
 STEPS = 30
@@ -203,7 +206,7 @@ def test_no_event_gathers_the_bases_of_a_divided_matrix(monkeypatch):
     monkeypatch.setattr(decompose, "_returned", watched)
     layout = oialr.Layout(oialr.make_mesh("fsdp=8"), min_size=512)
     params = {"w": normal(0, 256, 64), "v": normal(1, 64, 64)}
-    axes = oialr.Axes((256, 64), (), (0,), (1,))
+    axes = Axes((256, 64), (), (0,), (1,))
     tx = oialr.freeze_bases(optax.sgd(0.1))
     params = jax.device_put(params, layout(params))
     matrices = oialr.find_matrices(
@@ -303,7 +306,7 @@ def test_what_is_averaged_over_devices_falls_with_the_square_of_the_rank():
 
         _, grads = oialr.value_and_grad(loss)(params)
         updates, opt_state = tx.update(grads, opt_state, params)
-        return oialr.with_trainable(
+        return with_trainable(
             params,
             jax.tree.map(jnp.add, oialr.trainable(params), oialr.trainable(updates)),
         ), opt_state
@@ -373,8 +376,8 @@ def test_the_optimizer_state_lies_like_its_params():
     layout = oialr.Layout(
         oialr.make_mesh("data=4,model=2"), (("w$", PartitionSpec(None, "model")),)
     )
-    axes = oialr.Axes((16, 8), (), (0,), (1,))
-    params = {"w": normal(0, 16, 8), "v": oialr.factor(normal(1, 16, 8), axes, 4)}
+    axes = Axes((16, 8), (), (0,), (1,))
+    params = {"w": normal(0, 16, 8), "v": factor(normal(1, 16, 8), axes, 4)}
     tx = oialr.freeze_bases(
         optax.chain(optax.adamw(1e-3), optax.add_noise(0.1, 0.1, 0))
     )
@@ -395,8 +398,8 @@ def test_the_optimizer_state_lies_like_its_params():
 def test_a_rule_about_dense_axes_places_the_bases():
     mesh = oialr.make_mesh("fsdp=4,model=2")
     rules = (("w", PartitionSpec(None, ("fsdp",), None, "model")),)
-    axes = oialr.Axes((3, 8, 16, 32), (0,), (1, 2), (3,))
-    node = oialr.factor(normal(0, 3, 8, 16, 32), axes, 8)
+    axes = Axes((3, 8, 16, 32), (0,), (1, 2), (3,))
+    node = factor(normal(0, 3, 8, 16, 32), axes, 8)
     where = oialr.Layout(mesh, rules)({"w": node})["w"]
     assert where.u.spec == PartitionSpec(None, ("fsdp",), None)
     assert where.vt.spec == PartitionSpec(None, None, ("model",))
@@ -478,13 +481,13 @@ def test_a_batch_that_cannot_be_divided():
 
 def test_every_leaf_has_a_place():
     layout = oialr.Layout(oialr.make_mesh("fsdp=8"), min_size=64)
-    axes = oialr.Axes((16, 8), (), (0,), (1,))
+    axes = Axes((16, 8), (), (0,), (1,))
     params = {
         "w": normal(0, 16, 8),
         "odd": normal(1, 15, 9),
         "small": jnp.zeros(8),
-        "low": oialr.factor(normal(2, 16, 8), axes, 8),
-        "cut": oialr.factor(normal(2, 16, 8), axes, 3),
+        "low": factor(normal(2, 16, 8), axes, 8),
+        "cut": factor(normal(2, 16, 8), axes, 3),
     }
     found = {
         k: x.spec for k, x in named_leaves(layout(params)).items() if k[0] in "wos"
@@ -505,8 +508,8 @@ def test_every_leaf_has_a_place():
 def test_events_on_explicit_axes_are_those_on_auto_ones(kinds, set_mesh, tmp_path):
     """Each alone, without a layout: the same numbers, on the mesh of the params."""
     mesh = mesh_of_kinds("data=4,model=2", kinds)
-    axes = oialr.Axes((16, 24), (), (0,), (1,))
-    matrices = [oialr.Matrix("w", axes, 8, "dot")]
+    axes = Axes((16, 24), (), (0,), (1,))
+    matrices = [Matrix("w", axes, 8, "dot")]
     tx, rule = oialr.freeze_bases(optax.adam(1e-2)), oialr.RankRule(cutoff=0.4)
 
     def events(params):
@@ -522,7 +525,7 @@ def test_events_on_explicit_axes_are_those_on_auto_ones(kinds, set_mesh, tmp_pat
         assert_close(found.params, cut, 0)
         dense, _ = oialr.densify(cut, opt_state, tx=tx)
         return {
-            "projected": oialr.project(params, rule, matrices),
+            "projected": project_to_rank(params, rule, matrices),
             "cut": oialr.materialize(cut),
             "dense": dense,
             "moments": opt_state.inner_state[0].nu,
@@ -563,7 +566,7 @@ def test_an_explicit_axis_of_large_leaves_is_refused():
     with pytest.raises(ValueError, match=r"'fsdp' of .* make the mesh by oialr_jax"):
         oialr.Layout(mesh)
     params = {"w": jax.device_put(normal(0, 16, 8), NamedSharding(mesh, P))}
-    matrices = [oialr.Matrix("w", oialr.Axes((16, 8), (), (0,), (1,)), 8, "dot")]
+    matrices = [Matrix("w", Axes((16, 8), (), (0,), (1,)), 8, "dot")]
     tx = oialr.freeze_bases(optax.sgd(0.1))
     with pytest.raises(ValueError, match=r"'fsdp' of .* AxisType.Auto for this"):
         oialr.factorize(params, tx.init(params), matrices, tx=tx)
@@ -572,7 +575,7 @@ def test_an_explicit_axis_of_large_leaves_is_refused():
 @pytest.mark.parametrize("wrap", ["jit", "shard_map", "vmap"])
 def test_events_inside_of_a_program_are_refused(wrap):
     mesh = oialr.make_mesh("data=8")
-    matrices = [oialr.Matrix("w", oialr.Axes((16, 8), (), (0,), (1,)), 8, "dot")]
+    matrices = [Matrix("w", Axes((16, 8), (), (0,), (1,)), 8, "dot")]
     tx = oialr.freeze_bases(optax.sgd(0.1))
 
     def inside(w):

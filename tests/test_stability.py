@@ -19,9 +19,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 import oialr_jax as oialr
 from oialr_jax import linalg, surgery
 from oialr_jax.linalg import singular_values
-from oialr_jax.polar import polar
-from oialr_jax.stability import _gathered as gathered
-from oialr_jax.stability import sigmas
+from oialr_jax.lowrank import Axes, factor
+from oialr_jax.matrices import Matrix
+from oialr_jax.orthogonal.polar import polar
+from oialr_jax.stability.comparison import sigmas
+from oialr_jax.stability.singular import _gathered as gathered
 
 CLOSE = 1e-5
 NUMBERS = ("basis", "mixing", "cosine", "change")
@@ -40,7 +42,7 @@ CASES = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
 def matrix_of(shape, path="w"):
-    return oialr.Matrix(path, oialr.Axes(*shape), rows=1, kind="dot")
+    return Matrix(path, Axes(*shape), rows=1, kind="dot")
 
 
 def normal(seed, *shape, dtype=np.float32):
@@ -90,7 +92,7 @@ def test_equals_the_dense_definitions(shape):
     matrix = matrix_of(shape)
     before = normal(0, *shape[0])
     after = before + 0.4 * normal(1, *shape[0])
-    found = oialr.stability({"w": before}, {"w": after}, [matrix])["w"]
+    found = oialr.stability.compare({"w": before}, {"w": after}, [matrix])["w"]
     assert found.basis.shape == matrix.axes.l
     w1, w2 = tall(matrix.axes, before), tall(matrix.axes, after)
     assert_numbers(found, w1, w2)
@@ -104,27 +106,27 @@ def test_equals_the_dense_definitions(shape):
 def test_a_low_rank_leaf_is_its_dense_matrix(shape, kinds):
     matrix = matrix_of(shape)
     rank = max(1, min(matrix.m, matrix.n) // 2)
-    before = {"w": oialr.factor(normal(0, *shape[0]), matrix.axes, rank)}
+    before = {"w": factor(normal(0, *shape[0]), matrix.axes, rank)}
     moved = before["w"].materialize() + 0.3 * normal(1, *shape[0])
-    after = {"w": oialr.factor(moved, matrix.axes, max(1, rank - 1))}
+    after = {"w": factor(moved, matrix.axes, max(1, rank - 1))}
     pair = [
         tree if kind == "low" else oialr.materialize(tree)
         for tree, kind in zip((before, after), kinds.split("_"), strict=True)
     ]
-    found = oialr.stability(*pair, [matrix])["w"]
+    found = oialr.stability.compare(*pair, [matrix])["w"]
     views = [tall(matrix.axes, oialr.materialize(tree)["w"]) for tree in pair]
     # rounding gives a dense matrix a trace of every direction that it lacks
     assert_numbers(found, *views, atol=CLOSE if kinds == "low_low" else 1e-3)
 
 
 def test_no_dense_matrix_is_formed_of_low_rank_leaves():
-    axes = oialr.Axes((60, 50), (), (0,), (1,))
-    low = {"w": oialr.factor(normal(0, 60, 50), axes, 4)}
+    axes = Axes((60, 50), (), (0,), (1,))
+    low = {"w": factor(normal(0, 60, 50), axes, 4)}
     key = jax.random.key(0)
 
     def numbers(a, b, key):
-        return oialr.stability(a, b, [matrix_of(SHAPES["tall"])._replace(axes=axes)],
-                               key=key)  # fmt: skip
+        matrix = matrix_of(SHAPES["tall"])._replace(axes=axes)
+        return oialr.stability.compare(a, b, [matrix], key=key)
 
     text = str(jax.make_jaxpr(numbers)(low, low, key))
     assert "[60,50]" not in text
@@ -138,14 +140,14 @@ def test_the_same_tree_is_stable(shape, low):
     params = {"w": normal(0, *shape[0])}
     if low:
         params = in_low_rank(params, [matrix])
-    found = oialr.stability(params, params, [matrix])["w"]
+    found = oialr.stability.compare(params, params, [matrix])["w"]
     for name, value in {"basis": 1, "mixing": 1, "cosine": 1, "change": 0}.items():
         np.testing.assert_allclose(getattr(found, name), value, atol=CLOSE)
 
 
 def test_independent_square_matrices_share_nothing():
     shape = ((8, 100, 100), (0,), (1,), (2,))
-    found = oialr.stability(
+    found = oialr.stability.compare(
         {"w": normal(0, *shape[0])}, {"w": normal(1, *shape[0])}, [matrix_of(shape)]
     )["w"]
     assert np.max(np.abs(found.basis)) < 0.04  # deviation 1 / n
@@ -156,8 +158,10 @@ def test_no_number_sees_the_scale_but_change():
     matrix = matrix_of(SHAPES["tall"])
     before = normal(0, 24, 10)
     after = before + 0.4 * normal(1, 24, 10)
-    plain = oialr.stability({"w": before}, {"w": after}, [matrix])["w"]
-    scaled = oialr.stability({"w": 1e-12 * before}, {"w": 1e9 * after}, [matrix])["w"]
+    plain = oialr.stability.compare({"w": before}, {"w": after}, [matrix])["w"]
+    scaled = oialr.stability.compare(
+        {"w": 1e-12 * before}, {"w": 1e9 * after}, [matrix]
+    )["w"]
     for name in ("basis", "mixing", "cosine"):
         expected = getattr(plain, name)
         np.testing.assert_allclose(getattr(scaled, name), expected, atol=CLOSE)
@@ -168,7 +172,7 @@ def test_no_number_sees_the_scale_but_change():
 )
 def test_no_number_sees_signs_and_order_of_singular_vectors(shape):
     matrix = matrix_of(shape)
-    low = oialr.factor(normal(0, *shape[0]), matrix.axes, 6)
+    low = factor(normal(0, *shape[0]), matrix.axes, 6)
     order = np.array([3, 0, 5, 1, 4, 2])
     sign = jnp.asarray([1.0, -1, 1, -1, -1, 1])
     core = low.s[order][:, order]
@@ -178,11 +182,13 @@ def test_no_number_sees_signs_and_order_of_singular_vectors(shape):
         low.vt[order] * sign.reshape(-1, 1),
         low.axes,
     )
-    found = oialr.stability({"w": low}, {"w": other}, [matrix])["w"]
+    found = oialr.stability.compare({"w": low}, {"w": other}, [matrix])["w"]
     for name, value in {"basis": 1, "mixing": 1, "cosine": 1, "change": 0}.items():
         np.testing.assert_allclose(getattr(found, name), value, atol=CLOSE)
     third = {"w": low.materialize() + 0.3 * normal(2, *shape[0])}
-    one, two = (oialr.stability({"w": x}, third, [matrix])["w"] for x in (low, other))
+    one, two = (
+        oialr.stability.compare({"w": x}, third, [matrix])["w"] for x in (low, other)
+    )
     for name in NUMBERS:
         np.testing.assert_allclose(
             getattr(one, name), getattr(two, name), atol=CLOSE, err_msg=name
@@ -202,7 +208,7 @@ def entries(shape):
 def test_numbers_are_bounded_for_all_matrices(pair):
     before, after = map(jnp.asarray, pair)
     matrix = matrix_of((before.shape, (), (0,), (1,)))
-    found = oialr.stability({"w": before}, {"w": after}, [matrix])["w"]
+    found = oialr.stability.compare({"w": before}, {"w": after}, [matrix])["w"]
     assert abs(float(found.basis)) <= 1 + CLOSE
     assert abs(float(found.cosine)) <= 1 + CLOSE
     assert -CLOSE <= float(found.mixing) <= 1 + CLOSE
@@ -231,8 +237,8 @@ def test_missing_directions_are_no_part_of_the_polar_factor():
 def test_a_cut_alone_is_the_root_of_the_share_that_stays():
     matrix = matrix_of(SHAPES["tall"])
     w = normal(0, 24, 10)
-    cut = {"w": oialr.factor(w, matrix.axes, 4)}
-    found = oialr.stability({"w": w}, cut, [matrix])["w"]
+    cut = {"w": factor(w, matrix.axes, 4)}
+    found = oialr.stability.compare({"w": w}, cut, [matrix])["w"]
     np.testing.assert_allclose(found.basis, np.sqrt(4 / 10), atol=CLOSE)
 
 
@@ -240,10 +246,10 @@ def test_zeros_have_no_basis_and_other_matrices_do_not_suffer():
     shape = ((2, 6, 4), (0,), (1,), (2,))
     w = normal(0, 2, 6, 4).at[1].set(0)
     bad = normal(1, 2, 6, 4).at[1].set(jnp.nan)
-    zeros = oialr.stability({"w": w}, {"w": w}, [matrix_of(shape)])["w"]
+    zeros = oialr.stability.compare({"w": w}, {"w": w}, [matrix_of(shape)])["w"]
     np.testing.assert_allclose(zeros.basis, [1, 0], atol=CLOSE)
     np.testing.assert_allclose(zeros.cosine, [1, 0], atol=CLOSE)
-    lost = oialr.stability({"w": w}, {"w": bad}, [matrix_of(shape)])["w"]
+    lost = oialr.stability.compare({"w": w}, {"w": bad}, [matrix_of(shape)])["w"]
     np.testing.assert_array_equal(np.isfinite(lost.basis), [True, False])
 
 
@@ -262,7 +268,7 @@ def test_the_null_is_a_random_change_of_equal_size(low):
                                     matrix.axes)}  # fmt: skip
     else:
         after = {"w": before["w"] + jnp.asarray(rng.normal(size=shape[0]), jnp.float32)}
-    found = oialr.stability(before, after, [matrix], key=jax.random.key(0))["w"]
+    found = oialr.stability.compare(before, after, [matrix], key=jax.random.key(0))["w"]
     np.testing.assert_allclose(found.null.change, found.change, rtol=1e-4)
     for name in ("basis", "mixing", "cosine"):  # what happened here was random too
         np.testing.assert_allclose(
@@ -272,7 +278,7 @@ def test_the_null_is_a_random_change_of_equal_size(low):
             err_msg=name,
         )
     assert not np.allclose(found.null.basis, found.basis, atol=1e-6)
-    again = oialr.stability(before, after, [matrix], key=jax.random.key(0))["w"]
+    again = oialr.stability.compare(before, after, [matrix], key=jax.random.key(0))["w"]
     np.testing.assert_array_equal(again.null.basis, found.null.basis)
 
 
@@ -283,12 +289,12 @@ def test_sigmas_of_portraits_are_those_of_their_matrices(fraction):
     params = {path: normal(i, *SHAPES[path][0]) for i, path in enumerate(SHAPES)}
     if fraction is not None:
         params = in_low_rank(params, matrices, fraction=fraction)
-    found = jax.jit(sigmas)(oialr.tracker(matrices).init(params))
+    found = jax.jit(sigmas)(oialr.stability.tracker(matrices).init(params))
     assert found.keys() == SHAPES.keys()
     for path, leaf in params.items():
         axes = SHAPES[path]
         dense = leaf.materialize() if fraction is not None else leaf
-        whole = oialr.Axes(*axes).to_matrix(dense)
+        whole = Axes(*axes).to_matrix(dense)
         wanted = np.linalg.svd(np.asarray(whole, np.float64), compute_uv=False)
         wanted = wanted[..., : found[path].shape[-1]]
         assert found[path].shape == wanted.shape
@@ -300,9 +306,9 @@ def test_sigmas_of_portraits_are_those_of_their_matrices(fraction):
 def test_spectra_and_ranks():
     matrix = matrix_of(SHAPES["stacked"])
     w = normal(0, 12, 4, 8)
-    low = {"w": oialr.factor(w, matrix.axes, 5)}
+    low = {"w": factor(w, matrix.axes, 5)}
     for params, kept in (({"w": w}, 8), (low, 5)):
-        found = oialr.spectra(params, [matrix])["w"]
+        found = oialr.stability.spectra(params, [matrix])["w"]
         dense = tall(matrix.axes, oialr.materialize(params)["w"])
         sigma = np.linalg.svd(dense, compute_uv=False)[:, :kept]
         share = sigma / sigma.sum(-1, keepdims=True)
@@ -313,7 +319,7 @@ def test_spectra_and_ranks():
         np.testing.assert_allclose(
             found.stable_rank, (sigma**2).sum(-1) / sigma[:, 0] ** 2, rtol=1e-4
         )
-    empty = oialr.spectra({"w": 0 * w}, [matrix])["w"]
+    empty = oialr.stability.spectra({"w": 0 * w}, [matrix])["w"]
     assert empty.effective_rank.tolist() == empty.stable_rank.tolist() == [0] * 4
 
 
@@ -321,17 +327,17 @@ def test_leading_subspaces():
     matrix = matrix_of(SHAPES["conv"])
     before = normal(0, 3, 3, 4, 6)
     after = before + 0.3 * normal(1, 3, 3, 4, 6)
-    low = {"w": oialr.factor(after, matrix.axes, 5)}
+    low = {"w": factor(after, matrix.axes, 5)}
     views = [np.linalg.svd(tall(matrix.axes, x)[0]) for x in (before, after)]
     (u1, _, v1), (u2, _, v2) = views
     for tree in ({"w": after}, low):
-        found = oialr.subspaces({"w": before}, tree, [matrix], 3)["w"]
+        found = oialr.stability.subspaces({"w": before}, tree, [matrix], 3)["w"]
         expected = scipy.linalg.subspace_angles(u1[:, :3], u2[:, :3])
         np.testing.assert_allclose(found.input_angles, expected, atol=1e-4)
         overlap = np.sum((v1[:3] @ v2[:3].T) ** 2) / 3
         np.testing.assert_allclose(found.outputs, overlap, atol=1e-4)
     with pytest.raises(ValueError, match=r"\[1, 5\] for w, got 6"):
-        oialr.subspaces({"w": before}, low, [matrix], 6)
+        oialr.stability.subspaces({"w": before}, low, [matrix], 6)
 
 
 @pytest.mark.parametrize(
@@ -347,7 +353,7 @@ def test_leading_subspaces():
 )
 def test_refuses_trees_that_lack_a_matrix(params, error):
     with pytest.raises(ValueError, match=error):
-        oialr.stability(params, params, [matrix_of(SHAPES["tall"])])
+        oialr.stability.compare(params, params, [matrix_of(SHAPES["tall"])])
 
 
 def small_run():
@@ -377,7 +383,7 @@ def test_a_tracker_follows_a_run_across_conversion_and_cuts():
     chosen = oialr.select(matrices)
     schedule = oialr.Schedule(delay=2, every=2, layer_step=1.0)
     step = oialr.adaptive(train_step, tx, chosen, schedule, oialr.RankRule(cutoff=0.4))
-    track = oialr.tracker(matrices)
+    track = oialr.stability.tracker(matrices)
     followed = track.init(state.params)
     kinds = set()
     before = jax.tree.map(np.array, oialr.materialize(state.params))
@@ -400,7 +406,7 @@ def test_a_tracker_follows_a_run_across_conversion_and_cuts():
 
 def test_a_tracker_within_a_compiled_loop_is_that_on_the_host():
     matrices, _, state, train_step = small_run()
-    track = oialr.tracker(matrices)
+    track = oialr.stability.tracker(matrices)
 
     @jax.jit
     def run(state):
@@ -446,14 +452,14 @@ def test_no_two_lapack_calls_can_run_at_once(what):
     shapes = {"tall": (24, 10), "square": (12, 12), "narrow": (12, 3)}
     params = {path: normal(0, *shape) for path, shape in shapes.items()}
     matrices = [
-        oialr.Matrix(path, oialr.Axes(shape, (), (0,), (1,)), rows=1, kind="dot")
+        Matrix(path, Axes(shape, (), (0,), (1,)), rows=1, kind="dot")
         for path, shape in shapes.items()
     ]
-    track = oialr.tracker(matrices)
+    track = oialr.stability.tracker(matrices)
 
     def twice(before, after, key):
         if what == "stability":
-            return oialr.stability(before, after, matrices, key=key)
+            return oialr.stability.compare(before, after, matrices, key=key)
         state, first = track.update(track.init(before), after, key)
         return first, track.update(state, before, key)
 
@@ -467,11 +473,11 @@ def test_no_two_lapack_calls_can_run_at_once(what):
 @pytest.mark.parametrize("what", ["repair", "orthogonalize"])
 def test_nor_can_those_of_a_repair_or_an_optimizer(what):
     if what == "repair":
-        node = oialr.factor(normal(0, 24, 10), oialr.Axes((24, 10), (), (0,), (1,)))
+        node = factor(normal(0, 24, 10), Axes((24, 10), (), (0,), (1,)))
         compiled = surgery._repaired.lower(node).compile()
     else:
         grads = {"a": normal(0, 24, 10), "b": normal(1, 12, 12), "c": normal(2, 12, 3)}
-        tx = oialr.orthogonalize("svd")
+        tx = oialr.orthogonal.orthogonalize("svd")
         update = jax.jit(lambda g: tx.update(g, tx.init(g))[0])
         compiled = update.lower(grads).compile()
     found = sorted(calls(compiled.as_text()).items(), key=lambda x: len(x[1]))
@@ -494,7 +500,7 @@ def test_on_a_cpu_a_program_with_lapack_calls_is_waited_for():
 def test_params_on_a_mesh_are_gathered_by_one_program():
     mesh = oialr.make_mesh("fsdp=8")
     place = NamedSharding(mesh, PartitionSpec("fsdp"))
-    track = oialr.tracker([matrix_of(SHAPES["tall"])])
+    track = oialr.stability.tracker([matrix_of(SHAPES["tall"])])
     followed = track.init({"w": jax.device_put(normal(0, 24, 10), place)})
     program = gathered(mesh)
     once = program._cache_size()
@@ -512,9 +518,16 @@ def test_params_on_a_mesh_give_the_same_numbers():
     place = NamedSharding(mesh, PartitionSpec("fsdp"))
     spread = [{"w": jax.device_put(x, place)} for x in (before, after)]
     key = jax.random.key(0)
-    found = oialr.stability(*spread, [matrix], key=key)["w"]
-    plain = oialr.stability({"w": before}, {"w": after}, [matrix], key=key)["w"]
+    found = oialr.stability.compare(*spread, [matrix], key=key)["w"]
+    plain = oialr.stability.compare({"w": before}, {"w": after}, [matrix], key=key)["w"]
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(a, b, atol=CLOSE)
-    left, right = (oialr.spectra(x, [matrix])["w"] for x in (spread[0], {"w": before}))
+    left, right = (
+        oialr.stability.spectra(x, [matrix])["w"] for x in (spread[0], {"w": before})
+    )
     np.testing.assert_allclose(left.sigma, right.sigma, rtol=1e-5)
+
+
+def test_a_threshold_that_no_stability_has_is_refused():
+    with pytest.raises(ValueError, match=r"^`threshold` must be in \[-1, 1\], got 1.1"):
+        oialr.stability.when_settled(1.1)

@@ -23,6 +23,9 @@ from flax.training.train_state import TrainState
 from helpers import assert_close
 
 import oialr_jax as oialr
+from oialr_jax.lowrank import is_low_rank, without_identity
+from oialr_jax.training import TrainingState
+from oialr_jax.transform import with_trainable
 
 WIDTH, DELAY, STEPS = 32, 20, 26
 TUTORIALS = pathlib.Path(__file__).parent / "tutorials"
@@ -83,7 +86,7 @@ def by_hand(tx):
     forward = oialr.factored(loss)
     tx = oialr.freeze_bases(tx)
     schedule = oialr.Schedule(
-        delay=18, every=3, lag=2, stop=19, project=1, project_from=6
+        delay=18, every=3, lag=2, stop=19, projections=range(6, 18)
     )
     rule = oialr.RankRule(budget=2 * WIDTH**2 // 4)
 
@@ -98,7 +101,7 @@ def by_hand(tx):
 
 def program(step, state, t):
     """The program of a step, as it goes to the compiler."""
-    given = oialr.without_identity((state, *batch(t)))
+    given = without_identity((state, *batch(t)))
     return step._jitted.lower(*given).as_text()
 
 
@@ -306,17 +309,17 @@ def test_an_average_follows_the_conversion():
         state, _ = run.step(state, *batch(int(state.step)))
         if oialr.ranks(state.params) != before:
             desired = oialr.rebase(desired, state.params)
-        desired = oialr.with_trainable(
+        desired = with_trainable(
             desired, average(oialr.trainable(state.params), oialr.trainable(desired))
         )
     assert oialr.ranks(state.beside["ema"]) == oialr.ranks(state.params) != {}
     assert_close(state.beside["ema"], desired, 1e-5)
     for ema, param in zip(
-        jax.tree.leaves(state.beside["ema"], is_leaf=oialr.is_low_rank),
-        jax.tree.leaves(state.params, is_leaf=oialr.is_low_rank),
+        jax.tree.leaves(state.beside["ema"], is_leaf=is_low_rank),
+        jax.tree.leaves(state.params, is_leaf=is_low_rank),
         strict=True,
     ):
-        if oialr.is_low_rank(param):
+        if is_low_rank(param):
             np.testing.assert_array_equal(ema.u, param.u)
 
 
@@ -377,9 +380,7 @@ def test_layouts_place_the_state_and_the_batches():
 @pytest.mark.parametrize("middle", [2, 4, 7])
 def test_a_run_resumed_from_a_checkpoint_is_the_uninterrupted_one(middle, tmp_path):
     """Before, between (a lag) and after the conversion at step 5."""
-    schedule = oialr.Schedule(
-        delay=3, every=4, stop=4, lag=2, project=1, project_from=1
-    )
+    schedule = oialr.Schedule(delay=3, every=4, stop=4, lag=2, projections=range(1, 3))
 
     def begin():
         def noisy(params, x, y, *, key):
@@ -606,14 +607,14 @@ MISTAKES: dict[str, tuple[Any, type[Exception], str]] = {
         r"no leaf of the params is used as a matrix: .*reduce_sum",
     ),
     "none_selected": (
-        lambda: init(select={"keep_last": 3}),
+        lambda: init(select={"dense_last": 3}),
         ValueError,
         r"no matrix pays.*a/kernel 32x32.*select=\{'include'",
     ),
     "empty": (lambda: init(select=()), ValueError, "`select` is empty"),
     "step_before_init": (
         lambda: oialr.training(loss, optax.sgd(0.1), delay=1).step(
-            oialr.TrainingState(0, {}, ())
+            TrainingState(0, {}, ())
         ),
         ValueError,
         r"state = run\.init\(params, \*batch\) comes first",

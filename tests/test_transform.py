@@ -9,7 +9,7 @@ from cases import BY_NAME, normal
 from helpers import in_low_rank, scalar_loss
 
 import oialr_jax as oialr
-from oialr_jax.lowrank import named_leaves
+from oialr_jax.lowrank import Axes, factor, is_low_rank, named_leaves
 
 CHAINS = {
     "adam": optax.adam(1e-2),
@@ -20,8 +20,10 @@ CHAINS = {
     "adafactor": optax.adafactor(1e-2, min_dim_size_to_factor=4),
     "rmsprop": optax.rmsprop(1e-3, momentum=0.9),
     "muon": optax.contrib.muon(1e-2),
-    "orthogonal_sgd": oialr.orthogonal_sgd(1e-2, weight_decay=1e-3),
-    "spectral_trust_region": oialr.spectral_trust_region(1e-2, weight_decay=0.1),
+    "orthogonal_sgd": oialr.orthogonal.orthogonal_sgd(1e-2, weight_decay=1e-3),
+    "spectral_trust_region": oialr.orthogonal.spectral_trust_region(
+        1e-2, weight_decay=0.1
+    ),
     "clipped": optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2)),
     "schedule": optax.adamw(optax.warmup_cosine_decay_schedule(0, 1e-2, 2, 10)),
     "inject_hyperparams": optax.inject_hyperparams(optax.adamw)(learning_rate=1e-2),
@@ -68,7 +70,7 @@ def test_bases_never_move_and_everything_else_does(name, bases_in_gradient):
         new, state = step(new, state, x)
     for path, leaf in named_leaves(new).items():
         old = named_leaves(params)[path]
-        if oialr.is_low_rank(leaf):
+        if is_low_rank(leaf):
             np.testing.assert_array_equal(leaf.u, old.u)
             np.testing.assert_array_equal(leaf.vt, old.vt)
             assert np.any(leaf.s != old.s)
@@ -104,7 +106,7 @@ def test_dense_params_train_as_without_it(name):
 
 
 def test_clipping_sees_the_norm_of_the_trained_leaves_only():
-    params = {"w": oialr.factor(normal(0, 6, 4), oialr.Axes((6, 4), (), (0,), (1,)))}
+    params = {"w": factor(normal(0, 6, 4), Axes((6, 4), (), (0,), (1,)))}
     node = params["w"]
     grads = {
         "w": oialr.LowRank(node.u * 1e6, jnp.ones((4, 4)), node.vt * 1e6, node.axes)

@@ -25,7 +25,7 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 import oialr_jax as oialr
-from oialr_jax.lowrank import named_leaves
+from oialr_jax.lowrank import Axes, named_leaves
 
 TOLERANCE = 5e-5
 
@@ -126,7 +126,7 @@ def test_composes_with(name, outer):
     assert_close(named_leaves(gradient), projected(expected, low), 10 * TOLERANCE)
 
 
-AXES = oialr.Axes((6, 8), (), (0,), (1,))
+AXES = Axes((6, 8), (), (0,), (1,))
 SQUARES = {
     "of_columns": lambda w: jnp.sum(w[:, 1:4] ** 2),
     "of_rows_scaled": lambda w: jnp.sum(jnp.square(w * jnp.arange(6.0)[:, None]), 1),
@@ -153,7 +153,7 @@ NO_SQUARES = {
 @pytest.mark.parametrize("name", [*SQUARES, *NO_SQUARES])
 def test_sums_of_squares(name):
     fn = SQUARES.get(name) or NO_SQUARES[name]
-    w = oialr.factor(normal(0, 6, 8), AXES, 3)
+    w = oialr.lowrank.factor(normal(0, 6, 8), AXES, 3)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         value, grad = jax.value_and_grad(scalar_loss(oialr.factored(fn)))(w)
@@ -166,8 +166,8 @@ def test_sums_of_squares(name):
 
 @pytest.mark.parametrize("mode", ["fill", "clip"])
 def test_an_index_out_of_bounds_gives_what_it_gives_of_the_dense_weight(mode):
-    axes = oialr.Axes((3, 4, 5), (0,), (1,), (2,))
-    w = oialr.factor(normal(0, 3, 4, 5), axes, 2)
+    axes = Axes((3, 4, 5), (0,), (1,), (2,))
+    w = oialr.lowrank.factor(normal(0, 3, 4, 5), axes, 2)
 
     def fn(w, x):
         chosen = jnp.take(w, jnp.array([0, 7, 2]), axis=0, mode=mode)
@@ -292,10 +292,10 @@ def _is_exact(use):
     described, fn, params, x, fraction = use
     note(str(described))
     matrices = oialr.find_matrices(fn, params, x)
-    axes = [oialr.Axes(params["w"].shape, *_sides(params["w"].ndim))]
+    axes = [Axes(params["w"].shape, *_sides(params["w"].ndim))]
     axes = [matrix.axes for matrix in matrices] or axes
     rank = max(1, int(fraction * min(axes[0].m, axes[0].n)))
-    low = {"w": oialr.factor(params["w"], axes[0], rank)}
+    low = {"w": oialr.lowrank.factor(params["w"], axes[0], rank)}
 
     @jax.jit  # one program, which compiles in the time of a few operations
     def both(low, x):

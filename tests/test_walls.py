@@ -13,6 +13,7 @@ FLOORS = {
     "compiling": 0,
     "effects": 0,
     "linalg": 0,
+    "renames": 0,
     "views": 0,
     "cost": 1,
     "dataflow": 1,
@@ -30,26 +31,24 @@ FLOORS = {
     "labels": 2,
     "rows": 2,
     "moments": 2,
-    "polar": 2,
     "reports": 2,
     "serialization": 2,
     "sharding": 2,
     "transform": 2,
     "checkpoint": 3,
-    "export": 3,
     "factored": 3,
     "following": 3,
     "matrices": 3,
     "checks": 4,
     "defaults": 4,
-    "directions": 4,
+    "due": 4,
     "explain": 4,
     "curvature": 4,
     "ranking": 4,
     "rehearsal": 4,
-    "stability": 4,
-    "orthogonal": 5,
+    "orthogonal": 4,
     "projection": 5,
+    "stability": 5,
     "surgery": 5,
     "weighing": 5,
     "adaptive": 6,
@@ -57,6 +56,10 @@ FLOORS = {
     "training": 7,
     "wrapping": 7,
     "__init__": 8,  # sees every room and is seen by none
+}
+STAIRS = {  # of a room that is a package, whose __init__ sees all of its own
+    "orthogonal": {"polar": 0, "directions": 1, "transforms": 2, "optimizers": 3},
+    "stability": {"singular": 0, "comparison": 1, "settled": 2},
 }
 PLAIN = ("allocation", "cost", "schedule")  # decide on integers: no JAX
 FLAX = ("serialization",)  # registers nodes with Flax, where it is installed
@@ -87,12 +90,23 @@ def within(names: set[str], *roots: str) -> set[str]:
 
 
 def climbs(room: str, source: str) -> set[str]:
-    """Imports of ours, in the source of a room, that do not go to a lower floor."""
-    floor, found = FLOORS[room], set()
+    """Imports of ours, in the source of a room, that do not go to a lower floor.
+
+    A room of a package, say "stability.singular", imports what lies below the package,
+    and within it what lies further down the stairs. From outside each import of such a
+    room is one of the package, whose __init__ runs first.
+    """
+    outer, _, inner = room.partition(".")
+    stairs, found = STAIRS.get(outer, {}), set()
     for name in within(imported(source), "oialr_jax"):
         # a name of the package itself, say oialr_jax.adaptive's, comes from __init__
         target = [*name.split("."), "__init__"][1]
-        if FLOORS.get(target, FLOORS["__init__"]) >= floor:
+        if target != outer or not stairs:
+            down = FLOORS.get(target, FLOORS["__init__"]) < FLOORS[outer]
+        else:
+            step = [*name.split("."), "", ""][2]
+            down = step in stairs and (not inner or stairs[step] < stairs[inner])
+        if not down:
             found.add(name)
     return found
 
@@ -115,22 +129,42 @@ def package_of(path: pathlib.Path) -> str:
     return ".".join(path.parent.relative_to(ROOT).parts)
 
 
+def room_of(path: pathlib.Path) -> str:
+    """The name of a file's room, dotted within a package; its __init__ is the package.
+
+    >>> room_of(LIBRARY / "stability" / "__init__.py")
+    'stability'
+    """
+    parts = path.relative_to(LIBRARY).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[1:] and parts[-1] == "__init__" else parts)
+
+
 @pytest.mark.parametrize("path", files("oialr_jax"))
 def test_imports_go_down_a_floor(path):
-    assert path.parent == LIBRARY, f"{path.relative_to(ROOT)} is a room within a room"
-    assert path.stem in FLOORS, f"room {path.stem!r} is not in the table of floors"
-    assert climbs(path.stem, path.read_text()) == set()
+    room = room_of(path)
+    outer, _, inner = room.partition(".")
+    assert outer in FLOORS, f"room {outer!r} is not in the table of floors"
+    if path.parent != LIBRARY:
+        assert outer in STAIRS, f"package {outer!r} has no stairs in the table"
+        assert not inner or inner in STAIRS[outer], f"{room!r} is not on its stairs"
+    assert climbs(room, path.read_text()) == set()
+
+
+def test_the_tables_name_rooms_that_exist():
+    inside = {f"{outer}.{x}" for outer, stairs in STAIRS.items() for x in stairs}
+    assert FLOORS.keys() | inside == {room_of(x) for x in LIBRARY.rglob("*.py")}
 
 
 @pytest.mark.parametrize("path", files("oialr_jax"))
 def test_the_library_needs_neither_flax_nor_programs(path):
-    foreign = ("train", "tests") if path.stem in FLAX else ("flax", "train", "tests")
+    ours = ("train", "tests")
+    foreign = ours if room_of(path) in FLAX else ("flax", *ours)
     assert within(imported(path.read_text()), *foreign) == set()
 
 
 @pytest.mark.parametrize("path", files("oialr_jax"))
 def test_only_the_checkpoint_room_opens_files(path):
-    if path.stem not in FILES:
+    if room_of(path).partition(".")[0] not in FILES:
         assert opens_files(path.read_text()) == set()
 
 
@@ -185,6 +219,24 @@ def test_reads_every_form_of_import(source, names):
         ("cost", "def f():\n  from .schedule import x", {"oialr_jax.schedule.x"}),
         ("__init__", "from oialr_jax.adaptive import adaptive", set()),
         ("cost", "import oialr_jax_tools", set()),
+        ("adaptive", "from oialr_jax.stability.comparison import compare", set()),
+        ("stability", "from oialr_jax.stability.comparison import compare", set()),
+        (
+            "stability.singular",
+            "from oialr_jax.stability.comparison import compare",
+            {"oialr_jax.stability.comparison.compare"},
+        ),
+        (
+            "stability.comparison",
+            "from oialr_jax import stability",
+            {"oialr_jax.stability"},
+        ),
+        ("stability.comparison", "from oialr_jax.orthogonal.polar import polar", set()),
+        (
+            "orthogonal.polar",
+            "from oialr_jax.stability import compare",
+            {"oialr_jax.stability.compare"},
+        ),
     ],
     ids=str,
 )

@@ -18,11 +18,15 @@ from jax.sharding import PartitionSpec as P
 
 import oialr_jax as oialr
 from oialr_jax import ranking, surgery
-from oialr_jax.lowrank import named_leaves
+from oialr_jax.cost import Rates
+from oialr_jax.linalg import orthogonality_error
+from oialr_jax.lowrank import Axes, named_leaves
+from oialr_jax.matrices import Matrix
+from oialr_jax.projection import project_to_rank
 from oialr_jax.weighted import Sides, Statistics
 
 WIDTH = 16
-SCHEDULE = oialr.Schedule(delay=6, every=5, lag=2, stop=7, project=3, project_from=1)
+SCHEDULE = oialr.Schedule(delay=6, every=5, lag=2, stop=7, projections=range(1, 6, 3))
 
 
 def predict(params, x):
@@ -111,7 +115,7 @@ def test_a_cut_is_the_nearest_by_loss_and_the_moments_follow(rank):
         np.testing.assert_allclose(node.materialize(), cut, atol=2e-4)
         assert layer.rise == pytest.approx(rise, rel=1e-3)
         assert node.rank == layer.after == wanted[layer.path]
-        assert float(oialr.orthogonality_error(node.u, node.vt)) < 1e-5
+        assert float(orthogonality_error(node.u, node.vt)) < 1e-5
         moment = first_moment(state)[layer.path]
         left, right = (node.u.T, node.vt.T)
         if rank is not None:
@@ -128,7 +132,7 @@ def test_a_projection_is_the_nearest_by_loss():
     sums = sums_of(params, matrices)
     rule = oialr.RankRule(budget=3 * 4 * (2 * WIDTH + 4))
     ranks = ranking.choose(params, rule, matrices, sums)
-    new = oialr.project(params, rule, matrices, sums)
+    new = project_to_rank(params, rule, matrices, sums)
     for name in "abc":
         cut, _ = best(params[name], *sums.covariances(name), ranks[name])
         np.testing.assert_allclose(new[name], cut, atol=2e-4)
@@ -198,10 +202,7 @@ def flat(worth, size=WIDTH):
 
 def rotations():
     params = {x: jnp.linalg.qr(normal(i, WIDTH, WIDTH))[0] for i, x in enumerate("ab")}
-    matrices = [
-        oialr.Matrix(x, oialr.Axes((WIDTH,) * 2, (), (0,), (1,)), 1, "dot")
-        for x in "ab"
-    ]
+    matrices = [Matrix(x, Axes((WIDTH,) * 2, (), (0,), (1,)), 1, "dot") for x in "ab"]
     return params, matrices
 
 
@@ -242,9 +243,9 @@ def test_a_matrix_without_statistics_gets_its_share_of_the_budget():
 def test_a_price_in_flops_or_seconds_is_kept_to():
     matrices, params = found(), weights()
     sums = sums_of(params, matrices)
-    rates = oialr.Rates(1e9, 1e9, 1e9, 1e9, 1e9, 1e9)
-    seconds = functools.partial(oialr.Matrix.seconds, rates=rates)
-    for price in (oialr.Matrix.flops, seconds):
+    rates = Rates(1e9, 1e9, 1e9, 1e9, 1e9, 1e9)
+    seconds = functools.partial(Matrix.seconds, rates=rates)
+    for price in (Matrix.flops, seconds):
         budget = 0.6 * sum(price(x, None) for x in matrices)
         rule = oialr.RankRule(by="loss", budget=budget, price=price)
         new, _ = apply(params, matrices, rule, sums)
@@ -263,10 +264,10 @@ def test_mistakes_of_a_rule_by_loss_are_told():
     with pytest.raises(ValueError, match="`by` must be 'value' or 'loss', got 'rank'"):
         oialr.RankRule(by="rank", budget=1)
     with pytest.raises(ValueError, match="a `price` counts a budget"):
-        oialr.RankRule(budget=1, price=oialr.Matrix.flops)
+        oialr.RankRule(budget=1, price=Matrix.flops)
     with pytest.raises(ValueError, match="no matrix has any: give statistics="):
         apply(params, matrices, rule, None)
-    by_flops = dataclasses.replace(rule, price=oialr.Matrix.flops)
+    by_flops = dataclasses.replace(rule, price=Matrix.flops)
     with pytest.raises(ValueError, match="a costs nothing by the rule's `price`"):
         apply(params, matrices, by_flops, sums)
     tx = oialr.freeze_bases(optax.sgd(0.1))

@@ -44,6 +44,9 @@ from jaxtyping import Array
 
 import oialr_jax as oialr
 from oialr_jax import cost, linalg, surgery
+from oialr_jax.cost import Rates
+from oialr_jax.lowrank import Axes, factor
+from oialr_jax.transform import with_trainable
 from train import images, names, peers, process, recipe
 from train.models.basic_cnn import BasicCNN
 from train.models.mlp import MLP
@@ -443,17 +446,17 @@ class Layer:
             x, params["w"], (1, 1), "SAME", dimension_numbers=numbers
         )
 
-    def arrays(self, dtype: Any) -> tuple[Array, Array, oialr.Axes]:
+    def arrays(self, dtype: Any) -> tuple[Array, Array, Axes]:
         """x, W and its axes."""
         key = jax.random.key(0)
         x: tuple[int, ...] = (self.rows, self.m)
         w: tuple[int, ...] = (self.m, self.n)
-        axes = oialr.Axes(w, (), (0,), (1,))
+        axes = Axes(w, (), (0,), (1,))
         if self.side is not None:
             channels, count = self.m // 9, self.rows // self.side**2
             x = (count, self.side, self.side, channels)
             w = (3, 3, channels, self.n)
-            axes = oialr.Axes(w, (), (0, 1, 2), (3,))
+            axes = Axes(w, (), (0, 1, 2), (3,))
         return (
             jax.random.normal(key, x, dtype),
             jax.random.normal(key, w, dtype) * self.m**-0.5,
@@ -480,14 +483,14 @@ def layers(settings: Settings) -> list[Row]:
     return [row for layer in LAYERS for row in _layer(layer, settings, rates)]
 
 
-def _layer(layer: Layer, settings: Settings, rates: oialr.Rates | None) -> list[Row]:
+def _layer(layer: Layer, settings: Settings, rates: Rates | None) -> list[Row]:
     dtype = jnp.dtype(settings.dtype)
     x, w, axes = layer.arrays(dtype)
 
     def pulled(forward: Callable[..., Any], params: Any) -> Callable[[], Any]:
         def step(trained: Any, rest: Any, x: Array) -> Any:
             def use(trained: Any, x: Array) -> Array:
-                return forward({"w": oialr.with_trainable(rest, trained)}, x)
+                return forward({"w": with_trainable(rest, trained)}, x)
 
             y, pullback = jax.vjp(use, trained, x)
             return pullback(y)
@@ -504,7 +507,7 @@ def _layer(layer: Layer, settings: Settings, rates: oialr.Rates | None) -> list[
     for fraction in settings.fractions:
         rank = max(1, int(fraction * full))
         load = cost.Workload(layer.rows, layer.m, layer.n, rank, window=window)
-        node = oialr.factor(w.astype(jnp.float32), axes, rank)
+        node = factor(w.astype(jnp.float32), axes, rank)
         node = jax.tree.map(lambda a: a.astype(dtype), node)
         for name in settings.orders:
             order = (
@@ -546,7 +549,7 @@ def _layer(layer: Layer, settings: Settings, rates: oialr.Rates | None) -> list[
     return rows
 
 
-def calibrate(settings: Settings) -> oialr.Rates:
+def calibrate(settings: Settings) -> Rates:
     """Host side: the rates of JAX's default device, medians over the rounds."""
     dtype = jnp.dtype(settings.dtype)
     shapes = [layer for layer in LAYERS if layer.side is not None]
@@ -588,7 +591,7 @@ def calibrate(settings: Settings) -> oialr.Rates:
     forward, to_input, to_kernel = (
         sum(work) / sum(convolutions[kind::3]) for kind in range(3)
     )
-    return oialr.Rates(
+    return Rates(
         dot=2 * 4096 * 1024 * 1024 / dot,
         dot_kernel=2 * 512 * 4096 * 512 / kernel,
         conv=forward,
@@ -609,7 +612,7 @@ def _merging_pays(settings: Settings) -> bool:
     return bool(took["merged"] < took["chain"])
 
 
-def read_rates(path: pathlib.Path | None) -> oialr.Rates | None:
+def read_rates(path: pathlib.Path | None) -> Rates | None:
     """Host side: rates from a file of --calibrate, None for no path.
 
     Raises:   ValueError: the file has other names or values than `Rates`.
@@ -617,7 +620,7 @@ def read_rates(path: pathlib.Path | None) -> oialr.Rates | None:
     if path is None:
         return None
     try:
-        return oialr.Rates(**json.loads(path.read_text()))
+        return Rates(**json.loads(path.read_text()))
     except (TypeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path} does not hold the rates of a device: {error}"
@@ -850,7 +853,7 @@ def orthogonal(settings: Settings) -> list[Row]:
         rows += _compared(name, runs, settings.repeats)
     sgd = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(1e-2, momentum=0.9))
     optimizers = {"sgd": sgd} | {
-        x: oialr.orthogonal_sgd(1e-2, weight_decay=5e-4, **options)
+        x: oialr.orthogonal.orthogonal_sgd(1e-2, weight_decay=5e-4, **options)
         for x, options in POLAR.items()
     }
     steps = {}
@@ -864,7 +867,7 @@ def orthogonal(settings: Settings) -> list[Row]:
 
 
 def _polar_of(g: Any, options: Mapping[str, Any]) -> Callable[[], Any]:
-    tx = oialr.orthogonalize(**options)
+    tx = oialr.orthogonal.orthogonalize(**options)
     update = jax.jit(tx.update).lower(g, tx.init(g)).compile()
     return lambda: jax.block_until_ready(update(g, tx.init(g)))
 

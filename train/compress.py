@@ -33,6 +33,8 @@ from jaxtyping import Array, Float
 
 import oialr_jax as oialr
 from oialr_jax.compression import two_factors
+from oialr_jax.curvature import Statistics, of_outputs
+from oialr_jax.matrices import Matrix
 from train import names, process
 from train.data import passages
 from train.models.sentence_encoder import SentenceEncoder, from_bert
@@ -153,12 +155,12 @@ def compared(
 def measured(
     encode: Encode,
     params: Any,
-    matrices: Sequence[oialr.Matrix],
+    matrices: Sequence[Matrix],
     tokens: Sequence[Sequence[int]],
     key: Array,
     *,
     of_inputs: bool = False,
-) -> oialr.Statistics:
+) -> Statistics:
     """Host side: the curvature of the vectors' distance, over some passages.
 
     With `of_inputs` C is the mean of x xᵀ over tokens, and D the identity.
@@ -168,14 +170,14 @@ def measured(
         return encode(params, tokens, mask)[0]
 
     sums = oialr.curvature(
-        oialr.of_outputs(vectors),
+        of_outputs(vectors),
         matrices,
         terms=lambda *_, counted, **__: jnp.sum(counted),
         independent_rows=of_inputs,
     )
 
     @jax.jit
-    def run(*args: Any, **kwargs: Any) -> oialr.Statistics:
+    def run(*args: Any, **kwargs: Any) -> Statistics:
         found = sums(*args, **kwargs)
         return without_outputs(found) if of_inputs else found
 
@@ -195,19 +197,19 @@ def measured(
     return total
 
 
-def without_outputs(statistics: oialr.Statistics) -> oialr.Statistics:
+def without_outputs(statistics: Statistics) -> Statistics:
     """The statistics with the identity in the place of D."""
     sides = {path: x._replace(outputs=None) for path, x in statistics.sides.items()}
     return dataclasses.replace(statistics, sides=sides)
 
 
-def without_inputs(statistics: oialr.Statistics) -> oialr.Statistics:
+def without_inputs(statistics: Statistics) -> Statistics:
     """The statistics with the identity in the place of C."""
     sides = {path: x._replace(inputs=None) for path, x in statistics.sides.items()}
     return dataclasses.replace(statistics, sides=sides)
 
 
-def uniform(matrices: Sequence[oialr.Matrix], keep: float) -> dict[str, int]:
+def uniform(matrices: Sequence[Matrix], keep: float) -> dict[str, int]:
     """Ranks with which every matrix keeps the same part of its weights."""
     return {x.path: max(1, int(keep * x.m * x.n / (x.m + x.n))) for x in matrices}
 
@@ -317,7 +319,7 @@ def compressed(
     done("statistics")
     dense = sum(x.m * x.n for x in matrices)
     ranks = uniform(matrices, settings.keep)
-    ways: dict[str, tuple[oialr.Statistics, Any]] = {
+    ways: dict[str, tuple[Statistics, Any]] = {
         "plain": (without_inputs(inputs), ranks),
         "activations": (inputs, ranks),
         "curvature": (statistics, settings.keep * dense),

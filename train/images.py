@@ -34,6 +34,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt8
 
 import oialr_jax as oialr
+from oialr_jax.sharding import Rules
 from train import loop, names, process, recipe
 from train.data import augment
 from train.data.arrays import Dataset, Images, drawn, standardize
@@ -98,7 +99,7 @@ _IMAGENET: dict[str, Any] = {
     "cutoff": 0.15,
     "every": 0.05,
     "multiple": 16,
-    "keep_eligible": True,
+    "among_eligible": True,
     "log_every": 100,
     "eval_every": 6255,
     "save_every": 1251,
@@ -135,10 +136,9 @@ PRESETS: Mapping[str, tuple[str, Settings]] = {
             weight_decay=0.3,
             delay=0.5,
             budget=0.248,
-            project=0.025,
-            project_from=0.15,
+            projections=(0.15, 0.025),
             multiple=1,
-            keep_first=4,  # the last convolution and the hidden layer have 85 %
+            dense_first=4,  # the last convolution and the hidden layer have 85 %
             log_every=50,
             eval_every=600,
             save_every=1200,
@@ -157,13 +157,12 @@ PRESETS: Mapping[str, tuple[str, Settings]] = {
             smoothing=0.0,
             delay=0.7,
             budget=0.0317,  # 13,100 weights without biases
-            project=0.01,
-            project_from=0.2,
-            floor=0.002,
+            projections=(0.2, 0.01),
+            min_rank_share=0.002,
             multiple=1,
             min_aspect=0.01,
-            keep_first=1,  # 25x20, which has fewer weights dense
-            keep_last=0,
+            dense_first=1,  # 25x20, which has fewer weights dense
+            dense_last=0,
             log_every=100,
             eval_every=390,
             save_every=1560,
@@ -190,7 +189,7 @@ PRESETS: Mapping[str, tuple[str, Settings]] = {
             every=500 / 14_700,
             cutoff=0.15,
             multiple=8,
-            keep_eligible=True,
+            among_eligible=True,
             log_every=49,
             eval_every=490,
             save_every=1470,
@@ -545,7 +544,7 @@ def _sums(
     return jnp.sum(right), jnp.sum(jnp.where(counted, entropy, 0))
 
 
-def rules(mesh: Mesh, model: str) -> oialr.Rules:
+def rules(mesh: Mesh, model: str) -> Rules:
     """Which side of which matrix the axis `model` divides, if the mesh has it.
 
     Raises:   ValueError: no rules are known for this model.

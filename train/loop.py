@@ -39,6 +39,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 import oialr_jax as oialr
+from oialr_jax.reports import Report
 from train.tracking import Tracking
 
 METRICS = "metrics.jsonl"
@@ -166,7 +167,7 @@ def train(
     settings: Mapping[str, Any],
     interrupts: Interrupts,
     progress: Progress = Progress(),
-    reports: Sequence[oialr.Report] = (),
+    reports: Sequence[Report] = (),
     tracking: Tracking | None = None,
     flops: Callable[[Any], int] = lambda params: 0,
 ) -> tuple[TrainState, Progress]:

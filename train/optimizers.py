@@ -25,6 +25,8 @@ import jax.numpy as jnp
 import optax
 
 import oialr_jax as oialr
+from oialr_jax.matrices import Matrix
+from oialr_jax.transform import with_trainable
 from train import names
 
 RMS = 0.2
@@ -35,7 +37,7 @@ def build(
     name: str,
     rate: optax.ScalarOrSchedule,
     weight_decay: float,
-    matrices: Sequence[oialr.Matrix],
+    matrices: Sequence[Matrix],
     *,
     clip: float | None = 1.0,
     ema: float | None = None,
@@ -97,7 +99,7 @@ def averaged(params: Any, opt_state: Any) -> Any:
     """The running average of `params` in an optimizer state, or else `params`."""
     for x in jax.tree.leaves(opt_state, is_leaf=_is_average):
         if _is_average(x):
-            return oialr.with_trainable(params, x.ema)
+            return with_trainable(params, x.ema)
     return params
 
 
@@ -108,7 +110,7 @@ def _is_average(x: object) -> bool:
 def _adamw(
     rate: optax.ScalarOrSchedule,
     weight_decay: float,
-    matrices: Sequence[oialr.Matrix] = (),
+    matrices: Sequence[Matrix] = (),
 ) -> optax.GradientTransformation:
     del matrices
     return optax.adamw(
@@ -129,7 +131,7 @@ def _lars(rate: optax.ScalarOrSchedule, weight_decay: float) -> Any:
 OPTIMIZERS: Mapping[
     str,
     Callable[
-        [optax.ScalarOrSchedule, float, Sequence[oialr.Matrix]],
+        [optax.ScalarOrSchedule, float, Sequence[Matrix]],
         optax.GradientTransformation,
     ],
 ] = {
@@ -140,20 +142,22 @@ OPTIMIZERS: Mapping[
     "sgd": lambda rate, decay, _: optax.chain(
         optax.add_decayed_weights(decay), optax.sgd(rate, momentum=0.9)
     ),
-    "orthogonal_sgd": lambda rate, decay, matrices: oialr.orthogonal_sgd(
+    "orthogonal_sgd": lambda rate, decay, matrices: oialr.orthogonal.orthogonal_sgd(
         rate, weight_decay=decay, matrices=matrices
     ),
     "lars": lambda rate, decay, _: _lars(rate, decay),
     "orthogonal_lars": lambda rate, decay, matrices: optax.chain(
-        oialr.orthogonalize(matrices=matrices), _lars(rate, decay)
+        oialr.orthogonal.orthogonalize(matrices=matrices), _lars(rate, decay)
     ),
-    "swan": lambda rate, decay, matrices: oialr.swan(
+    "swan": lambda rate, decay, matrices: oialr.orthogonal.swan(
         rate, matrices, rms=RMS, weight_decay=decay, adam=_adamw(rate, decay)
     ),
-    "spectral_trust_region": lambda rate, decay, matrices: oialr.spectral_trust_region(
-        rate, weight_decay=decay, matrices=matrices
+    "spectral_trust_region": lambda rate, decay, matrices: (
+        oialr.orthogonal.spectral_trust_region(
+            rate, weight_decay=decay, matrices=matrices
+        )
     ),
-    "muon": lambda rate, decay, matrices: oialr.core_muon(
+    "muon": lambda rate, decay, matrices: oialr.orthogonal.core_muon(
         rate, matrices, rms=RMS, weight_decay=decay, adam=_adamw(rate, decay)
     ),
 }

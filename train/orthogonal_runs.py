@@ -43,6 +43,7 @@ from jaxtyping import Array
 from tqdm import tqdm
 
 import oialr_jax as oialr
+from oialr_jax.matrices import Matrix
 from train import bench, names, optimizers, process, recipe, selfsup
 from train.models.basic_cnn import BasicCNN
 from train.models.resnet import ResNet
@@ -176,7 +177,7 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = {
     ),
 }
 
-Matrices = Sequence[oialr.Matrix]
+Matrices = Sequence[Matrix]
 Arm = Callable[[Any, Matrices], optax.GradientTransformation]
 
 
@@ -192,7 +193,7 @@ def _then_sgd(first: Callable[[Matrices], optax.GradientTransformation]) -> Arm:
 def _momentum_first(rate: Any, matrices: Matrices) -> optax.GradientTransformation:
     return optax.chain(
         optax.trace(0.9),
-        oialr.orthogonalize(matrices=matrices),
+        oialr.orthogonal.orthogonalize(matrices=matrices),
         optax.add_decayed_weights(5e-4),
         optax.scale_by_learning_rate(rate),
     )
@@ -200,19 +201,27 @@ def _momentum_first(rate: Any, matrices: Matrices) -> optax.GradientTransformati
 
 ARMS: Mapping[str, Arm] = {
     "sgd": _then_sgd(lambda _: optax.identity()),
-    "normalize_tensor": _then_sgd(lambda x: oialr.normalize_tensor(matrices=x)),
-    "normalize_components": _then_sgd(lambda x: oialr.normalize_components(matrices=x)),
-    "orthogonal": _then_sgd(lambda x: oialr.orthogonalize(matrices=x)),
-    "orthogonal, svd": _then_sgd(lambda x: oialr.orthogonalize("svd", matrices=x)),
+    "normalize_tensor": _then_sgd(
+        lambda x: oialr.orthogonal.normalize_tensor(matrices=x)
+    ),
+    "normalize_components": _then_sgd(
+        lambda x: oialr.orthogonal.normalize_components(matrices=x)
+    ),
+    "orthogonal": _then_sgd(lambda x: oialr.orthogonal.orthogonalize(matrices=x)),
+    "orthogonal, svd": _then_sgd(
+        lambda x: oialr.orthogonal.orthogonalize("svd", matrices=x)
+    ),
     "orthogonal, svd filled": _then_sgd(
-        lambda x: oialr.orthogonalize("svd", fill=True, matrices=x)
+        lambda x: oialr.orthogonal.orthogonalize("svd", fill=True, matrices=x)
     ),
     "orthogonal but the head": _then_sgd(
-        lambda x: oialr.orthogonalize(matrices=x[:-1])
+        lambda x: oialr.orthogonal.orthogonalize(matrices=x[:-1])
     ),
     "momentum, then orthogonal": _momentum_first,
-    "swan": lambda rate, x: oialr.swan(rate, x[:-1], rms=optimizers.RMS),
-    "muon": lambda rate, x: oialr.core_muon(rate, x[:-1], rms=optimizers.RMS),
+    "swan": lambda rate, x: oialr.orthogonal.swan(rate, x[:-1], rms=optimizers.RMS),
+    "muon": lambda rate, x: oialr.orthogonal.core_muon(
+        rate, x[:-1], rms=optimizers.RMS
+    ),
     "adam": lambda rate, _: optax.adam(rate),
 }
 
@@ -376,7 +385,7 @@ class Unlabelled:
         found = oialr.find_matrices(
             self.task.loss, params, extra, self.task.batch(0), key
         )
-        self.matrices = oialr.select(found, keep_last=preset.keep_last)
+        self.matrices = oialr.select(found, dense_last=preset.dense_last)
         self.initial = jax.jit(self.created)
         self.stepped = jax.jit(self.step, donate_argnums=0)
 
@@ -650,9 +659,13 @@ def _spread(values: Sequence[float], scale: float, digits: int) -> str:
 NOISES = (0.1, 0.5, 2.0, 5.0)
 QUADRATIC: Mapping[str, optax.GradientTransformation] = {
     "sgd": optax.trace(0.9),
-    "normalize_components": optax.chain(oialr.normalize_components(), optax.trace(0.9)),
-    "orthogonal": optax.chain(oialr.orthogonalize(), optax.trace(0.9)),
-    "momentum, then orthogonal": optax.chain(optax.trace(0.9), oialr.orthogonalize()),
+    "normalize_components": optax.chain(
+        oialr.orthogonal.normalize_components(), optax.trace(0.9)
+    ),
+    "orthogonal": optax.chain(oialr.orthogonal.orthogonalize(), optax.trace(0.9)),
+    "momentum, then orthogonal": optax.chain(
+        optax.trace(0.9), oialr.orthogonal.orthogonalize()
+    ),
 }
 
 

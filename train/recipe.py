@@ -21,6 +21,10 @@ from jaxtyping import Array
 
 import oialr_jax as oialr
 from oialr_jax import cost
+from oialr_jax.adaptive import Timing
+from oialr_jax.lowrank import without_identity
+from oialr_jax.matrices import Matrix
+from oialr_jax.reports import Report
 from train import loop, names, optimizers, rates, report
 from train.tracking import Tracking
 
@@ -69,7 +73,7 @@ class Settings:
     """Share of the layers, last executed first, that each event treats in addition."""
     cutoff: float = 0.3
     """Singular values below this fraction of the largest go."""
-    floor: float = 0.01
+    min_rank_share: float = 0.01
     """No rank falls below this part of the short side."""
     max_drop: float = 0.5
     """Part of a rank that one event may drop."""
@@ -83,25 +87,21 @@ class Settings:
     weigh: int = 0
     """Batches before each cut of which the curvature is measured: directions then count
     by what they are worth in loss, and share a `budget` by that. 0 for none."""
-    project: float | None = None
-    """Time between projections of the dense warm-up: its matrices are cut to the ranks
-    of now, and go on dense."""
-    project_from: float = 0.15
-    """When these begin."""
-    when: Literal["delay", "stable"] = "delay"
-    """Convert all matrices after `delay`; or from then on each one when its basis has
-    turned little between two events, and cut it only then."""
-    threshold: float = 0.98
-    """The least stability of a basis that counts as little; 1 is none."""
+    projections: tuple[float, float] | None = None
+    """When projections of the dense warm-up begin and the time between them: matrices
+    are cut to the ranks that the rule gives them then, and train on, dense."""
+    settled: float | None = None
+    """Convert and cut a matrix only at events between which the stability of its basis
+    was at least this; 1 is a basis that stands still."""
     lag: int = 0
     """Steps between the choice of ranks and the event; meanwhile its step compiles."""
     min_aspect: float = 0.1
     """Matrices narrower than this, short over long side, stay dense."""
-    keep_first: int = 0
-    """So many matrices stay dense, of those that run first."""
-    keep_last: int = 1
-    """The same of those that run last."""
-    keep_eligible: bool = False
+    dense_first: int = 0
+    """How many of the matrices that run first stay dense."""
+    dense_last: int = 1
+    """How many of those that run last stay dense."""
+    among_eligible: bool = False
     """Count them among the matrices that are wide enough, as the authors' code does."""
     log_every: int = 25
     """Steps between training records."""
@@ -158,7 +158,7 @@ SMOKE: Mapping[str, Any] = {
     "layer_step": 1.0,
     "cutoff": 0.9,  # so that ranks surely fall
     "multiple": 1,
-    "keep_last": 0,
+    "dense_last": 0,
     "log_every": 4,
     "eval_every": 6,
     "save_every": 4,
@@ -186,7 +186,7 @@ class State(train_state.TrainState):
     def averaged(self) -> Any:
         """The params to evaluate: their running average where there is one."""
         averaged = optimizers.averaged(self.params, self.opt_state)
-        return oialr.without_identity(averaged)  # one program for all bases
+        return without_identity(averaged)  # one program for all bases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,13 +249,16 @@ def run(settings: S, build: Callable[[S], Task], *, name: str) -> dict[str, Any]
     matrices = oialr.select(
         found_matrices,
         min_aspect=settings.min_aspect,
-        keep_first=settings.keep_first,
-        keep_last=settings.keep_last,
-        keep_eligible=settings.keep_eligible,
+        dense_first=settings.dense_first,
+        dense_last=settings.dense_last,
+        among_eligible=settings.among_eligible,
     )
     rule = rank_rule(settings, weights, matrices)
-    stable = low_rank and settings.when == "stable"
-    tx = oialr.freeze_bases(optimizer(settings, matrices), reference=stable)
+    tx, due = optimizer(settings, matrices), None
+    if low_rank and settings.settled is not None:
+        due = oialr.stability.when_settled(settings.settled)
+        tx = optax.chain(tx, oialr.stability.keep_reference())
+    tx = oialr.freeze_bases(tx)
     loss = oialr.factored(task.loss)
 
     def create(key: Array) -> State:
@@ -310,8 +313,8 @@ def run(settings: S, build: Callable[[S], Task], *, name: str) -> dict[str, Any]
     ):
         state = layout.initialize(create, key) if found is None else found.state
         step: Any
-        reports: Sequence[oialr.Report] = []
-        timings: Sequence[oialr.Timing] = []
+        reports: Sequence[Report] = []
+        timings: Sequence[Timing] = []
         if plan is not None:
             step = oialr.adaptive(
                 train_step,
@@ -319,6 +322,7 @@ def run(settings: S, build: Callable[[S], Task], *, name: str) -> dict[str, Any]
                 matrices,
                 plan,
                 rule,
+                due=due,
                 weighing=weighing(settings, task, noise),
                 layout=layout,
             )
@@ -397,7 +401,7 @@ def weighing(settings: Settings, task: Task, key: Array) -> oialr.Weighing | Non
 
 
 def optimizer(
-    settings: Settings, matrices: Sequence[oialr.Matrix] = ()
+    settings: Settings, matrices: Sequence[Matrix] = ()
 ) -> optax.GradientTransformation:
     """The optimizer that was asked for, with its rate, clipping and running average.
 
@@ -463,33 +467,29 @@ def schedule(settings: Settings) -> oialr.Schedule:
             f"no step is left for low rank: `delay` {settings.delay:.3g} and `stop` "
             f"{settings.stop:.3g} are steps {delay} and {stop} of {settings.steps}"
         )
-    project = None
-    if settings.project is not None:
-        if not 0 < settings.project <= 1:
+    projections: Sequence[int] = ()
+    if settings.projections is not None:
+        first, between = settings.projections
+        if not (0 <= first < settings.delay and 0 < between <= 1):
             raise ValueError(
-                f"`project` must be in (0, 1], part of the run; got {settings.project}"
+                "`projections` must begin in [0, `delay` "
+                f"{settings.delay:.3g}) and be (0, 1] apart, parts of the run; got "
+                f"{first} {between}"
             )
-        if not 0 <= settings.project_from < settings.delay:
-            raise ValueError(
-                f"`project_from` must be in [0, `delay` {settings.delay:.3g}), part of "
-                f"the run; got {settings.project_from}"
-            )
-        project = max(1, round(settings.steps * settings.project))
+        first, between = (round(settings.steps * x) for x in (first, between))
+        projections = range(first, delay, max(1, between))
     return oialr.Schedule(
         delay=delay,
         every=max(1, every),
-        project=project,
-        project_from=round(settings.steps * settings.project_from),
+        projections=projections,
         layer_step=settings.layer_step,
         lag=settings.lag,
         stop=stop,
-        when=settings.when,
-        threshold=settings.threshold,
     )
 
 
 def rank_rule(
-    settings: Settings, params: Any, matrices: Sequence[oialr.Matrix]
+    settings: Settings, params: Any, matrices: Sequence[Matrix]
 ) -> oialr.RankRule:
     """Which ranks stay; of a budget the weights outside the `matrices` are taken first.
 
@@ -512,7 +512,7 @@ def rank_rule(
             )
     return oialr.RankRule(
         cutoff=settings.cutoff,
-        floor=settings.floor,
+        min_rank_share=settings.min_rank_share,
         max_drop=settings.max_drop,
         multiple=settings.multiple,
         budget=budget,

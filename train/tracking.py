@@ -14,7 +14,10 @@ from jaxtyping import Array
 
 import oialr_jax as oialr
 from oialr_jax.decompose import mesh_of
-from oialr_jax.stability import sigmas, spectrum
+from oialr_jax.lowrank import without_identity
+from oialr_jax.matrices import Matrix
+from oialr_jax.stability.comparison import sigmas
+from oialr_jax.stability.singular import spectrum
 
 DETAILED = 4
 """About so many lines of a run have the null model and the spectra, which cost more."""
@@ -28,7 +31,7 @@ class Tracking:
     resumed from: its first line has a later `since` than the uninterrupted run's.
     """
 
-    matrices: Sequence[oialr.Matrix]
+    matrices: Sequence[Matrix]
     every: int
     """Steps between two lines."""
     steps: int
@@ -50,7 +53,7 @@ class Tracking:
 
     def start(self, params: Any, step: int) -> Any:
         """Host side: what `compare` wants to know of the params of now."""
-        return oialr.tracker(self.matrices).init(params), step
+        return oialr.stability.tracker(self.matrices).init(params), step
 
     def compare(
         self, followed: Any, params: Any, step: int
@@ -77,13 +80,13 @@ class Tracking:
 
 @functools.partial(jax.jit, static_argnames="matrices")
 def _updated(
-    portraits: Any, params: Any, key: Any, matrices: tuple[oialr.Matrix, ...]
-) -> tuple[Any, tuple[dict[str, oialr.Stability], dict[str, Array]], Array]:
+    portraits: Any, params: Any, key: Any, matrices: tuple[Matrix, ...]
+) -> tuple[Any, tuple[dict[str, oialr.stability.Stability], dict[str, Array]], Array]:
     """One program, not one for each shape, and all numbers in one array as well.
 
     Calling several and fetching number by number is a third of the work.
     """
-    portraits, values = oialr.tracker(matrices).update(portraits, params, key)
+    portraits, values = oialr.stability.tracker(matrices).update(portraits, params, key)
     found = values, {} if key is None else sigmas(portraits, after=values)
     numbers = jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(found)])
     return portraits, found, numbers
@@ -95,7 +98,7 @@ def _copied(params: Any) -> Any:
     In a program of several devices each would call LAPACK, at the same time.
     """
     mesh = mesh_of(jax.tree.leaves(params))
-    copies = _copying(mesh)(oialr.without_identity(params))
+    copies = _copying(mesh)(without_identity(params))
     return copies if mesh is None else jax.tree.map(_first, copies)
 
 
@@ -112,7 +115,7 @@ def _first(whole: Array) -> Array:
 
 def _told(
     line: dict[str, Any],
-    found: tuple[dict[str, oialr.Stability], dict[str, Array]],
+    found: tuple[dict[str, oialr.stability.Stability], dict[str, Array]],
     numbers: Array,
 ) -> dict[str, Any]:
     leaves, treedef = jax.tree.flatten(found)
@@ -130,7 +133,7 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     """Numbers as JSON has them, to six digits; None where there is none."""
     result: dict[str, Any] = {}
     for name, x in values.items():
-        if isinstance(x, oialr.Stability):
+        if isinstance(x, oialr.stability.Stability):
             result[name] = _plain(x._asdict() | {"null": None})
         elif x is not None:
             result[name] = _rounded(np.asarray(x).tolist())

@@ -180,9 +180,9 @@ def test_the_preset_holds_the_matrices_in_low_rank_that_the_authors_hold():
     chosen = oialr.select(
         found,
         min_aspect=settings.min_aspect,
-        keep_first=settings.keep_first,
-        keep_last=settings.keep_last,
-        keep_eligible=settings.keep_eligible,
+        dense_first=settings.dense_first,
+        dense_last=settings.dense_last,
+        among_eligible=settings.among_eligible,
     )
     total = sum(x.size for x in jax.tree.leaves(params))
     dense = total - sum(x.m * x.n for x in chosen)

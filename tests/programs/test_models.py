@@ -133,7 +133,7 @@ def test_the_autoformer_has_the_22_matrices_of_the_paper():
     matrices = oialr.find_matrices(
         lambda params, *x: model.apply({"params": params}, *x), params, values, times
     )
-    eligible = oialr.select(matrices, keep_first=0, keep_last=0)
+    eligible = oialr.select(matrices, dense_first=0, dense_last=0)
     shapes = sorted((x.m, x.n) for x in eligible)
     assert shapes == [(512, 512)] * 16 + [(512, 2048)] * 3 + [(2048, 512)] * 3
     assert eligible[0].path.endswith("encoder0/self_query/kernel")

@@ -11,6 +11,7 @@ from cases import normal
 from flax.training.train_state import TrainState
 
 import oialr_jax as oialr
+from oialr_jax.lowrank import is_low_rank
 from train import images, optimizers
 from train.data import digits
 from train.models.mlp import MLP
@@ -82,7 +83,7 @@ def test_digits_are_learnt(problem, name, method):
     assert half < 0.95 * losses[0]
     assert losses[-1] < 0.95 * half
     low = method == "oialr"
-    assert all(oialr.is_low_rank(x["kernel"]) == low for x in hidden(state.params))
+    assert all(is_low_rank(x["kernel"]) == low for x in hidden(state.params))
 
 
 def hidden(params):

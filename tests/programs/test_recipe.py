@@ -155,10 +155,10 @@ def test_gradients_of_several_batches_make_one_update():
             "`budget` 0.01 of 5122 weights leaves nothing for the matrices: 314 "
             "weights stay dense",
         ),
-        ({"project": 0.0}, "`project` must be in (0, 1], part of the run; got 0.0"),
+        ({"projections": (0.1, 0.0)}, "parts of the run; got 0.1 0.0"),
         (
-            {"project": 0.1, "project_from": 0.4},
-            "`project_from` must be in [0, `delay` 0.333), part of the run; got 0.4",
+            {"projections": (0.4, 0.1)},
+            "`projections` must begin in [0, `delay` 0.333) and be (0, 1] apart",
         ),
     ],
     ids=lambda x: "".join(x) if isinstance(x, dict) else "",
@@ -174,13 +174,13 @@ def test_a_budget_is_a_part_of_all_weights_that_one_conversion_reaches(tmp_path)
         SETTINGS,
         out=tmp_path,
         budget=0.3,
-        project=0.1,
+        projections=(0.15, 0.1),
         delay=0.5,
         stop=1.0,
         multiple=1,
     )
     plan = recipe.schedule(settings)
-    assert (plan.project, plan.project_from) == (1, 2)
+    assert plan.projections == range(2, 6)
     found = images.run(settings, name="x")
     lines = (tmp_path / "x" / loop.METRICS).read_text().splitlines()
     events = [x for x in map(json.loads, lines) if x["kind"] == "event"]

@@ -14,12 +14,14 @@ from flax.training.train_state import TrainState
 from jax.sharding import NamedSharding, PartitionSpec
 
 import oialr_jax as oialr
+from oialr_jax.lowrank import Axes, factor
+from oialr_jax.matrices import Matrix
 from train import bench, images, loop
 from train.tracking import Tracking
 
 SHAPES: Mapping[str, tuple[int, int]] = {"tall": (24, 10), "square": (12, 12)}
 MATRICES = tuple(
-    oialr.Matrix(path, oialr.Axes(shape, (), (0,), (1,)), rows=1, kind="dot")
+    Matrix(path, Axes(shape, (), (0,), (1,)), rows=1, kind="dot")
     for path, shape in SHAPES.items()
 )
 
@@ -27,7 +29,7 @@ MATRICES = tuple(
 def params(seed, low=False):
     found = {path: normal(seed, *shape) for path, shape in SHAPES.items()}
     if low:
-        node = oialr.factor(found["tall"], MATRICES[0].axes, 4)
+        node = factor(found["tall"], MATRICES[0].axes, 4)
         found["tall"] = node
     return found
 
@@ -39,8 +41,8 @@ def test_numbers_outlive_the_params_they_are_of(low, detailed):
     track = Tracking(MATRICES, every=1, steps=20, epoch=2.0)
     step = next(t for t in range(1, 20) if track.is_detailed(t) == detailed)
     after = params(1, low)
-    expected = oialr.stability(params(0, low), after, MATRICES)
-    spectra = oialr.spectra(after, MATRICES)
+    expected = oialr.stability.compare(params(0, low), after, MATRICES)
+    spectra = oialr.stability.spectra(after, MATRICES)
     followed, numbers = track.compare(track.start(params(0, low), 0), after, step)
     for leaf in jax.tree.leaves(after):
         leaf.delete()
@@ -52,7 +54,7 @@ def test_numbers_outlive_the_params_they_are_of(low, detailed):
             want = float(getattr(expected[path], name))
             np.testing.assert_allclose(layer[name], want, rtol=2e-5, atol=1e-6)
         assert ("sigma" in layer) == ("null" in layer) == detailed
-        for name in oialr.Spectrum._fields if detailed else ():
+        for name in oialr.stability.Spectrum._fields if detailed else ():
             want = getattr(spectra[path], name)
             np.testing.assert_allclose(layer[name], want, rtol=2e-5, atol=1e-6)
 
@@ -67,7 +69,7 @@ def test_params_on_a_mesh_are_followed_on_one_device(spec):
     for leaf in jax.tree.leaves(after):
         leaf.delete()
     assert all(len(x.devices()) == 1 for x in jax.tree.leaves(followed[0]))
-    expected = oialr.stability(params(0), params(1), MATRICES)
+    expected = oialr.stability.compare(params(0), params(1), MATRICES)
     for path, layer in numbers()["layers"].items():
         np.testing.assert_allclose(layer["basis"], expected[path].basis, rtol=2e-5)
 

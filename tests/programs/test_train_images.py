@@ -18,6 +18,7 @@ import pytest
 from flax.training.train_state import TrainState
 
 import oialr_jax as oialr
+from oialr_jax.lowrank import Axes, factor
 from train import images, loop, recipe, report
 from train.data import digits
 from train.data.arrays import standardize
@@ -401,7 +402,7 @@ def test_evaluations_of_the_dense_warm_up_do_not_count(tmp_path):
 
 def test_flops_are_counted_anew_after_an_event_and_go_on_with_a_resumed_run(tmp_path):
     tx = oialr.freeze_bases(optax.sgd(0.1))
-    params = {"w": oialr.factor(jnp.eye(4), oialr.Axes((4, 4), (), (0,), (1,)))}
+    params = {"w": factor(jnp.eye(4), Axes((4, 4), (), (0,), (1,)))}
     state = TrainState.create(apply_fn=None, params=params, tx=tx)
     reports = []
 

@@ -2,7 +2,7 @@
 
 Of X = A D Bᵀ it is A Bᵀ. Singular values that are zero stay zero, which makes it
 unique: the canonical partial isometry. Input is expected finite, its largest entry one
-unless all are zero: see `directions.py`, which sees to it.
+unless all are zero: `directions.py` sees to that.
 """
 
 import functools
