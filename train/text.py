@@ -41,6 +41,8 @@ class Settings(recipe.Settings):
     """Of each attention."""
     width: int = 64
     """Of each place."""
+    scale: float = 1.0
+    """By this the width is multiplied: a small dense network."""
     dropout: float = 0.0
     """Part of the activations that is dropped in training."""
 
@@ -118,7 +120,8 @@ def task(settings: Settings) -> recipe.Task:
         context=settings.context,
         depth=settings.depth,
         heads=settings.heads,
-        width=settings.width,
+        width=max(1, round(settings.scale * settings.width / settings.heads))
+        * settings.heads,
         dropout=settings.dropout,
     )
 

@@ -1,0 +1,90 @@
+"""train.studies.controls: every number beside a small dense network of equal weights."""
+
+import json
+
+import jax
+import pytest
+
+import oialr_jax as oialr
+from train import images, text
+from train.studies import controls
+
+
+def settings(out, preset="sonnets", **options):
+    return controls.Settings(preset, budgets=(0.5,), seeds=(0, 1), out=out, **options)
+
+
+@pytest.mark.parametrize(
+    ("program", "preset", "budget"),
+    [(text, "sonnets", 0.4), (images, "digits", 0.3)],
+    ids=["text", "images"],
+)
+def test_a_small_dense_network_fills_its_budget_and_no_more(
+    program, preset, budget, tmp_path
+):
+    usual = program.PRESETS[preset][1]
+    scale = controls._scale(settings(tmp_path, preset), program, usual, budget)
+
+    def weights(scale):
+        changed = dict(vars(usual), scale=scale, mesh="data=1")
+        init = program.task(type(usual)(**changed)).init
+        params = jax.eval_shape(init, jax.random.key(0))["params"]
+        return oialr.counts(params).stored
+
+    whole = weights(1.0)
+    assert 0.8 * budget * whole < weights(scale) <= budget * whole
+
+
+@pytest.mark.parametrize(
+    ("metric", "chosen"), [("accuracy", "0.2"), ("loss", "0.1"), ("mse", "0.1")]
+)
+def test_a_rate_is_chosen_on_a_seed_of_its_own(metric, chosen, tmp_path):
+    asked = []
+
+    def run(options, seed):
+        asked.append((options[-1], seed))
+        rate = float(options[-1].split()[1])
+        return {"metric": metric, "best": {metric: rate}, "seed": seed}
+
+    arm = controls._best(settings(tmp_path), run, ["--method dense"], [0.1, 0.2])
+    assert arm["options"] == ["--method dense", f"--learning-rate {chosen}"]
+    assert [seed for _, seed in asked] == [controls.CHOOSING] * 2 + [0, 1]
+    assert [x["seed"] for x in arm["runs"]] == [0, 1]
+
+
+def test_the_table_has_means_and_deviations():
+    runs = [
+        {
+            "seed": seed,
+            "metric": "accuracy",
+            "test_accuracy": value,
+            "stored_weights": 1500,
+            "wall_seconds": 10,
+        }
+        for seed, value in enumerate((0.9, 0.92))
+    ]
+    shown = controls.table({"arms": {"dense": {"runs": runs}}})
+    assert "| dense | 1,500 | accuracy | 91 ± 1.4 | 10 |" in shown
+
+
+def test_a_run_that_fails_is_told(tmp_path):
+    with pytest.raises(RuntimeError, match=r"failed: .*`steps` must be at least 1"):
+        controls._run(settings(tmp_path, steps=-3), "train.text", ["--method dense"], 0)
+
+
+def test_an_unknown_preset_is_told(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="sonets"):
+        controls.main(["sonets", "--budgets", "0.5", "--out", str(tmp_path)])
+
+
+@pytest.mark.long
+def test_a_study_of_short_runs(tmp_path):
+    arguments = ["sonnets", "--budgets", "0.6", "--steps", "24", "--seeds", "0"]
+    options = ["--batches", "2", "--out", str(tmp_path)]
+    controls.main([*arguments, *options])
+    found = json.loads((tmp_path / "sonnets" / "controls.json").read_text())
+    names = ["dense", "dense, Muon", "small dense, 0.6", "plain, 0.6", "weighed, 0.6"]
+    assert list(found["arms"]) == names
+    whole = found["arms"]["dense"]["runs"][0]["stored_weights"]
+    for name in names[2:]:
+        assert found["arms"][name]["runs"][0]["stored_weights"] <= 0.6 * whole

@@ -1,0 +1,1 @@
+"""Measurements that are made once and published: many runs, one table."""

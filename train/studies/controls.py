@@ -1,0 +1,193 @@
+"""Low rank against its controls: python -m train.studies.controls PRESET.
+
+Command:   python -m train.studies.controls mnist-lenet5 --budgets 0.0317 0.0692 0.1845
+           (--data-dir as for the preset; --seeds, --out)
+
+For each budget, a part of all weights, the preset is trained by the plain rule and
+weighed by curvature, and beside them the controls that such a number needs: the dense
+network, the dense network with Muon, and a small dense network, of all widths scaled,
+that stores no more weights. Each of the controls has the best of several rates, chosen
+on a seed that is not reported. Every run is a folder in OUT; the same command goes on
+after a kill. OUT/controls.json has what was measured, and the table is printed.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import tyro
+
+import oialr_jax as oialr
+from train import images, loop, names, process, text
+
+PROGRAMS = {"train.images": images, "train.text": text}
+CHOOSING = 100
+"""The seed on which rates are chosen."""
+RATES = (0.5, 1.0, 2.0)
+"""Tried, times the preset's."""
+MUON = (0.005, 0.01, 0.02, 0.04)
+"""Tried with Muon."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Which runs are compared."""
+
+    preset: tyro.conf.Positional[str]
+    """Of train.images or train.text."""
+    budgets: tuple[float, ...]
+    """Parts of all weights that are stored."""
+    options: tuple[str, ...] = ()
+    """More settings of the low-rank runs, NAME=VALUE each."""
+    batches: int = 8
+    """Of which curvature is measured before each cut."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Reported."""
+    steps: int | None = None
+    """Length of a run, if not the preset's."""
+    data_dir: pathlib.Path = pathlib.Path("data")
+    """Where `python -m train.data.prepare` put the dataset."""
+    out: pathlib.Path = pathlib.Path("runs/controls")
+    """Runs go to a folder in here."""
+
+
+def measured(settings: Settings) -> dict[str, Any]:
+    """Host side: every arm with its runs, as written to OUT/PRESET/controls.json.
+
+    Raises:   ValueError: an unknown preset. RuntimeError: a run failed.
+    """
+    table = {name: x for x, y in PROGRAMS.items() for name in y.PRESETS}
+    program = names.find("preset", settings.preset, table)
+    usual = PROGRAMS[program].PRESETS[settings.preset][1]
+    run = functools.partial(_run, settings, program)
+    rates = [x * usual.learning_rate for x in RATES]
+    low = ["--" + x.replace("=", " ") for x in settings.options]
+    arms = {
+        "dense": _best(settings, run, ["--method dense"], rates),
+        "dense, Muon": _best(
+            settings, run, ["--method dense", "--optimizer muon"], MUON
+        ),
+    }
+    for budget in settings.budgets:
+        scale = _scale(settings, PROGRAMS[program], usual, budget)
+        small = ["--method dense", f"--scale {scale}"]
+        arms[f"small dense, {budget:.4g}"] = _best(settings, run, small, rates)
+        given = [*low, f"--budget {budget}"]
+        for name, more in {"plain": 0, "weighed": settings.batches}.items():
+            options = [*given, f"--weigh {more}"]
+            arms[f"{name}, {budget:.4g}"] = {
+                "options": options,
+                "runs": [run(options, seed) for seed in settings.seeds],
+            }
+    result = {
+        "preset": settings.preset,
+        "seeds": settings.seeds,
+        "jax": jax.__version__,
+        "arms": arms,
+    }
+    folder = settings.out / settings.preset
+    text = json.dumps(result, indent=1, default=str) + "\n"
+    (folder / "controls.json").write_text(text)
+    return result
+
+
+def _best(
+    settings: Settings, run: Any, options: Sequence[str], rates: Sequence[float]
+) -> dict[str, Any]:
+    """The runs of a control at the rate that was best on the choosing seed."""
+    tried = {}
+    for rate in rates:
+        found = run([*options, f"--learning-rate {rate:g}"], CHOOSING)
+        tried[f"{rate:g}"] = found["best"][found["metric"]]
+    largest = "loss" not in found["metric"] and "mse" not in found["metric"]
+    rate = (max if largest else min)(tried, key=lambda x: tried[x])
+    options = [*options, f"--learning-rate {rate}"]
+    return {
+        "options": options,
+        "tried": tried,
+        "runs": [run(options, seed) for seed in settings.seeds],
+    }
+
+
+def _run(
+    settings: Settings, program: str, options: Sequence[str], seed: int
+) -> dict[str, Any]:
+    """The summary of one run, in a process of its own, or of one that has ended."""
+    folder = settings.out / settings.preset
+    name = "_".join(x.lstrip("-").replace(" ", "-") for x in options) + f"-seed{seed}"
+    summary = folder / name / loop.SUMMARY
+    if not summary.exists():
+        words = [word for x in options for word in x.split()]
+        if settings.steps is not None:
+            words += ["--steps", str(settings.steps)]
+        words += ["--seed", str(seed), "--name", name, "--out", str(folder)]
+        words += ["--data-dir", str(settings.data_dir), "--mesh", "data=1", "--resume"]
+        command = [sys.executable, "-m", program, settings.preset, *words]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if not summary.exists():
+            raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-1000:]}")
+    keys = ("metric", "best", "stored_weights", "dense_weights", "wall_seconds")
+    found = json.loads(summary.read_text())
+    tests = {k: x for k, x in found.items() if k.startswith("test_")}
+    return {"seed": seed, **{k: found[k] for k in keys}, **tests}
+
+
+def _scale(settings: Settings, program: Any, usual: Any, budget: float) -> float:
+    """The largest scale, in steps of a hundredth, at which a network is in budget."""
+
+    @functools.cache
+    def weights(percent: int) -> int:
+        changed = dataclasses.replace(
+            usual, scale=percent / 100, data_dir=settings.data_dir, mesh="data=1"
+        )
+        init = program.task(changed).init
+        return oialr.counts(jax.eval_shape(init, jax.random.key(0))["params"]).stored
+
+    low, high = 1, 100
+    while high - low > 1:
+        middle = (low + high) // 2
+        if weights(middle) <= budget * weights(100):
+            low = middle
+        else:
+            high = middle
+    return low / 100
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Markdown: mean ± sample deviation over seeds of the metric, and weights."""
+    lines = ["| run | weights | metric | test | seconds |", "|" + " --- |" * 5]
+    for name, arm in result["arms"].items():
+        runs = arm["runs"]
+        metric = runs[0]["metric"].removeprefix("validation_")
+        factor = 100 if metric == "accuracy" else 1
+        values = [factor * x[f"test_{metric}"] for x in runs]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        weights = statistics.mean(x["stored_weights"] for x in runs)
+        seconds = statistics.mean(x["wall_seconds"] for x in runs)
+        lines.append(
+            f"| {name} | {weights:,.0f} | {metric} | "
+            f"{statistics.mean(values):.4g} ± {spread:.2g} | {seconds:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Host side: the command."""
+    settings = tyro.cli(Settings, args=arguments, prog="train.studies.controls")
+    try:
+        result = measured(settings)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    process.use_huge_pages()
+    main()
