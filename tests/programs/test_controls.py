@@ -1,4 +1,4 @@
-"""train.studies.controls: every number beside a small dense network of equal weights."""
+"""train.studies.controls: each number beside a small dense network of its weights."""
 
 import json
 
