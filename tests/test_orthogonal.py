@@ -866,3 +866,31 @@ def test_on_a_mesh_as_on_one_device_with_the_state_where_it_was(name):
         np.testing.assert_allclose(a, b, atol=EXACT)
     for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+
+
+@pytest.mark.parametrize(
+    "name", ["dense_general", "conv2d_strided_dilated", "scan_remat"]
+)
+def test_adams_steps_of_a_core_move_w_as_far_as_those_of_a_dense_w(name):
+    """Root mean square of the step of W: one, where every entry of an update is one."""
+    fn, params, x = BY_NAME[name].build()
+    matrices = oialr.select(oialr.find_matrices(fn, params, x), min_aspect=0.01)
+    low = in_low_rank(params, matrices, 2)
+    scale = oialr.orthogonal.scale_by_core_rank(matrices)
+    cores = jax.tree.map(jnp.ones_like, oialr.trainable(low))
+    updates, _ = scale.update(cores, scale.init(cores))
+    flat, nodes = named_leaves(updates), named_leaves(low)
+    assert matrices
+    for matrix in matrices:
+        node = nodes[matrix.path]
+        core = flat[matrix.path]
+        step = np.asarray(node.u @ core @ node.vt)
+        rms = np.sqrt(np.mean(step**2, axis=(-2, -1)))
+        np.testing.assert_allclose(rms, 1.0, rtol=1e-4)
+    dense = jax.tree.map(jnp.ones_like, params)
+    same, _ = scale.update(dense, scale.init(dense))
+    jax.tree.map(np.testing.assert_array_equal, same, dense)
+    bounded = oialr.orthogonal.scale_by_core_rank(matrices, most=1.5)
+    updates, _ = bounded.update(cores, bounded.init(cores))
+    largest = {float(jnp.max(x)) for x in jax.tree.leaves(updates)}
+    assert max(largest) == pytest.approx(1.5)

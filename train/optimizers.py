@@ -1,6 +1,7 @@
 """Optimizers by name, for the programs that take --optimizer.
 
 adamw                  decoupled decay of whatever has more than one axis
+adamw_core             the same, with steps of a core as large as a dense matrix has
 adam                   b2 .999, coupled decay of all, as torch's
 sgd                    momentum .9, coupled decay
 orthogonal_sgd         sgd after orthogonal gradients of the matrices; the paper has
@@ -121,6 +122,20 @@ def _adamw(
     )
 
 
+def _adamw_core(
+    rate: optax.ScalarOrSchedule, weight_decay: float, matrices: Sequence[Matrix]
+) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.scale_by_adam(b2=0.99),
+        oialr.orthogonal.scale_by_core_rank(matrices),
+        optax.add_decayed_weights(
+            weight_decay,
+            mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+        ),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
 def _lars(rate: optax.ScalarOrSchedule, weight_decay: float) -> Any:
     def mask(params: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
@@ -136,6 +151,7 @@ OPTIMIZERS: Mapping[
     ],
 ] = {
     "adamw": _adamw,
+    "adamw_core": _adamw_core,
     "adam": lambda rate, decay, _: optax.chain(
         optax.add_decayed_weights(decay), optax.adam(rate)
     ),

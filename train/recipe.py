@@ -44,8 +44,8 @@ class Settings:
     accumulate: int = 1
     """Batches whose gradients are averaged for one update of the weights."""
     optimizer: str = "adamw"
-    """adamw, adam, sgd, lars, orthogonal_sgd, orthogonal_lars, swan, muon or
-    spectral_trust_region; image presets are for adamw, swan and muon."""
+    """adamw, adamw_core, adam, sgd, lars, orthogonal_sgd, orthogonal_lars, swan, muon
+    or spectral_trust_region; image presets are for adamw, swan and muon."""
     learning_rate: float = 4e-3
     """Peak of the rate: linear warm-up, then what `rate` says."""
     rate: Literal["cosine", "constant", "halving"] = "cosine"

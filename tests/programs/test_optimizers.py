@@ -19,6 +19,7 @@ from train.models.mlp import MLP
 # Rate and decay with which forty steps suffice.
 RATES = {
     "adamw": (3e-3, 0.1),
+    "adamw_core": (3e-3, 0.1),
     "adam": (3e-3, 1e-4),
     "sgd": (0.1, 5e-4),
     "orthogonal_sgd": (1e-2, 5e-4),

@@ -30,10 +30,8 @@ from train import images, loop, names, process, text
 PROGRAMS = {"train.images": images, "train.text": text}
 CHOOSING = 100
 """The seed on which rates are chosen."""
-RATES = (0.5, 1.0, 2.0)
+RATES = (0.5, 1.0, 2.0, 4.0)
 """Tried, times the preset's."""
-MUON = (0.005, 0.01, 0.02, 0.04)
-"""Tried with Muon."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +70,7 @@ def measured(settings: Settings) -> dict[str, Any]:
     arms = {
         "dense": _best(settings, run, ["--method dense"], rates),
         "dense, Muon": _best(
-            settings, run, ["--method dense", "--optimizer muon"], MUON
+            settings, run, ["--method dense", "--optimizer muon"], rates
         ),
     }
     for budget in settings.budgets:
