@@ -1086,6 +1086,23 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def write(
+    program: str, arguments: Sequence[str] | None, rows: list[Row], path: pathlib.Path
+) -> None:
+    """Host side: the rows, with the command, device, versions and date."""
+    record = {
+        "command": ["python", "-m", program, *(arguments or sys.argv[1:])],
+        "device": jax.devices()[0].device_kind,
+        "cores": len(os.sched_getaffinity(0)),
+        "jax": jax.__version__,
+        "huge_pages": process.has_huge_pages(),
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+        "rows": rows,
+    }
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Host side: read the command line, measure, print a table, write the rows."""
     try:
@@ -1102,17 +1119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     print(table(rows))
     if settings.json is not None:
-        record = {
-            "command": ["python", "-m", "train.bench", *(arguments or sys.argv[1:])],
-            "device": jax.devices()[0].device_kind,
-            "cores": len(os.sched_getaffinity(0)),
-            "jax": jax.__version__,
-            "huge_pages": process.has_huge_pages(),
-            "python": platform.python_version(),
-            "date": time.strftime("%Y-%m-%d"),
-            "rows": rows,
-        }
-        settings.json.write_text(json.dumps(record, indent=1) + "\n")
+        write("train.bench", arguments, rows, settings.json)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,123 @@
+"""What it costs to look at curvature: python -m train.studies.looking [--json FILE].
+
+One batch that is looked at, over one training step of the same network on the same
+batch, timed in turn; the memory of both programs, and of the sums. No data is needed.
+"""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from jaxtyping import Array
+
+import oialr_jax as oialr
+from train import bench, process
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is measured."""
+
+    models: tuple[str, ...] = ("mini-vit", "resnet18", "mlp")
+    """Of train.bench."""
+    batch: int = 64
+    """Inputs in a batch."""
+    fractions: tuple[float, ...] = (1 / 2, 1 / 4)
+    """Ranks over the small side of each matrix, beside the dense network."""
+    independent_rows: bool = False
+    """K-FAC's sums in the place of those of whole examples."""
+    repeats: int = 7
+    """Rounds; each times one sample of every row."""
+    json: pathlib.Path | None = None
+    """Where the rows go, with device, versions and date."""
+
+
+def rows(settings: Settings) -> list[bench.Row]:
+    """Host side: a row for each model, dense and at each fraction.
+
+    Raises:   ValueError: an unknown model.
+    """
+    return [
+        row
+        for name in settings.models
+        for fraction in (None, *settings.fractions)
+        for row in _rows(name, fraction, settings)
+    ]
+
+
+def _rows(name: str, fraction: float | None, settings: Settings) -> list[bench.Row]:
+    problem = bench.Problem(name, settings.batch, "float32")
+    params = problem.params if fraction is None else problem.low_rank(fraction)
+    tx = oialr.freeze_bases(problem.optimizer)
+    batch = (problem.image, problem.label)
+    forward = oialr.factored(problem.forward)
+    holder = {"state": problem.state(params, tx)}
+    step = bench.Program(problem.train_step(forward), holder, *batch)
+
+    def loss(params: Any, image: Array, rest: Any, key: Array) -> Array:
+        logits, _ = problem.forward(params, rest, image)
+        label = jax.random.categorical(key, jax.lax.stop_gradient(logits))
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+        return jnp.mean(each)
+
+    look = oialr.curvature(
+        loss, problem.matrices, independent_rows=settings.independent_rows
+    )
+    given = (params, problem.image, problem.rest, jax.random.key(0))
+    compiled = jax.jit(look).lower(*given).compile()
+    sums = compiled(*given)
+    runs: list[Callable[[], Any]] = [
+        step.run,
+        lambda: jax.block_until_ready(compiled(*given)),
+    ]
+    (base, *_), (taken, least, most) = bench.interleaved(runs, settings.repeats)
+    analysis: Any = compiled.memory_analysis()
+    return [
+        {
+            "model": name,
+            "batch": settings.batch,
+            "rank_fraction": fraction,
+            "step_ms": 1e3 * base,
+            "look_ms": 1e3 * taken,
+            "look_ms_min": 1e3 * least,
+            "look_ms_max": 1e3 * most,
+            "ratio": taken / base,
+            "step_temp_bytes": step.temp_bytes,
+            "look_temp_bytes": int(analysis.temp_size_in_bytes),
+            "sums_bytes": sum(np.asarray(x).nbytes for x in jax.tree.leaves(sums)),
+            "weights_bytes": 4 * oialr.counts(params).stored,
+            "backend": jax.default_backend(),
+        }
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Host side: the command."""
+    settings = tyro.cli(Settings, args=arguments, prog="train.studies.looking")
+    try:
+        found = rows(settings)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print("| model | rank | step, ms | look, ms | ratio | sums over weights |")
+    print("|" + " --- |" * 6)
+    for row in found:
+        rank = row["rank_fraction"]
+        print(
+            f"| {row['model']} | {'dense' if rank is None else f'{rank:.3g}'} | "
+            f"{row['step_ms']:.1f} | {row['look_ms']:.1f} | {row['ratio']:.2f} | "
+            f"{row['sums_bytes'] / row['weights_bytes']:.2f} |"
+        )
+    if settings.json is not None:
+        bench.write("train.studies.looking", arguments, found, settings.json)
+
+
+if __name__ == "__main__":
+    process.use_huge_pages()
+    main()
