@@ -12,7 +12,7 @@ from flax.training.train_state import TrainState
 
 import oialr_jax as oialr
 from oialr_jax.projection import project_to_rank
-from oialr_jax.surgery import choose
+from oialr_jax.ranking import choose
 
 TX = oialr.freeze_bases(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2)))
 RULE = oialr.RankRule(cutoff=0.4)

@@ -33,8 +33,9 @@ from jaxtyping import Array, Float
 
 import oialr_jax as oialr
 from oialr_jax.compression import two_factors
-from oialr_jax.curvature import Statistics, of_outputs
+from oialr_jax.curvature import of_outputs
 from oialr_jax.matrices import Matrix
+from oialr_jax.weighted import Statistics
 from train import names, process
 from train.data import passages
 from train.models.sentence_encoder import SentenceEncoder, from_bert

@@ -105,8 +105,8 @@ def _best(
         found = run([*options, f"--learning-rate {rate:g}"], CHOOSING)
         tried[f"{rate:g}"] = found["best"][found["metric"]]
     largest = "loss" not in found["metric"] and "mse" not in found["metric"]
-    rate = (max if largest else min)(tried, key=lambda x: tried[x])
-    options = [*options, f"--learning-rate {rate}"]
+    chosen = (max if largest else min)(tried, key=lambda x: tried[x])
+    options = [*options, f"--learning-rate {chosen}"]
     return {
         "options": options,
         "tried": tried,
