@@ -874,7 +874,7 @@ def test_on_a_mesh_as_on_one_device_with_the_state_where_it_was(name):
 def test_adams_steps_of_a_core_move_w_as_far_as_those_of_a_dense_w(name):
     """Root mean square of the step of W: one, where every entry of an update is one."""
     fn, params, x = BY_NAME[name].build()
-    matrices = oialr.select(oialr.find_matrices(fn, params, x), min_aspect=0.01)
+    matrices = oialr.find_matrices(fn, params, x)
     low = in_low_rank(params, matrices)
     scale = oialr.orthogonal.scale_by_core_rank(matrices)
     cores = jax.tree.map(jnp.ones_like, oialr.trainable(low))

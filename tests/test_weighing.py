@@ -151,7 +151,7 @@ def test_on_a_mesh_an_event_is_the_same(count):
         new, state, reports = surgery.apply_rule(
             params, state, matrices, rule, matrices, tx=tx, statistics=sums
         )
-        return oialr.densify(new), oialr.ranks(new), reports[-1].predicted
+        return oialr.materialize(new), oialr.ranks(new), reports[-1].predicted
 
     dense, ranks, rise = event(params, state, sums)
     mesh = jax.make_mesh(
