@@ -1,8 +1,9 @@
 """What an optimizer does to its leaves, read from its jaxpr: nothing is computed.
 
-Two facts of every value: whether it is a known constant throughout (an update that is
-known to be zero moves nothing), and how it depends on chosen inputs (Adamax keeps the
-largest entries in a state of Adam's class).
+Facts of every value: whether it is a known constant throughout (an update that is
+known to be zero moves nothing), how it depends on chosen inputs (Adamax keeps the
+largest entries in a state of Adam's class), and of which it is a multiple (an average
+decays by its factor).
 """
 
 import dataclasses
@@ -22,10 +23,21 @@ AVERAGED, LARGEST, OTHERWISE = 1, 2, 3
 
 
 class Fact(NamedTuple):
-    """`constant`: the value of all entries, where it is known; `sources`: how each."""
+    """What is known of a value.
+
+    `constant`: the value of all entries, where it is known. `sources`: how the value
+    depends on each. `entry`: the input, a scalar, that all entries are. `multiple`: a
+    source and a factor, the value being their product and what does not depend on the
+    source, entries in some order; the factor is a number or an input.
+    """
 
     constant: float | None = None
-    sources: Mapping[int, int] = {}
+    sources: Mapping[Any, int] = {}
+    entry: Any = None
+    multiple: "Multiple" = None
+
+
+Multiple = tuple[Any, Any] | None
 
 
 _MOVED = frozenset(  # entries are moved about, copied or cast
@@ -89,8 +101,10 @@ def _through(eqn: Any, inputs: list[Fact]) -> list[Fact]:
     if found is not None and len(found) == len(eqn.outvars):
         return found
     value = _constant(name, eqn.params, inputs)
-    sources = _sources(name, inputs)
-    return [Fact(value, {} if value is not None else sources) for _ in eqn.outvars]
+    if value is not None:
+        return [Fact(value) for _ in eqn.outvars]
+    fact = Fact(None, _sources(name, inputs), *_origin(name, inputs))
+    return [fact for _ in eqn.outvars]
 
 
 def _nested(name: str, params: Any, inputs: list[Fact]) -> list[Fact] | None:
@@ -136,11 +150,11 @@ def _repeated(
 def _either(found: tuple[Fact, ...]) -> Fact:
     values = {x.constant for x in found}
     value = values.pop() if len(values) == 1 else None
-    return Fact(value, _worst([x.sources for x in found]))
+    return Fact(value, _worst([x.sources for x in found]), *_one_of(found))
 
 
-def _worst(found: Sequence[Mapping[int, int]]) -> dict[int, int]:
-    result: dict[int, int] = {}
+def _worst(found: Sequence[Mapping[Any, int]]) -> dict[Any, int]:
+    result: dict[Any, int] = {}
     for sources in found:
         for key, how in sources.items():
             result[key] = max(how, result.get(key, 0))
@@ -178,7 +192,7 @@ def _constant(name: str, params: Any, inputs: list[Fact]) -> float | None:
     return None
 
 
-def _sources(name: str, inputs: list[Fact]) -> dict[int, int]:
+def _sources(name: str, inputs: list[Fact]) -> dict[Any, int]:
     if name == "select_n":
         return _worst([x.sources for x in inputs[1:]])
     dependent = [x.sources for x in inputs if x.sources]
@@ -194,6 +208,74 @@ def _sources(name: str, inputs: list[Fact]) -> dict[int, int]:
     if name == "div" and not inputs[1].sources:
         return found
     return dict.fromkeys(found, OTHERWISE)
+
+
+def _origin(name: str, inputs: list[Fact]) -> tuple[Any, Multiple]:
+    """The `entry` and the `multiple` of a primitive's result, from those before it."""
+    if name == "select_n":
+        return _one_of(tuple(inputs[1:]))
+    if name in _MOVED:
+        return inputs[0].entry, inputs[0].multiple
+    if name in ("mul", "div"):
+        one, two = inputs
+        if name == "mul" and one.multiple is None and one.entry is None:
+            one, two = two, one
+        if two.constant == 1:
+            return one.entry, one.multiple
+        product = _product(one.multiple, two) if name == "mul" else None
+        if name == "mul" and product is None:
+            product = _product(two.multiple, one)
+        return None, product
+    if name in ("add", "add_any", "sub"):
+        one, two = inputs
+        if two.constant == 0:
+            return one.entry, one.multiple
+        if one.constant == 0 and name != "sub":
+            return two.entry, two.multiple
+        return None, _sum(one, two, -1.0 if name == "sub" else 1.0)
+    return None, None
+
+
+def _product(multiple: Multiple, by: Fact) -> Multiple:
+    """A multiple times a constant, or times an entry where it is a plain copy."""
+    source, factor = multiple or (None, None)
+    if isinstance(factor, float) and by.constant is not None:
+        return source, factor * by.constant
+    return (source, by.entry) if factor == 1 and by.entry is not None else None
+
+
+def _sum(one: Fact, two: Fact, sign: float) -> Multiple:
+    """The multiple in a sum or difference, if there is one."""
+    source = (one.multiple or two.multiple or (None,))[0]
+    total: Any = 0.0
+    for x, by in ((one, 1.0), (two, sign)):
+        if source not in x.sources:
+            continue
+        at, factor = x.multiple or (None, None)
+        if at != source:
+            return None
+        if isinstance(factor, float):
+            factor *= by
+        elif by < 0:
+            return None
+        if total and not (isinstance(total, float) and isinstance(factor, float)):
+            return None
+        total = total + factor if total else factor
+    return None if source is None else (source, total)
+
+
+def _one_of(found: tuple[Fact, ...]) -> tuple[Any, Multiple]:
+    """The `entry` and `multiple` of one of several; a plain copy says nothing.
+
+    A step that only gathers gradients, or skips one that is not finite, leaves an
+    average as it was; how it decays is said by the other branch.
+    """
+    entries, multiples = {x.entry for x in found}, {x.multiple for x in found}
+    changed = {x for x in multiples if x is None or x[1] != 1} or multiples
+    return (
+        entries.pop() if len(entries) == 1 else None,
+        changed.pop() if len(changed) == 1 else None,
+    )
 
 
 # An optimizer's update
@@ -227,11 +309,13 @@ class Update(NamedTuple):
     outputs: list[tuple[Any, ...]]  # (0, ...) updates, (1, ...) state
 
 
-def trace_update(tx: Any, params: Any) -> Update | Exception:
+def trace_update(tx: Any, params: Any, state: Any = None) -> Update | Exception:
     """The update of an optimizer of abstract params, or why it cannot be traced.
 
     An optimizer that needs more than gradients is given what line searches, SAM and
     the like ask for, by name.
+
+    Args:     state: abstract; by default that of `tx.init`.
     """
     failure: Exception = TypeError("no extra arguments that it takes are known")
 
@@ -256,8 +340,8 @@ def trace_update(tx: Any, params: Any) -> Update | Exception:
             return tx.update(grads, state, params, **more)
 
         try:
-            state = jax.eval_shape(tx.init, params)
-            arguments = (params, state, params)
+            given = jax.eval_shape(tx.init, params) if state is None else state
+            arguments = (params, given, params)
             jaxpr, shape = jax.make_jaxpr(update, return_shape=True)(*arguments)
         except Exception as error:  # whatever the user's code raises
             failure = error if not extra else failure

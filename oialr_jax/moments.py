@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from oialr_jax.averages import Average
 from oialr_jax.linalg import compute_dtype
 from oialr_jax.lowrank import Axes, PyTree, owner_of, path_name
 from oialr_jax.states import (
@@ -36,6 +37,8 @@ from oialr_jax.states import (
 )
 
 Path = tuple[Any, ...]
+B1, B2 = 0.9, 0.999
+"""Adam's own decays, taken where those of an optimizer are not known."""
 
 
 @jax.tree_util.register_dataclass
@@ -91,18 +94,26 @@ class MomentRule:
     method `crosses()`, which maps its fields to "linear" (sums and averages of
     gradients) or "params" (weights); see `oialr_jax.states`.
 
-    `b1` and `b2` undo and redo Adam's bias correction in `variance`; they matter in the
-    first 1/(1 - b2) steps only.
+    `variance` undoes Adam's bias correction and does it again, which matters in the
+    first 1/(1 - b2) steps only. The decays b1 and b2 are those of the optimizer, read
+    from its update or its state. Where they cannot be read (they change with the step,
+    say) they are `b1` and `b2`, by default 0.9 and 0.999 with a warning.
 
+    Raises:   ValueError: an unknown `second`, or a decay outside [0, 1).
     Source:   SOAP (Vyas et al., 2024) turns first moments alike; `variance` is after
               LDAdam (Robert et al., 2024).
     """
 
     second: str = "variance"
-    b1: float = 0.9
-    b2: float = 0.999
+    b1: float | None = None
+    b2: float | None = None
 
     def __post_init__(self) -> None:
+        """Refuse settings out of range."""
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"`{name}` must be in [0, 1), got {value}")
         if self.second not in ("variance", "squared", "scalar", "keep"):
             raise ValueError(
                 "`second` must be variance, squared, scalar or keep, "
@@ -117,7 +128,7 @@ def carry(
     rule: MomentRule,
     *,
     params: PyTree = None,
-    adam: Mapping[Path, Second] | None = None,
+    averages: Mapping[Path, Average] | None = None,
 ) -> PyTree:
     """The optimizer state after some leaves changed basis.
 
@@ -130,13 +141,13 @@ def carry(
     point) keep what they have within the bases.
 
     Args:     params: the new `trainable(params)`; what moved alone if it is not given.
-              adam: by the path of a state of Adam's class, what its `nu` is where it is
-              not Adam's: other optimizers use the class too.
+              averages: as `averages(tx, params)` reads them from the optimizer.
     Raises:   ValueError: a parameter that moved has state where it had none, or the
               reverse: its optimizer has changed.
     """
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    carrier = _Carrier(opt_state, fresh, moves, rule, {*paths, *moves}, adam or {})
+    known = averages or {}
+    carrier = _Carrier(opt_state, fresh, moves, rule, {*paths, *moves}, known)
     carrier.check_places()
     new = carrier.state(fresh, ())
     if carrier.lost:
@@ -145,6 +156,15 @@ def carry(
             f"fresh: {', '.join(map(path_name, carrier.lost))}",
             stacklevel=3,
         )
+    if carrier.guessed:
+        warnings.warn(
+            "how the moments decay is not known from the optimizer for "
+            f"{', '.join(map(path_name, carrier.guessed))}: their bias correction "
+            f"takes b1={B1}, b2={B2}. Give yours as MomentRule(b1=..., b2=...)",
+            stacklevel=3,
+        )
+    for line in carrier.contradicted:
+        warnings.warn(line, stacklevel=3)
     return new
 
 
@@ -168,8 +188,10 @@ class _Carrier:
     moves: Mapping[Path, Move]
     rule: MomentRule
     params: set[Path]
-    adam: Mapping[Path, Second]
+    averages: Mapping[Path, Average]
     lost: list[Path] = dataclasses.field(default_factory=list)
+    guessed: dict[Path, None] = dataclasses.field(default_factory=dict)
+    contradicted: dict[str, None] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self, opt_state: PyTree, fresh: PyTree) -> None:
         self.old = dict(jax.tree_util.tree_leaves_with_path(opt_state))
@@ -202,8 +224,8 @@ class _Carrier:
             for name in fresh._fields:
                 at = (*path, jax.tree_util.GetAttrKey(name))
                 kind = fields.get(name)
-                if kind is not None and path in self.adam and name == "nu":
-                    kind = self.adam[path]
+                if isinstance(kind, Second) and name == "nu" and path in self.averages:
+                    kind = self.averages[path].second
                 new[name] = self.field(kind, getattr(fresh, name), at)
             if MEMORY in fields.values():
                 new["weights_memory"] = self.weights(new, path)
@@ -316,11 +338,38 @@ class _Carrier:
         elif isinstance(kind, Second):
             count = sibling(kind.count, ()) if kind.count else None
             mean = sibling(kind.mean) if kind.mean else None
-            result = _squares(kind, moment, mean, count, move, self.rule)
+            decays: tuple[Any, Any] | None = None
+            if self.rule.second == "variance" and not (count is None or mean is None):
+                decays = self.decays(stem, kind)
+            result = _squares(kind, moment, mean, count, decays, move, self.rule)
         else:
             return None
         same = result.shape == initial.shape
         return result.astype(initial.dtype) if same else None
+
+    def decays(self, path: Path, kind: Second) -> tuple[Any, Any]:
+        """Of the mean and the squares of a state, numbers or scalars of its own."""
+        known = self.averages.get(path)
+        read = {
+            "b1": known.mean if known else None,
+            "b2": known.square if known else None,
+        }
+        found: dict[str, Any] = {"b2": 0.0}
+        for name in ("b1",) if kind.corrected or kind.largest else ("b1", "b2"):
+            given, decay = getattr(self.rule, name), read[name]
+            if isinstance(decay, tuple):
+                found[name] = self.old[decay]
+            elif decay is not None:
+                found[name] = decay
+                if given is not None and not math.isclose(given, decay, rel_tol=1e-5):
+                    line = f"MomentRule({name}={given}) is not that of the optimizer"
+                    self.contradicted[f"{line}, {decay:.6g}, which is taken"] = None
+            elif given is not None:
+                found[name] = given
+            else:
+                found[name] = B1 if name == "b1" else B2
+                self.guessed[path] = None
+        return found["b1"], found["b2"]
 
     def weights(self, new: dict[str, Any], path: Path) -> Array:
         """L-BFGS: 1/<s, y> of the carried pairs, 0 (no pair) where that is not > 0."""
@@ -350,14 +399,15 @@ def _squares(
     moment: Array,
     mean: Array | None,
     count: Array | None,
+    decays: tuple[Any, Any] | None,
     move: Move,
     rule: MomentRule,
 ) -> Array:
     """An average of squares in its new coordinates, by the rule."""
     c1 = c2 = jnp.ones(())
-    if count is not None and count.shape == ():
-        b2 = rule.b1 if kind.alike else rule.b2
-        c1 = jnp.where(count > 0, 1 - rule.b1**count, 1.0)
+    if count is not None and count.shape == () and decays is not None:
+        b1, b2 = decays
+        c1 = jnp.where(count > 0, 1 - b1**count, 1.0)
         if not kind.corrected and not kind.largest:
             c2 = jnp.where(count > 0, 1 - b2**count, 1.0)
     v = move.matrix(moment)

@@ -43,14 +43,13 @@ class Second:
 
     `mean` and `count` are sibling fields: the average of the same gradients, and the
     steps by which Adam's bias is corrected. `corrected`: v is unbiased already, the
-    mean is not. `alike`: mean and squares decay alike. `largest`: not v but its root,
-    the largest entries of late (Adamax), moved as if they were root mean squares.
+    mean is not. `largest`: not v but its root, the largest entries of late (Adamax),
+    moved as if they were root mean squares.
     """
 
     mean: str | None = None
     count: str | None = None
     corrected: bool = False
-    alike: bool = False
     largest: bool = False
 
 
@@ -150,7 +149,7 @@ _MADE: tuple[tuple[Callable[[], Any], Mapping[str, Kind]], ...] = (
     (lambda: optax.scale_by_rms(bias_correction=True), {"nu": Second()}),
     (
         lambda: optax.scale_by_stddev(bias_correction=True),
-        {"mu": LINEAR, "nu": Second("mu", "count", alike=True)},
+        {"mu": LINEAR, "nu": Second("mu", "count")},
     ),
     (lambda: optax.scale_by_optimistic_gradient(), {"previous_gradient": LINEAR}),
     (lambda: optax.scale_by_distance_over_gradients(), _DISTANCE),

@@ -20,6 +20,7 @@ import optax
 from jaxtyping import Array
 
 from oialr_jax import moments, weighted
+from oialr_jax.averages import averages
 from oialr_jax.decompose import (
     AHEAD,
     NOW,
@@ -66,7 +67,6 @@ from oialr_jax.schedule import RankRule
 from oialr_jax.sharding import Layout, on_auto_axes
 from oialr_jax.transform import (
     UNWRAPPED,
-    adam_states,
     check_frozen,
     is_frozen,
     trainable,
@@ -546,7 +546,7 @@ def _carried(
         moved,
         rule,
         params=trained,
-        adam=adam_states(tx, trained),
+        averages=averages(tx, trained),
     )
     new = jax.tree.map(
         lambda x: x._replace(pending=jnp.zeros_like(x.pending)) if is_frozen(x) else x,

@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array
 
 from oialr_jax import dataflow, effects
-from oialr_jax.dataflow import Known, abstract, by_shapes
+from oialr_jax.dataflow import Known, by_shapes
 from oialr_jax.lowrank import (
     LowRank,
     PyTree,
@@ -23,7 +23,6 @@ from oialr_jax.lowrank import (
     named_leaves,
     path_name,
 )
-from oialr_jax.states import Second
 
 
 class FreezeBasesState(NamedTuple):
@@ -281,7 +280,7 @@ def _still(node: LowRank) -> LowRank:
     return dataclasses.replace(node, u=u, vt=vt)
 
 
-# Whether another optimizer keeps the bases, and who uses the state of Adam
+# Whether another optimizer keeps the bases
 
 UNWRAPPED = (
     "build it as oialr_jax.freeze_bases(tx), everything inside it and nothing outside: "
@@ -345,49 +344,3 @@ def _check_traced(tx: Any, shapes: Known) -> None:
                     f"the optimizer would move the frozen bases of {path_name(path)}: "
                     f"{UNWRAPPED}"
                 )
-
-
-def adam_states(tx: Any, params: PyTree) -> dict[tuple[Any, ...], Second]:
-    """Of which states of Adam's class `nu` is not what it is in Adam, by path.
-
-    Adamax keeps the largest entries there; ADOPT divides by it before it averages, so
-    that `mu` is no mean of the same gradients.
-    """
-    if "ScaleByAdamState" not in dir(optax):
-        return {}
-    shapes = jax.tree.map(abstract, params)
-    return _adam_states(tx, Known(jax.tree.structure(params), shapes))
-
-
-@functools.lru_cache(maxsize=64)
-def _adam_states(tx: Any, params: Known) -> dict[tuple[Any, ...], Second]:
-    def is_adam(x: object) -> bool:
-        return isinstance(x, optax.ScaleByAdamState)
-
-    field = jax.tree_util.GetAttrKey
-    state = jax.eval_shape(tx.init, params.tree)
-    places = {}
-    for path, x in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_adam):
-        leaves = jax.tree_util.tree_leaves_with_path(x.nu) if is_adam(x) else ()
-        if leaves:  # one leaf tells of all
-            places[path] = leaves[0][0]
-    update = dataflow.trace_update(tx, params.tree) if places else None
-    if not isinstance(update, dataflow.Update):
-        return {}
-    inputs = {path: dataflow.Fact() for path in update.inputs}
-    for i, (path, leaf) in enumerate(places.items()):
-        averaged = {i: dataflow.AVERAGED}
-        inputs[1, *path, field("nu"), *leaf] = dataflow.Fact(sources=averaged)
-    facts = dataflow.facts(update.jaxpr, list(inputs.values()))
-    outputs = dict(zip(update.outputs, facts, strict=True))
-    found = {}
-    for i, (path, leaf) in enumerate(places.items()):
-        mean, square = (
-            outputs[1, *path, field(name), *leaf].sources.get(i)
-            for name in ("mu", "nu")
-        )
-        if square == dataflow.LARGEST:
-            found[path] = Second("mu", "count", largest=True)
-        elif mean:
-            found[path] = Second()
-    return found

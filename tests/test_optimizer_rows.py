@@ -86,7 +86,15 @@ FIELDS = {
 }
 
 
-@pytest.mark.parametrize("name", FIELDS)
+UNREAD = pytest.mark.filterwarnings("ignore:how the moments decay .* inner_state/0")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [  # Yogi's squares move by a part of g² at most: they do not decay
+        pytest.param(x, marks=UNREAD) if x == "yogi" else x for x in FIELDS
+    ],
+)
 def test_a_field_is_carried_as_what_its_class_says(name):
     tx, fields = FIELDS[name]
     carried, expected = gathered(tx)

@@ -16,7 +16,7 @@ import oialr_jax as oialr
 from oialr_jax.decompose import mesh_of
 from oialr_jax.lowrank import without_identity
 from oialr_jax.matrices import Matrix
-from oialr_jax.stability.comparison import sigmas
+from oialr_jax.stability.comparison import Stability, sigmas
 from oialr_jax.stability.singular import spectrum
 
 DETAILED = 4
@@ -81,7 +81,7 @@ class Tracking:
 @functools.partial(jax.jit, static_argnames="matrices")
 def _updated(
     portraits: Any, params: Any, key: Any, matrices: tuple[Matrix, ...]
-) -> tuple[Any, tuple[dict[str, oialr.stability.Stability], dict[str, Array]], Array]:
+) -> tuple[Any, tuple[dict[str, Stability], dict[str, Array]], Array]:
     """One program, not one for each shape, and all numbers in one array as well.
 
     Calling several and fetching number by number is a third of the work.
@@ -115,7 +115,7 @@ def _first(whole: Array) -> Array:
 
 def _told(
     line: dict[str, Any],
-    found: tuple[dict[str, oialr.stability.Stability], dict[str, Array]],
+    found: tuple[dict[str, Stability], dict[str, Array]],
     numbers: Array,
 ) -> dict[str, Any]:
     leaves, treedef = jax.tree.flatten(found)
@@ -133,7 +133,7 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     """Numbers as JSON has them, to six digits; None where there is none."""
     result: dict[str, Any] = {}
     for name, x in values.items():
-        if isinstance(x, oialr.stability.Stability):
+        if isinstance(x, Stability):
             result[name] = _plain(x._asdict() | {"null": None})
         elif x is not None:
             result[name] = _rounded(np.asarray(x).tolist())

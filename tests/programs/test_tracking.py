@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import oialr_jax as oialr
 from oialr_jax.lowrank import Axes, factor
 from oialr_jax.matrices import Matrix
+from oialr_jax.stability.singular import Spectrum
 from train import bench, images, loop
 from train.tracking import Tracking
 
@@ -54,7 +55,7 @@ def test_numbers_outlive_the_params_they_are_of(low, detailed):
             want = float(getattr(expected[path], name))
             np.testing.assert_allclose(layer[name], want, rtol=2e-5, atol=1e-6)
         assert ("sigma" in layer) == ("null" in layer) == detailed
-        for name in oialr.stability.Spectrum._fields if detailed else ():
+        for name in Spectrum._fields if detailed else ():
             want = getattr(spectra[path], name)
             np.testing.assert_allclose(layer[name], want, rtol=2e-5, atol=1e-6)
 
