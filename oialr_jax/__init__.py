@@ -1,5 +1,6 @@
 """Public names of oialr_jax: low-rank training of any JAX model."""
 
+from oialr_jax import nnx as nnx
 from oialr_jax.adaptive import AdaptiveStep, Timing, adaptive
 from oialr_jax.checkpoint import Checkpoints, Restored
 from oialr_jax.compression import Cut, compress

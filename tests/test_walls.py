@@ -52,10 +52,11 @@ FLOORS = {
     "orthogonal": 5,
     "training": 6,
     "wrapping": 6,
-    "__init__": 7,  # sees every room and is seen by none
+    "nnx": 7,
+    "__init__": 8,  # sees every room and is seen by none
 }
 PLAIN = ("cost", "schedule")  # decide on integers: no JAX
-FLAX = ("serialization",)  # registers nodes with Flax, where it is installed
+FLAX = ("nnx", "serialization")  # know Flax, and import it where it is used
 FILES = ("checkpoint",)  # the rooms that may open files
 
 
@@ -122,6 +123,14 @@ def test_imports_go_down_a_floor(path):
 def test_the_library_needs_neither_flax_nor_programs(path):
     foreign = ("train", "tests") if path.stem in FLAX else ("flax", "train", "tests")
     assert within(imported(path.read_text()), *foreign) == set()
+
+
+@pytest.mark.parametrize("room", FLAX)
+def test_flax_is_imported_where_it_is_used(room):
+    tree = ast.parse((LIBRARY / f"{room}.py").read_text())
+    top = [x for x in tree.body if isinstance(x, ast.Import | ast.ImportFrom)]
+    source = "\n".join(map(ast.unparse, top))
+    assert within(imported(source), "flax") == set()
 
 
 @pytest.mark.parametrize("path", files("oialr_jax"))
