@@ -9,7 +9,7 @@ import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from oialr_jax import orthogonal, stability
+from oialr_jax import nnx, orthogonal, stability
 from oialr_jax.adaptive import adaptive
 from oialr_jax.checkpoint import Checkpoints
 from oialr_jax.compression import compress
@@ -55,6 +55,7 @@ __all__ = [
     "global_norm",
     "make_mesh",
     "materialize",
+    "nnx",
     "orthogonal",
     "ranks",
     "rebase",

@@ -207,6 +207,43 @@ class AdaptiveStep:
 
     def __call__(self, state: Any, *args: Any, **kwargs: Any) -> Any:
         """What the step returns: the new state, alone or first in a tuple."""
+        state, number = self.before(state, *args, **kwargs)
+        sums = self._statistics(state)
+        state = _without_sums(state, sums)  # no part of the step: it would compile anew
+        event = f"the event at step {self.reports[-1].step}" if self.reports else ""
+        state, args, kwargs = self._identities.off(
+            (state, args, kwargs), state.params, event or "an event"
+        )
+        out = self._identities.on(self._jitted(state, *args, **kwargs))
+        new_state = out[0] if _is_pair(out) else out
+        self.after(new_state.step, number)
+        if sums is not None:
+            new_state = new_state.replace(curvature=sums)
+            out = (new_state, *out[1:]) if _is_pair(out) else new_state
+        return out
+
+    def quiet(self, step: Any) -> int | None:
+        """The number of a state with this `.step`, if nothing is due before its step.
+
+        None where something is, or where the number is not known yet.
+        """
+        known, number = self._last
+        if known is None or step is not known:
+            return None
+        previous = number - self._stride
+        busy = (
+            self._schedule.projected(number, previous)
+            or self._schedule.decided(number, previous) is not None
+            or self._schedule.due(number, previous) is not None
+            or self._looks(number)
+        )
+        return None if busy else number
+
+    def before(self, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, int]:
+        """The state after what is due before its step, and the number of the step.
+
+        Args:     args, kwargs: what the step gets beside the state.
+        """
         known, number = self._last
         if known is None or getattr(state, "step", None) is not known:
             self._check(state, args, kwargs)
@@ -227,28 +264,21 @@ class AdaptiveStep:
             state = self._event(state, number, due, args, kwargs, late=late)
         if decided is not None and decided != due:
             state = self._decision(state, number, decided, args, kwargs)
+        return state, number
 
-        sums = self._statistics(state)
-        if sums is not None:  # no part of the step: it would compile anew
-            state = state.replace(curvature=None)
-        event = f"the event at step {self.reports[-1].step}" if self.reports else ""
-        state, args, kwargs = self._identities.off(
-            (state, args, kwargs), state.params, event or "an event"
-        )
-        out = self._identities.on(self._jitted(state, *args, **kwargs))
-        new_state = out[0] if _is_pair(out) else out
-        if sums is not None:
-            new_state = new_state.replace(curvature=sums)
-            out = (new_state, *out[1:]) if _is_pair(out) else new_state
+    def after(self, step: Any, number: int) -> None:
+        """Note the `.step` of the state that step `number` returned.
+
+        Raises:   ValueError: it has not advanced by `steps_per_call`.
+        """
         if self._last[0] is None:
-            after = int(jax.device_get(new_state.step))
+            after = int(jax.device_get(step))
             if after != number + self._stride:
                 raise ValueError(
                     f"one call took `state.step` from {number} to {after}; "
                     f"`steps_per_call` is {self._stride}"
                 )
-        self._last = (new_state.step, number + self._stride)
-        return out
+        self._last = (step, number + self._stride)
 
     def check(self, state: Any, *args: Any, **kwargs: Any) -> None:
         """Raise what the first call would; by shapes alone, nothing runs."""

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from oialr_jax import contract, cost, effects, interpret, tracing
-from oialr_jax.lowrank import Axes, is_low_rank, unique_names
+from oialr_jax.dataflow import abstract
+from oialr_jax.lowrank import Axes, is_low_rank, is_marked, unique_names
 from oialr_jax.views import Use, View, as_array, context, is_same
 
 
@@ -52,11 +53,12 @@ def factored(
 
     @functools.wraps(fn)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if not any(
-            map(is_low_rank, jax.tree.leaves((args, kwargs), is_leaf=is_low_rank))
-        ):
+        flat = jax.tree.leaves((args, kwargs), is_leaf=_is_node)
+        if not any(map(_is_node, flat)):
             return fn(*args, **kwargs)
-        traced = tracing.trace(fn, args, kwargs, is_low_rank, share=True)
+        for calls in {id(x.calls): x.calls for x in flat if is_marked(x)}.values():
+            calls.append((fn, *_shapes((args, kwargs))))
+        traced = tracing.trace(fn, args, kwargs, _is_node, share=True)
         leaves = [leaf for _, leaf in traced.leaves]
         evaluate = functools.partial(contracted, traced, pick=pick, reported=reported)
         if traced.arguments is None:
@@ -73,6 +75,14 @@ def factored(
         return traced.rebuild(outputs)
 
     return run
+
+
+def _is_node(x: object) -> bool:
+    return is_low_rank(x) or is_marked(x)
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(lambda x: abstract(x) if hasattr(x, "dtype") else x, tree)
 
 
 class Choice(NamedTuple):
@@ -130,12 +140,14 @@ def contracted(
     axes = {name: node.axes for name, node in nodes.items()}
     handler = _Contraction(axes, pick, reported, choices)
     values = [
-        contract.view_of(leaf, name) if is_low_rank(leaf) else leaf
+        contract.view_of(leaf, name) if is_low_rank(leaf) else _plain(leaf)
         for name, leaf in zip(names, leaves, strict=True)
     ]
     fixed = [tuple(path[:2]) not in trained for path, _ in traced.leaves]
     outputs = interpret.evaluate(traced.jaxpr, values, handler, fixed)
     for output, leaf in traced.replaced.items():
+        if is_marked(leaves[leaf]):
+            outputs[output] = leaves[leaf]
         if not is_low_rank(leaves[leaf]):
             continue
         same = [  # an object that is in the arguments twice was one for the function
@@ -151,6 +163,10 @@ def contracted(
             )
         outputs[output] = leaves[leaf]
     return [as_array(out, handler, "output") for out in outputs]
+
+
+def _plain(leaf: Any) -> Any:
+    return leaf.array if is_marked(leaf) else leaf
 
 
 def _said(name: str) -> str:

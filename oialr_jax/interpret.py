@@ -379,12 +379,19 @@ def _scan(
         _scanned(value, handler) for value in values[consts_count + carry_count :]
     ]
 
+    through: dict[int, Any] = {}  # slices that the body hands on: the whole of them
+
     def body(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
         xs = [
             item.replace(data=data) if isinstance(item, View) else data
             for (item, _), data in zip(scanned, slices, strict=True)
         ]
-        out = _arrays(params["jaxpr"], [*consts, *carry, *xs], handler, "scan")
+        out = evaluate(params["jaxpr"], [*consts, *carry, *xs], handler)
+        for x, value in zip(xs, values[consts_count + carry_count :], strict=True):
+            for i, y in enumerate(out[carry_count:]):
+                if isinstance(x, View) and is_same(y, x):
+                    through[i], out[carry_count + i] = value, None
+        out = [as_array(x, handler, "output of scan") for x in out]
         return out[:carry_count], out[carry_count:]
 
     carry, ys = jax.lax.scan(
@@ -396,7 +403,7 @@ def _scan(
         unroll=params["unroll"],
         _split_transpose=params.get("_split_transpose", False),
     )
-    return [*carry, *ys]
+    return [*carry, *(through.get(i, y) for i, y in enumerate(ys))]
 
 
 def _scanned(value: Any, handler: Handler) -> tuple[View | None, Any]:

@@ -76,6 +76,31 @@ class _NotAnArray(TypeError, AttributeError):
     """An array's attribute that a node has not; `hasattr` says so."""
 
 
+class _NoArray:
+    """What stands for an array and is none: every use as one says so."""
+
+    def _no_array(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError(_NO_ARRAY)
+
+    def __bool__(self) -> bool:  # that of an object, though it has a length
+        return True
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_") or not hasattr(jax.Array, name):
+            kind = type(self).__name__
+            raise AttributeError(f"{kind!r} object has no attribute {name!r}")
+        raise _NotAnArray(f"`.{name}`: {_NO_ARRAY}")
+
+    __array__ = __array_ufunc__ = __jax_array__ = _no_array
+    __len__ = __getitem__ = _no_array
+    __float__ = __int__ = __complex__ = __neg__ = __abs__ = _no_array
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _no_array
+    __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = _no_array
+    __mod__ = __rmod__ = _no_array
+    __pow__ = __rpow__ = __lt__ = __le__ = __gt__ = __ge__ = _no_array
+    __matmul__ = __rmatmul__ = _no_array
+
+
 class Basis(int):
     """Which bases a node is in: a number that every event changes, 0 where unknown.
 
@@ -102,7 +127,7 @@ class Basis(int):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class LowRank:
+class LowRank(_NoArray):
     """A matrix W = U S Vᵀ that stands where its dense array stood in a params tree.
 
     `u` and `vt` are frozen and have orthonormal columns and rows; the core `s` is what
@@ -150,26 +175,6 @@ class LowRank:
         """Number of entries of the dense array; `counts` has those that are stored."""
         return math.prod(self.axes.shape)
 
-    def _no_array(self, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError(_NO_ARRAY)
-
-    def __bool__(self) -> bool:  # that of an object, though it has a length
-        return True
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("_") or not hasattr(jax.Array, name):
-            raise AttributeError(f"'LowRank' object has no attribute {name!r}")
-        raise _NotAnArray(f"`.{name}`: {_NO_ARRAY}")
-
-    __array__ = __array_ufunc__ = __jax_array__ = _no_array
-    __len__ = __getitem__ = _no_array
-    __float__ = __int__ = __complex__ = __neg__ = __abs__ = _no_array
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _no_array
-    __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = _no_array
-    __mod__ = __rmod__ = _no_array
-    __pow__ = __rpow__ = __lt__ = __le__ = __gt__ = __ge__ = _no_array
-    __matmul__ = __rmatmul__ = _no_array
-
     def materialize(self) -> Array:
         """The dense array of shape `shape` and dtype `dtype`, in full precision."""
         u, vt = self.u.astype(self.dtype), self.vt.astype(self.dtype)
@@ -178,6 +183,46 @@ class LowRank:
             wide = self.axes.m < self.axes.n
             matrix = (u @ self.s) @ vt if wide else u @ (self.s @ vt)
         return self.axes.to_array(matrix)
+
+
+class Calls(list[Any]):
+    """Calls of functions, (fn, args, kwargs); one list is equal to itself alone."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]  # a list has none
+    __eq__ = object.__eq__
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Marked(_NoArray):
+    """A dense leaf that has `factored` note the calls in which it is an argument.
+
+    A step that is traced on it tells which of its functions run on low-rank params.
+    """
+
+    array: Any
+    path: str = dataclasses.field(metadata={"static": True})
+    calls: Calls = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        return self.array.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the array."""
+        return len(self.array.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the array."""
+        return self.array.dtype
+
+
+def is_marked(x: object) -> bool:
+    """Whether x is a Marked leaf."""
+    return isinstance(x, Marked)
 
 
 def is_low_rank(x: object) -> bool:

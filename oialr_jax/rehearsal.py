@@ -205,7 +205,8 @@ def _diagnosis(
     return (
         "the step cannot run on params in low rank, which it gets from the conversion "
         "on: wrap the function that applies the model, forward = "
-        "oialr_jax.factored(forward), and differentiate that"
+        "oialr_jax.factored(forward), and differentiate that; combine whole trees of "
+        "params by jax.tree.map, as optax.incremental_update does"
     )
 
 

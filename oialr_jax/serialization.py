@@ -1,4 +1,4 @@
-"""LowRank nodes in `flax.serialization`: the one room that knows Flax, where it is."""
+"""LowRank nodes in `flax.serialization`, where Flax is installed."""
 
 from typing import Any
 

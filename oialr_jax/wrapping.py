@@ -14,9 +14,16 @@ import optax
 from oialr_jax.adaptive import AdaptiveStep, adaptive
 from oialr_jax.defaults import Choice, Selection, check_params, scheduled
 from oialr_jax.factored import factored
-from oialr_jax.lowrank import PyTree, leaves_by_path, owner_of
+from oialr_jax.lowrank import (
+    Calls,
+    Marked,
+    PyTree,
+    is_marked,
+    named_leaves,
+    with_leaves,
+)
 from oialr_jax.matrices import Matrices, find_matrices
-from oialr_jax.rehearsal import check_state, line, shapes, shown, traced
+from oialr_jax.rehearsal import check_state, line, shown, traced
 from oialr_jax.schedule import RankRule, Schedule
 from oialr_jax.sharding import Layout
 from oialr_jax.transform import freeze_bases, is_frozen
@@ -48,9 +55,9 @@ def wrap(
     function is `factored(state.apply_fn)`. A step that calls `state.apply_fn` and
     `state.apply_gradients`, jitted or not, then runs on low-rank params as it is.
 
-    A model function that the step calls by another name cannot be reached. There
-    `forward = oialr_jax.factored(model.apply)` is the user's to write, and `select` has
-    the matrices found in it.
+    A model function that the step calls by another name cannot be reached: there write
+    `forward = oialr_jax.factored(model.apply)`, or `factored(loss)`, around jax.vmap.
+    The matrices are those of every function that the step calls in this way.
 
     Args:     example: what the step gets after the state; shapes suffice.
               delay, steps, budget, select, schedule, rule, layout: as in `training`.
@@ -60,7 +67,8 @@ def wrap(
               tx: of a state without `.tx`: the frozen optimizer that the step uses.
               options: of `adaptive`: `moment_rule`, `jit`, and those of `jit`.
     Raises:   ValueError, TypeError: what `training` and `adaptive` raise; a step that
-              fails on the example, or does not call `state.apply_fn`; no optimizer.
+              fails on the example, or calls neither `state.apply_fn` nor a function
+              that is `factored`; no optimizer.
     """
     plan = scheduled(delay, steps, schedule)
     choice = Choice(
@@ -74,14 +82,20 @@ def wrap(
             "the optimizer is not known, as the state has no `.tx`: give wrap(..., "
             "tx=tx), the oialr_jax.freeze_bases(...) of the step and state.opt_state"
         )
-    found = Matrices()
-    if isinstance(select, Mapping):
-        found = _found(state, train_step, example)
-    matrices = choice.matrices(found)
-
     changes: dict[str, Any] = {"step": jnp.asarray(state.step, jnp.int32)}
     if getattr(state, "apply_fn", None) is not None:
         changes["apply_fn"] = factored(state.apply_fn)
+    found = Matrices()
+    if isinstance(select, Mapping):
+        check_call(train_step, (state, *example))
+        low = state.replace(**changes)
+        found = found_in(
+            lambda params: train_step(low.replace(params=params), *example),
+            state.params,
+            "write state.apply_fn there, or forward = oialr_jax.factored(model.apply)",
+        )
+    matrices = choice.matrices(found)
+
     if hasattr(state, "tx") and not _is_frozen(state.opt_state):
         tx = freeze_bases(tx)
         outside = freeze_bases(optax.identity()).init(state.params)
@@ -108,45 +122,57 @@ def _is_frozen(opt_state: PyTree) -> bool:
     return any(map(is_frozen, jax.tree.leaves(opt_state, is_leaf=is_frozen)))
 
 
-def _found(
-    state: Any, train_step: Callable[..., Any], example: tuple[Any, ...]
-) -> Matrices:
-    """The matrices in all calls of `state.apply_fn` by a step, in execution order.
+def found_in(run: Callable[[PyTree], Any], params: PyTree, hint: str) -> Matrices:
+    """Host side: the matrices in what run(params) calls through `factored`, in order.
 
-    The step is traced with a function in the place of it that notes the shapes of its
-    arguments; one of them is the parameter whose path its own path ends with.
+    It is traced with marks in the place of leaves, which note those calls.
+
+    Args:     hint: what to write where there is none.
+    Raises:   ValueError: there is none, or one that gets a part of a leaf.
     """
-    calls: list[Any] = []
-    apply_fn = getattr(state, "apply_fn", None)
-
-    def noting(*args: Any, **kwargs: Any) -> Any:
-        calls.append(shapes((args, kwargs)))
-        return apply_fn(*args, **kwargs)
-
-    if apply_fn is not None:
-        out = traced(train_step, state.replace(apply_fn=noting), *example)
-        if isinstance(out, Exception):
-            given = ", ".join(["state", *map(shown, example)])
-            raise ValueError(
-                f"train_step({given}) fails: give wrap the state, the step and one "
-                f"batch as the step gets it ({line(out)})"
-            ) from out
+    calls = Calls()
+    leaves = named_leaves(params)
+    marks = {
+        name: Marked(leaf, name, calls)
+        for name, leaf in leaves.items()
+        if len(getattr(leaf, "shape", ())) >= 2
+    }
+    out = traced(run, with_leaves(params, marks))
     if not calls:
+        why = f" ({line(out)})" if isinstance(out, Exception) else ""
         raise ValueError(
-            "train_step does not call state.apply_fn, so its matrices cannot be found: "
-            "write state.apply_fn there; or forward = oialr_jax.factored(model.apply), "
-            "and here select=oialr_jax.select(oialr_jax.find_matrices(forward, ...))"
+            "train_step calls no function of the params through oialr_jax.factored, so "
+            f"that it could not run in low rank: {hint}{why}"
         )
 
+    for x in jax.tree.leaves(list(calls), is_leaf=is_marked):
+        if is_marked(x) and x.shape != leaves[x.path].shape:
+            raise ValueError(
+                f"train_step calls a function through oialr_jax.factored on a part of "
+                f"{x.path}, {shown(x.array)} of {shown(leaves[x.path])}: jax.vmap and "
+                "jax.lax.scan over params belong inside, "
+                "oialr_jax.factored(jax.vmap(loss))"
+            )
+
     def forward(params: PyTree, calls: list[Any]) -> list[Any]:
-        owners = leaves_by_path(params)
+        leaves = named_leaves(params)
+        calls = jax.tree.map(
+            lambda x: leaves[x.path] if is_marked(x) else x, calls, is_leaf=is_marked
+        )
+        return [fn(*args, **kwargs) for fn, args, kwargs in calls]
 
-        def given(path: Any, leaf: Any) -> Any:
-            owner = owners.get(owner_of(path, owners))
-            same = getattr(owner, "shape", None) == getattr(leaf, "shape", ())
-            return owner if same else leaf
+    return find_matrices(forward, params, list(calls))
 
-        calls = jax.tree_util.tree_map_with_path(given, calls)
-        return [apply_fn(*args, **kwargs) for args, kwargs in calls]
 
-    return find_matrices(forward, state.params, calls)
+def check_call(train_step: Callable[..., Any], given: tuple[Any, ...]) -> None:
+    """Host side: raise if the step fails on these arguments, by shapes alone.
+
+    Raises:   ValueError: it does.
+    """
+    out = traced(train_step, *given)
+    if isinstance(out, Exception):
+        said = ", ".join(["state", *map(shown, given[1:])])
+        raise ValueError(
+            f"train_step({said}) fails: give wrap the state, the step and one "
+            f"batch as the step gets it ({line(out)})"
+        ) from out

@@ -18,7 +18,7 @@ from oialr_jax.renames import renamed
 
 LISTING = pathlib.Path(__file__).parent / "public.txt"
 UPDATE = "python tests/test_public.py > tests/public.txt"
-NAMESPACES = (oialr, oialr.orthogonal, oialr.stability)
+NAMESPACES = (oialr, oialr.nnx, oialr.orthogonal, oialr.stability)
 
 
 def value(default: object) -> str:
@@ -106,6 +106,7 @@ def test_results_are_no_names_of_the_front_door():
         "MomentRule",
         "RankRule",
         "Schedule",
+        "Weighing",
     }
 
 

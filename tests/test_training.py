@@ -781,12 +781,13 @@ def test_wrap_of_another_state_and_a_model_function_by_another_name():
     matrices = oialr.select(oialr.find_matrices(predict, weights(), X))
     with pytest.raises(ValueError, match=r"no `\.tx`: give wrap\(\.\.\., tx=tx\)"):
         oialr.wrap(begin, step_with(forward), *batch(0), delay=2)
-    with pytest.raises(ValueError, match=r"does not call state\.apply_fn.*factored"):
-        oialr.wrap(begin, step_with(forward), *batch(0), delay=2, tx=tx)
-    options = {"delay": 2, "tx": tx, "select": matrices}
-    with pytest.raises(ValueError, match=r"wrap the function that applies the model"):
+    options = {"delay": 2, "tx": tx}
+    with pytest.raises(ValueError, match=r"write state\.apply_fn.*factored\(model"):
         oialr.wrap(begin, step_with(predict), *batch(0), **options)
+    with pytest.raises(ValueError, match=r"wrap the function that applies the model"):
+        oialr.wrap(begin, step_with(predict), *batch(0), **options, select=matrices)
     state, step = oialr.wrap(begin, step_with(forward), *batch(0), **options)
+    assert step._matrices == matrices
     for t in range(4):
         state, _ = step(state, *batch(t))
     assert len(oialr.ranks(state.params)) == 2

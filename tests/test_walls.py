@@ -56,14 +56,15 @@ FLOORS = {
     "compression": 6,
     "training": 7,
     "wrapping": 7,
-    "__init__": 8,  # sees every room and is seen by none
+    "nnx": 8,
+    "__init__": 9,  # sees every room and is seen by none
 }
 STAIRS = {  # of a room that is a package, whose __init__ sees all of its own
     "orthogonal": {"polar": 0, "directions": 1, "transforms": 2, "optimizers": 3},
     "stability": {"singular": 0, "comparison": 1, "settled": 2},
 }
 PLAIN = ("allocation", "cost", "schedule")  # decide on integers: no JAX
-FLAX = ("serialization",)  # registers nodes with Flax, where it is installed
+FLAX = ("nnx", "serialization")  # know Flax, and import it where it is used
 FILES = ("checkpoint",)  # the rooms that may open files
 
 
@@ -161,6 +162,14 @@ def test_the_library_needs_neither_flax_nor_programs(path):
     ours = ("train", "tests")
     foreign = ours if room_of(path) in FLAX else ("flax", *ours)
     assert within(imported(path.read_text()), *foreign) == set()
+
+
+@pytest.mark.parametrize("room", FLAX)
+def test_flax_is_imported_where_it_is_used(room):
+    tree = ast.parse((LIBRARY / f"{room}.py").read_text())
+    top = [x for x in tree.body if isinstance(x, ast.Import | ast.ImportFrom)]
+    source = "\n".join(map(ast.unparse, top))
+    assert within(imported(source), "flax") == set()
 
 
 @pytest.mark.parametrize("path", files("oialr_jax"))
