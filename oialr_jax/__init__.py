@@ -6,8 +6,10 @@ from oialr_jax.compression import Cut, compress
 from oialr_jax.cost import Rates
 from oialr_jax.curvature import Statistics, curvature, of_outputs
 from oialr_jax.explain import Explanation, explain
+from oialr_jax.export import merge
 from oialr_jax.factored import factored
 from oialr_jax.following import rebase
+from oialr_jax.forms import Adapted, Frozen, Identity, TwoFactors
 from oialr_jax.linalg import orthogonality_error
 from oialr_jax.lowrank import (
     Axes,
@@ -67,6 +69,7 @@ register()
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adapted",
     "AdaptiveStep",
     "Axes",
     "Checkpoints",
@@ -74,6 +77,8 @@ __all__ = [
     "Cut",
     "Explanation",
     "FreezeBasesState",
+    "Frozen",
+    "Identity",
     "LayerReport",
     "Layout",
     "LowRank",
@@ -96,6 +101,7 @@ __all__ = [
     "Tracker",
     "Training",
     "TrainingState",
+    "TwoFactors",
     "adaptive",
     "compress",
     "core_muon",
@@ -112,6 +118,7 @@ __all__ = [
     "is_low_rank",
     "make_mesh",
     "materialize",
+    "merge",
     "normalize_components",
     "normalize_tensor",
     "of_outputs",

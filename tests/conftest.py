@@ -37,6 +37,7 @@ are as strictly typed as the others, which mypy checks."""
 
 LIBRARY = pathlib.Path(__file__).parent.parent / "oialr_jax"
 ROOMS = [f"oialr_jax.{x.stem}" for x in LIBRARY.glob("*.py") if x.stem not in PLAIN]
+ROOMS += [f"oialr_jax.{x.parent.name}" for x in LIBRARY.glob("*/__init__.py")]
 
 if os.environ.get("RUNTIME_TYPES") == "0":  # a quarter of the time
     ROOMS = []
