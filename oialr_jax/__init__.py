@@ -6,7 +6,7 @@ from oialr_jax.compression import Cut, compress
 from oialr_jax.cost import Rates
 from oialr_jax.curvature import Statistics, curvature, of_outputs
 from oialr_jax.explain import Explanation, explain
-from oialr_jax.export import merge
+from oialr_jax.export import Exported, export, load, merge
 from oialr_jax.factored import factored
 from oialr_jax.following import rebase
 from oialr_jax.forms import Adapted, Frozen, Identity, TwoFactors
@@ -76,6 +76,7 @@ __all__ = [
     "Counts",
     "Cut",
     "Explanation",
+    "Exported",
     "FreezeBasesState",
     "Frozen",
     "Identity",
@@ -109,6 +110,7 @@ __all__ = [
     "curvature",
     "densify",
     "explain",
+    "export",
     "factor",
     "factored",
     "factorize",
@@ -116,6 +118,7 @@ __all__ = [
     "freeze_bases",
     "global_norm",
     "is_low_rank",
+    "load",
     "make_mesh",
     "materialize",
     "merge",
