@@ -132,11 +132,15 @@ def task(settings: Settings) -> recipe.Task:
         entropy, right = _each(logits, batch["target"])
         return jnp.mean(entropy), (extra, {"accuracy": jnp.mean(right)})
 
-    forward = jax.jit(oialr.factored(lambda p, x: model.apply({"params": p}, x)))
+    def logits(params: Any, extra: Any, token: Array) -> Array:
+        return model.apply({"params": params, **extra}, token)
+
+    forward = jax.jit(oialr.factored(logits))
     passages = text.passages(data.parts["test"], context=settings.context)
 
     def evaluated(state: recipe.State) -> dict[str, float]:
-        return evaluate(functools.partial(forward, state.averaged), layout, passages)
+        of_passage = functools.partial(forward, state.averaged, state.extra)
+        return evaluate(of_passage, layout, passages)
 
     train = data.parts["train"]
     return recipe.Task(
@@ -155,6 +159,8 @@ def task(settings: Settings) -> recipe.Task:
         goal=loop.Goal("loss", "min"),
         epoch=(len(train) - settings.context) / settings.batch,
         layout=layout,
+        forward=logits,
+        inputs=(jax.ShapeDtypeStruct((1, settings.context), jnp.int32),),
         described={"dataset": settings.dataset},
     )
 

@@ -28,7 +28,7 @@ def export(
     *example: Any,
     form: str = "auto",
     dtype: str | None = None,
-    batch_axes: int | None | tuple[int | None, ...] = 0,
+    batch_axes: int | tuple[int | None, ...] | None = 0,
     names: Names | None = None,
     platforms: Sequence[str] = PLATFORMS,
     rates: cost.Rates | None = None,
@@ -185,7 +185,8 @@ class Exported:
         self.folder = folder
         self.manifest = content
         self.arrays = dict(arrays)
-        self._program = program
+        (args, _) = jax.tree.unflatten(program.in_tree, program.in_avals)
+        self._inputs: Any = jax.tree.structure(args[1:])
         self._run = jax.jit(program.call)
         self._placed: dict[str, Any] | None = None
 
@@ -195,10 +196,9 @@ class Exported:
         Raises:   ValueError: an input is missing, or of another shape or dtype.
         """
         specs = self.manifest["inputs"]
-        flat, tree = jax.tree.flatten(inputs)
+        flat = jax.tree.leaves(inputs)
         names = [x["path"] for x in specs]
-        wanted = self._program.in_tree.children()[0].children()[1:]
-        if list(tree.children()) != list(wanted):
+        if jax.tree.structure(inputs) != self._inputs:
             found = [
                 jax.tree_util.keystr(path, simple=True, separator="/")
                 for path, _ in jax.tree_util.tree_leaves_with_path(inputs)
@@ -212,6 +212,10 @@ class Exported:
         if self._placed is None:
             self._placed = jax.device_put(self.arrays)
         return self._run(self._placed, *inputs)
+
+    def arranged(self, arrays: Sequence[Any]) -> tuple[Any, ...]:
+        """Arrays in the order of the manifest's inputs, as the function takes them."""
+        return jax.tree.unflatten(self._inputs, arrays)
 
     @property
     def params(self) -> Any:

@@ -199,7 +199,7 @@ def _built(leaf: Mapping[str, Any], arrays: Mapping[str, Any]) -> Any:
         return form(**given, axes=_axes(leaf), dtype=dtype)
     array = given[""]
     if "order" in leaf:
-        array = jnp.transpose(array, np.argsort(leaf["order"]))
+        array = jnp.transpose(array, np.argsort(leaf["order"]).tolist())
     return array.astype(dtype)
 
 

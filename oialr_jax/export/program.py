@@ -45,7 +45,7 @@ class Leaf(NamedTuple):
             return dataclasses.replace(self.node, **given)
         array = given[""]
         if self.order is not None:
-            array = jnp.transpose(array, np.argsort(self.order))
+            array = jnp.transpose(array, np.argsort(self.order).tolist())
         return array.astype(self.node.dtype)
 
 
@@ -73,9 +73,9 @@ def pack(params: PyTree, dtype: str | None, names: Names | None = None) -> Packe
     flat, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_node)
     known = unique_names(path for path, _ in flat)
     names = {} if names is None else names
-    for path in names:
-        if path not in known:
-            raise ValueError(f"`names` has {path}; there are: {', '.join(known)}")
+    for given in names:
+        if given not in known:
+            raise ValueError(f"`names` has {given}; there are: {', '.join(known)}")
     arrays: dict[str, np.ndarray] = {}
     leaves: dict[int, Leaf] = {}
     for i, ((path, leaf), name) in enumerate(zip(flat, known, strict=True)):
@@ -208,7 +208,7 @@ class _ContainerError(TypeError):
 
 
 def check_containers(what: str, tree: PyTree) -> None:
-    """Raise where a tree has containers that a program cannot have without code of ours.
+    """Raise where a tree has containers that a program can only have with their code.
 
     Raises:   TypeError: a container that is no tuple, list or dict.
     """
