@@ -15,6 +15,7 @@ from oialr_jax.checkpoint import Checkpoints
 from oialr_jax.compression import compress
 from oialr_jax.curvature import curvature
 from oialr_jax.explain import explain
+from oialr_jax.export import export, load, merge
 from oialr_jax.factored import factored
 from oialr_jax.following import rebase
 from oialr_jax.lowrank import LowRank, counts, global_norm, materialize, ranks
@@ -48,13 +49,16 @@ __all__ = [
     "curvature",
     "densify",
     "explain",
+    "export",
     "factored",
     "factorize",
     "find_matrices",
     "freeze_bases",
     "global_norm",
+    "load",
     "make_mesh",
     "materialize",
+    "merge",
     "nnx",
     "orthogonal",
     "ranks",

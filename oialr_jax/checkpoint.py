@@ -204,6 +204,18 @@ class Checkpoints:
             raise ValueError("no checkpoint is whole: " + "; ".join(reasons))
         return None
 
+    def extra(self) -> Mapping[str, Any] | None:
+        """What `save` got beside the latest state that can be read; None for none.
+
+        It says which template to `restore` with.
+        """
+        for step in reversed(self.steps):
+            try:
+                return self._contents(step)["extra"]
+            except Exception:  # damaged: `restore` says so and sets it aside
+                continue
+        return None
+
     def wait(self) -> None:
         """Return when everything is on disk; raise what went wrong on the way."""
         self._manager.wait_until_finished()

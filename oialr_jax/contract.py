@@ -1,5 +1,10 @@
-"""Contracts LowRank views with arrays, in the order that cost.py picked."""
+"""Contracts views of nodes with arrays, in the order that cost.py picked.
 
+The data of such a view are the fields of `lowrank.Parts`, the last ones left out where
+they are None.
+"""
+
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -9,29 +14,37 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from oialr_jax import cost, views
-from oialr_jax.lowrank import Axes, LowRank
+from oialr_jax.linalg import compute_dtype
+from oialr_jax.lowrank import Axes, Parts
 
 
 class Factors(NamedTuple):
     """A view's matrix as first . core . last, turned the way that it is used.
 
-    Shapes:   first: (*batch, *dims contracted, r); core: (*batch, r, r);
-              last: (*batch, r, *dims kept).
+    Shapes:   first: (*batch, *dims contracted, r); core: (*batch, r, r), or None for
+              the identity; last: (*batch, r, *dims kept).
     """
 
     first: Array
-    core: Array
+    core: Array | None
     last: Array
 
 
-def view_of(leaf: LowRank, path: str) -> views.View:
-    """The view of a LowRank leaf. Its bases get no gradient; its core does."""
-    data = (jax.lax.stop_gradient(leaf.u), leaf.s, jax.lax.stop_gradient(leaf.vt))
-    return views.View.of(data, path, leaf.shape, leaf.dtype)
+def view_of(leaf: Any, path: str) -> views.View:
+    """The view of a node. Its bases get no gradient; its core does.
+
+    It is not `whole` where the factors are not orthonormal: of no core, or of integers.
+    """
+    parts = leaf.parts()
+    whole = parts.s is not None and parts.base is None
+    whole = whole and bool(jnp.issubdtype(parts.u.dtype, jnp.floating))
+    data = tuple(parts) if any(x is not None for x in parts[3:]) else parts[:3]
+    view = views.View.of(data, path, leaf.shape, leaf.dtype)
+    return view if whole else view.replace(whole=False)
 
 
 def materialize(view: views.View, axes: Axes) -> Array:
-    """The dense array of a LowRank view in its present layout and dtype."""
+    """The dense array of a node's view in its present layout and dtype."""
     left = view.present
     present = Axes(
         shape=tuple(view.leaf_shape[a] for a in left),
@@ -39,22 +52,35 @@ def materialize(view: views.View, axes: Axes) -> Array:
         inputs=tuple(left.index(a) for a in axes.inputs),
         outputs=tuple(left.index(a) for a in axes.outputs),
     )
-    u, s, vt = view.data
-    return views.arrange(view, LowRank(u, s, vt, present).materialize())
+    parts = Parts(*view.data)
+    wide = compute_dtype(view.dtype) if parts.s is None else parts.s.dtype
+    array = parts.product(present, wide)
+    if parts.base is not None:
+        array = array + parts.base.materialize().astype(wide)
+    return views.arrange(view, array)
 
 
 def along(
     view: views.View, axes: Axes, axis: int, change: Callable[[Array, int], Array]
-) -> tuple[Array, Array, Array]:
-    """The three factors, change(array, place) of those that have an axis of the leaf.
+) -> tuple[Any, ...]:
+    """The data, change(array, place) of those that have an axis of the leaf.
 
-    An axis of the rows is one of u, and one of the columns of vt; a stack is all three.
+    An axis of the rows is one of u, and one of the columns of vt; a stack is all of
+    them. The base has every axis.
     """
-    u, s, vt = view.data
+    parts = Parts(*view.data)
     stack = [a for a in axes.stack if a in view.present]
+    if parts.base is not None:
+        held = parts.base
+        if axis not in stack and held.scale is not None:
+            held = dataclasses.replace(held, array=held.materialize(), scale=None)
+        place = view.present.index(axis)
+        held = jax.tree.map(lambda x: change(x, place), held)
+        parts = parts._replace(base=held)
     if axis in stack:
         place = stack.index(axis)
-        return change(u, place), change(s, place), change(vt, place)
+        u, s, vt, order = (None if x is None else change(x, place) for x in parts[:4])
+        return _data(view, Parts(u, s, vt, order, parts.base))
 
     def side(array: Array, group: Sequence[int]) -> Array:
         """change on (*stack, side, r)."""
@@ -65,15 +91,24 @@ def along(
         return new.reshape(*before, -1, rank)
 
     if axis in axes.inputs:
-        return side(u, axes.inputs), s, vt
-    return u, s, jnp.swapaxes(side(jnp.swapaxes(vt, -1, -2), axes.outputs), -1, -2)
+        return _data(view, parts._replace(u=side(parts.u, axes.inputs)))
+    v = jnp.swapaxes(parts.right(), -1, -2)
+    vt = jnp.swapaxes(side(v, axes.outputs), -1, -2)
+    return _data(view, parts._replace(vt=vt, order=None))
+
+
+def _data(view: views.View, parts: Parts) -> tuple[Any, ...]:
+    """The parts as the data of a view that has as many."""
+    return tuple(parts)[: len(view.data)]
 
 
 def scaled(
     view: views.View, axes: Axes, factor: Array, varied: Sequence[int]
 ) -> views.View | None:
     """The view times a factor over rows, over columns or over neither, else None."""
-    u, s, vt = view.data
+    parts = Parts(*view.data)
+    u, s, vt = parts.u, parts.s, parts.right()
+    dtype = compute_dtype(view.dtype) if s is None else s.dtype
     stack = tuple(a for a in axes.stack if a in view.present)
     sides = [{*varied} & {*group} for group in (axes.inputs, axes.outputs)]
     if all(sides):
@@ -81,15 +116,23 @@ def scaled(
     group = axes.inputs if sides[0] else axes.outputs if sides[1] else ()
     over = views.over_axes(view, factor, (*stack, *group))
     sizes = [view.leaf_shape[a] for a in stack]
+    base = parts.base
+    if base is not None:
+        each = views.over_axes(view, factor, view.present).astype(base.dtype)
+        base = dataclasses.replace(base, array=base.materialize() * each, scale=None)
     if not group:
         over = over if over.ndim == 0 else over[..., None, None]
-        return view.replace(data=(u, s * over.astype(s.dtype), vt))
+        if s is None:
+            u = u.astype(dtype) * over.astype(dtype)
+        else:
+            s = s * over.astype(dtype)
+        return view.replace(data=_data(view, Parts(u, s, vt, None, base)))
     over = over.reshape(*sizes, -1)
     if sides[0]:
-        u = u.astype(s.dtype) * over[..., :, None].astype(s.dtype)
+        u = u.astype(dtype) * over[..., :, None].astype(dtype)
     else:
-        vt = vt.astype(s.dtype) * over[..., None, :].astype(s.dtype)
-    return view.replace(data=(u, s, vt), whole=False)
+        vt = vt.astype(dtype) * over[..., None, :].astype(dtype)
+    return view.replace(data=_data(view, Parts(u, s, vt, None, base)), whole=False)
 
 
 def sum_squares(view: views.View, axes: Axes, dims: Sequence[int]) -> Array | None:
@@ -103,7 +146,11 @@ def sum_squares(view: views.View, axes: Axes, dims: Sequence[int]) -> Array | No
     inputs, outputs = ({*views.split(view, x)} for x in (axes.inputs, axes.outputs))
     if any(group & gone and group & rest for group in (inputs, outputs)):
         return None
-    u, s, vt = (x.astype(view.dtype) for x in view.data)
+    parts = Parts(*view.data)
+    if parts.base is not None:
+        return None
+    core = jnp.eye(parts.u.shape[-1]) if parts.s is None else parts.s
+    u, s, vt = (x.astype(view.dtype) for x in (parts.u, core, parts.right()))
     v, ut = jnp.swapaxes(vt, -1, -2), jnp.swapaxes(u, -1, -2)
 
     def gram(wide: Array, tall: Array, core: Array) -> Array:
@@ -145,17 +192,20 @@ def turned(view: views.View, axes: Axes, use: views.Use) -> Factors | None:
     batch = set(views.atoms(view, use.batch))
     if batch != set(views.split(view, stack)) or use.groups > 1:
         return None
-    u, s, vt = (array.astype(view.dtype) for array in view.data)
+    parts = Parts(*view.data)
+    u, vt = (array.astype(view.dtype) for array in (parts.u, parts.right()))
+    s = None if parts.s is None else parts.s.astype(view.dtype)
     v, ut = jnp.swapaxes(vt, -1, -2), jnp.swapaxes(u, -1, -2)
     if contracted == set(inputs):
         first, core, last = u, s, vt
     elif contracted == set(outputs):
-        first, core, last = v, jnp.swapaxes(s, -1, -2), ut
+        first, last = v, ut
+        core = None if s is None else jnp.swapaxes(s, -1, -2)
         inputs, outputs = outputs, inputs
     else:
         return None
     stacked = views.split(view, stack)
-    rank = s.shape[-1]
+    rank = u.shape[-1]
 
     def laid_out(array: Array, have: list[views.Atom], want: Sequence[int]) -> Array:
         """(*stack, side, r) with the side split into the dimensions `want`."""
@@ -169,6 +219,8 @@ def turned(view: views.View, axes: Axes, use: views.Use) -> Factors | None:
     first = laid_out(first, inputs, use.contracted)
     last = laid_out(jnp.swapaxes(last, -1, -2), outputs, use.free)
     last = jnp.moveaxis(last, -1, len(use.batch))
+    if core is None:
+        return Factors(first, None, last)
     batch_shape = [view.shape[d] for d in use.batch]
     if len(use.batch) > 1:
         order = [stacked.index(a) for a in views.atoms(view, use.batch)]
@@ -179,16 +231,16 @@ def turned(view: views.View, axes: Axes, use: views.Use) -> Factors | None:
 
 def workload(x: Array, factors: Factors, use: views.Use) -> cost.Workload:
     """What a use costs is a function of this."""
-    first, core, last = factors
+    first, _, last = factors
     b = len(use.batch)
     m, n = math.prod(first.shape[b:-1]), math.prod(last.shape[b + 1 :])
     return cost.Workload(
         rows=use.rows,
         m=m,
         n=n,
-        rank=core.shape[-1],
+        rank=first.shape[-1],
         window=m // x.shape[use.x_contracted[0]] if use.kind == "conv" else 0,
-        stack=math.prod(core.shape[:-2]),
+        stack=math.prod(first.shape[:b]),
         input_gradient=not use.x_fixed,
     )
 
@@ -203,9 +255,9 @@ def dot(
     """What `dot_general` of x and the view gives."""
     b = len(use.batch)
     dtype = jnp.promote_types(x.dtype, factors.first.dtype)
-    x, *arrays = (a.astype(dtype) for a in (x, *factors))
+    x, factors = jax.tree.map(lambda a: a.astype(dtype), (x, factors))
     precision, out_dtype = params["precision"], params["preferred_element_type"]
-    first, rest = _folded(order, Factors(*arrays), b, precision)
+    first, rest = _folded(order, factors, b, precision)
     stack, inner = tuple(range(b)), tuple(range(b, b + len(use.contracted)))
     out = jax.lax.dot_general(
         x,
@@ -238,8 +290,8 @@ def ragged(
 ) -> Array:
     """What `ragged_dot_general` gives: each group of rows meets its own matrix."""
     dtype = jnp.promote_types(x.dtype, factors.first.dtype)
-    out, *arrays = (a.astype(dtype) for a in (x, *factors))
-    first, rest = _folded(order, Factors(*arrays), 1, params["precision"])
+    out, factors = jax.tree.map(lambda a: a.astype(dtype), (x, factors))
+    first, rest = _folded(order, factors, 1, params["precision"])
     (place,) = params["ragged_dot_dimension_numbers"].lhs_ragged_dimensions
     inner = tuple(range(1, 1 + len(use.contracted)))
     contracted = use.x_contracted
@@ -256,6 +308,30 @@ def ragged(
         place -= sum(d < place for d in contracted)
         contracted, inner = (out.ndim - 1,), (1,)
     return out.astype(params["preferred_element_type"] or dtype)
+
+
+def base_of(view: views.View) -> Any:
+    """The frozen base of a view, or None."""
+    return Parts(*view.data).base
+
+
+def on_base(
+    x: Array, view: views.View, base: Any, use: views.Use, eqn: Any, rest: Sequence[Any]
+) -> Array:
+    """What the equation gives of x and the base alone.
+
+    A base in a narrow dtype is widened anew on the way back, so that nothing of the
+    size of W is kept for it.
+    """
+
+    def product(x: Array, base: Any) -> Array:
+        operands = [x, x]
+        operands[use.position] = views.arrange(view, base.materialize())
+        (out,) = views.bind(eqn, [*operands, *rest])
+        return out
+
+    narrow = base.scale is not None or base.array.dtype != view.dtype
+    return (jax.checkpoint(product) if narrow else product)(x, base)
 
 
 def conv(
@@ -313,6 +389,9 @@ def _folded(
         numbers = (((left.ndim - 1,), (b,)), (stack, stack))
         return jax.lax.dot_general(left, right, numbers, precision=precision)
 
+    if core is None:
+        rebuilt = order == cost.Order.REBUILT
+        return (product(first, last), []) if rebuilt else (first, [last])
     if order == cost.Order.CHAIN:
         return first, [core, last]
     if last.size <= first.size:

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from oialr_jax import contract, cost, effects, interpret, tracing
 from oialr_jax.dataflow import abstract
-from oialr_jax.lowrank import Axes, is_low_rank, is_marked, unique_names
+from oialr_jax.lowrank import Axes, is_marked, is_node, unique_names
 from oialr_jax.views import Use, View, as_array, context, is_same
 
 
@@ -23,12 +23,12 @@ def factored(
 ) -> Callable[..., Any]:
     """fn, running on dense, low-rank or mixed params without being rewritten.
 
-    The function is traced with dense abstract values in the place of LowRank leaves,
-    and each dot product or convolution that meets one is contracted with its factors in
-    the cheapest order. Frozen bases get no gradient. Where no rule applies the leaf is
-    materialised: right, but at dense cost; a warning names the leaf and the primitive,
-    once per leaf and primitive. Without LowRank leaves this is fn itself. `explain`
-    tells what was chosen and why.
+    The function is traced with dense abstract values in the place of nodes (LowRank, or
+    another form: `merge`, `adapters`), and each dot product or convolution that meets
+    one is contracted with its factors in the cheapest order. Frozen bases get no
+    gradient. Where no rule applies the leaf is materialised: right, but at dense cost;
+    a warning names the leaf and the primitive, once per leaf and primitive. Without
+    nodes this is fn itself. `explain` tells what was chosen and why.
 
     Arguments that are not arrays (flags, strings, functions) stay as they are. The
     result composes with jit, grad, vmap, remat, scan, pmap and shard_map. The rule of a
@@ -53,18 +53,18 @@ def factored(
 
     @functools.wraps(fn)
     def run(*args: Any, **kwargs: Any) -> Any:
-        flat = jax.tree.leaves((args, kwargs), is_leaf=_is_node)
-        if not any(map(_is_node, flat)):
+        flat = jax.tree.leaves((args, kwargs), is_leaf=_is_held)
+        if not any(map(_is_held, flat)):
             return fn(*args, **kwargs)
         for calls in {id(x.calls): x.calls for x in flat if is_marked(x)}.values():
             calls.append((fn, *_shapes((args, kwargs))))
-        traced = tracing.trace(fn, args, kwargs, _is_node, share=True)
+        traced = tracing.trace(fn, args, kwargs, _is_held, share=True)
         leaves = [leaf for _, leaf in traced.leaves]
         evaluate = functools.partial(contracted, traced, pick=pick, reported=reported)
         if traced.arguments is None:
             return traced.rebuild(evaluate(leaves))
         if any(
-            is_low_rank(leaves[i]) for i in traced.replaced.values()
+            is_node(leaves[i]) for i in traced.replaced.values()
         ):  # an error comes before anything runs
             jax.eval_shape(evaluate, leaves)
         effects.write(
@@ -77,8 +77,8 @@ def factored(
     return run
 
 
-def _is_node(x: object) -> bool:
-    return is_low_rank(x) or is_marked(x)
+def _is_held(x: object) -> bool:
+    return is_node(x) or is_marked(x)
 
 
 def _shapes(tree: Any) -> Any:
@@ -126,21 +126,20 @@ def contracted(
 
     An argument that holds no low-rank leaf is taken for data, which gets no gradient.
     """
+    leaves = [x.materialize() if _is_array_alone(x) else x for x in leaves]
     names = unique_names(path for path, _ in traced.leaves)
     trained = {
         tuple(path[:2])
         for (path, _), leaf in zip(traced.leaves, leaves, strict=True)
-        if is_low_rank(leaf)
+        if is_node(leaf)
     }
     nodes = {
-        name: leaf
-        for name, leaf in zip(names, leaves, strict=True)
-        if is_low_rank(leaf)
+        name: leaf for name, leaf in zip(names, leaves, strict=True) if is_node(leaf)
     }
     axes = {name: node.axes for name, node in nodes.items()}
     handler = _Contraction(axes, pick, reported, choices)
     values = [
-        contract.view_of(leaf, name) if is_low_rank(leaf) else _plain(leaf)
+        contract.view_of(leaf, name) if is_node(leaf) else _plain(leaf)
         for name, leaf in zip(names, leaves, strict=True)
     ]
     fixed = [tuple(path[:2]) not in trained for path, _ in traced.leaves]
@@ -148,7 +147,7 @@ def contracted(
     for output, leaf in traced.replaced.items():
         if is_marked(leaves[leaf]):
             outputs[output] = leaves[leaf]
-        if not is_low_rank(leaves[leaf]):
+        if not is_node(leaves[leaf]):
             continue
         same = [  # an object that is in the arguments twice was one for the function
             value
@@ -167,6 +166,11 @@ def contracted(
 
 def _plain(leaf: Any) -> Any:
     return leaf.array if is_marked(leaf) else leaf
+
+
+def _is_array_alone(leaf: Any) -> bool:
+    """Whether a leaf is a node without factors: an array in another dtype."""
+    return is_node(leaf) and not hasattr(leaf, "axes")
 
 
 def _said(name: str) -> str:
@@ -208,22 +212,41 @@ class _Contraction:
     def sum_squares(self, view: View, dims: tuple[int, ...]) -> Array | None:
         return contract.sum_squares(view, self.axes[view.path], dims)
 
+    def order(
+        self, view: View, x: Array, factors: contract.Factors, use: Use
+    ) -> cost.Order:
+        """In which order a use is contracted.
+
+        Two factors are one chain. On a base W is not rebuilt: the way back would be by
+        a gradient of its shape.
+        """
+        if factors.core is None:
+            return cost.Order.CHAIN
+        load = contract.workload(x, factors, use)
+        itemsize = jnp.promote_types(x.dtype, view.dtype).itemsize
+        order = self.pick(load, itemsize)
+        if order == cost.Order.REBUILT and contract.base_of(view) is not None:
+            order = cost.Order.MERGED
+        if self.choices is not None:
+            self.choices.append(
+                Choice(view.path, use.kind, load, itemsize, order, use.place)
+            )
+        return order
+
     def contract(
         self, view: View, x: Array, use: Use, eqn: Any, rest: Sequence[Any] = ()
     ) -> Array | None:
         factors = contract.turned(view, self.axes[view.path], use)
         if factors is None:
             return None
-        load = contract.workload(x, factors, use)
-        itemsize = jnp.promote_types(x.dtype, view.dtype).itemsize
-        order = self.pick(load, itemsize)
-        if self.choices is not None:
-            self.choices.append(
-                Choice(view.path, use.kind, load, itemsize, order, use.place)
-            )
+        order = self.order(view, x, factors, use)
         contraction: Any = _CONTRACTIONS[use.kind]
         with context(eqn):
-            return contraction(x, factors, use, eqn.params, order, *rest)
+            out: Array = contraction(x, factors, use, eqn.params, order, *rest)
+        base = contract.base_of(view)
+        if base is None:
+            return out
+        return out + contract.on_base(x, view, base, use, eqn, rest)
 
     def unknown(self, view: View, primitive: str) -> None:
         if (view.path, primitive) not in self.reported:

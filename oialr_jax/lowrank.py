@@ -125,6 +125,47 @@ class Basis(int):
         return Basis(zlib.crc32(values.tobytes(), zlib.crc32(b"%d %d" % (self, rank))))
 
 
+class Parts(NamedTuple):
+    """The arrays of a node, of whatever form: W = base + u . core . right.
+
+    Without a core `s` that is the identity. With an `order` the right factor is [I vt],
+    its columns permuted: column `order[i]` of W is column i of u [I vt]. `base` is a
+    `forms.Frozen`, or None.
+
+    Shapes:   u: (*l, m, r); s: (*l, r, r); vt: (*l, r, n), or (*l, r, n - r) with an
+              order of shape (*l, n).
+    """
+
+    u: Any
+    s: Any
+    vt: Any
+    order: Any = None
+    base: Any = None
+
+    def right(self) -> Array:
+        """The right factor, its columns where they belong."""
+        if self.order is None:
+            return self.vt
+        r = self.vt.shape[-2]
+        eye = jnp.eye(r, dtype=self.vt.dtype)
+        eye = jnp.broadcast_to(eye, (*self.vt.shape[:-2], r, r))
+        place = jnp.argsort(self.order, axis=-1)
+        joined = jnp.concatenate([eye, self.vt], axis=-1)
+        return jnp.take_along_axis(joined, place[..., None, :], axis=-1)
+
+    def product(self, axes: Axes, dtype: Any) -> Array:
+        """The dense array without its base in this dtype, in full precision."""
+        u, vt = self.u.astype(dtype), self.right().astype(dtype)
+        with jax.default_matmul_precision("highest"):
+            if self.s is None:
+                matrix = u @ vt
+            elif axes.m < axes.n:  # the core meets the smaller basis first
+                matrix = (u @ self.s.astype(dtype)) @ vt
+            else:
+                matrix = u @ (self.s.astype(dtype) @ vt)
+        return axes.to_array(matrix)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class LowRank(_NoArray):
@@ -177,12 +218,12 @@ class LowRank(_NoArray):
 
     def materialize(self) -> Array:
         """The dense array of shape `shape` and dtype `dtype`, in full precision."""
-        u, vt = self.u.astype(self.dtype), self.vt.astype(self.dtype)
-        with jax.default_matmul_precision("highest"):
-            # the core meets the smaller basis first
-            wide = self.axes.m < self.axes.n
-            matrix = (u @ self.s) @ vt if wide else u @ (self.s @ vt)
-        return self.axes.to_array(matrix)
+        return Parts(self.u, self.s, self.vt).product(self.axes, self.dtype)
+
+    def parts(self) -> Parts:
+        """The arrays; bases get no gradient, the core does."""
+        u, vt = jax.lax.stop_gradient((self.u, self.vt))
+        return Parts(u, self.s, vt)
 
 
 class Calls(list[Any]):
@@ -230,6 +271,11 @@ def is_low_rank(x: object) -> bool:
     return isinstance(x, LowRank)
 
 
+def is_node(x: object) -> bool:
+    """Whether x stands for a dense array in any form: LowRank, or those of forms.py."""
+    return hasattr(type(x), "parts")
+
+
 def map_low_rank(fn: Callable[[LowRank], Any], tree: PyTree) -> PyTree:
     """The tree with every LowRank node replaced by fn(node), other leaves untouched."""
     return jax.tree.map(
@@ -238,11 +284,13 @@ def map_low_rank(fn: Callable[[LowRank], Any], tree: PyTree) -> PyTree:
 
 
 def materialize(tree: PyTree) -> PyTree:
-    """The tree with every LowRank node replaced by its dense array.
+    """The tree with every node replaced by its dense array, whatever its form.
 
     The norm of what is trained needs no dense array: see `global_norm`.
     """
-    return map_low_rank(LowRank.materialize, tree)
+    return jax.tree.map(
+        lambda x: x.materialize() if is_node(x) else x, tree, is_leaf=is_node
+    )
 
 
 def without_identity(tree: PyTree) -> PyTree:
@@ -396,11 +444,15 @@ class Counts(NamedTuple):
 def counts(params: PyTree) -> Counts:
     """Numbers of dense, stored and trainable weights; shapes suffice, no values."""
     dense = stored = trainable = 0
-    for leaf in jax.tree.leaves(params, is_leaf=is_low_rank):
+    for leaf in jax.tree.leaves(params, is_leaf=is_node):
         if is_low_rank(leaf):
             dense += math.prod(leaf.shape)
             stored += sum(math.prod(f.shape) for f in (leaf.u, leaf.s, leaf.vt))
             trainable += math.prod(leaf.s.shape)
+        elif is_node(leaf):
+            dense += math.prod(leaf.shape)
+            stored += leaf.stored
+            trainable += leaf.trainable
         elif hasattr(leaf, "shape"):
             dense += math.prod(leaf.shape)
             stored += math.prod(leaf.shape)
@@ -431,9 +483,10 @@ def global_norm(tree: PyTree) -> Float[Array, ""]:
 
 
 def ranks(params: PyTree) -> dict[str, tuple[int, int, int]]:
-    """(m, n, rank) of every LowRank leaf, by path."""
+    """(m, n, rank) of every leaf that is held by factors, by path."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_node)
     return {
-        name: (leaf.axes.m, leaf.axes.n, leaf.rank)
-        for name, leaf in named_leaves(params).items()
-        if is_low_rank(leaf)
+        path_name(path): (leaf.axes.m, leaf.axes.n, leaf.rank)
+        for path, leaf in leaves
+        if hasattr(leaf, "rank")
     }

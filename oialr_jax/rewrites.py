@@ -460,7 +460,7 @@ def _each(eqn: Any, values: list[Any], handler: Handler) -> Any:
 
     def of(value: Any) -> Any:
         if isinstance(value, View):
-            return value.replace(data=tuple(map(of, value.data)))
+            return value.replace(data=jax.tree.map(of, value.data))
         if isinstance(value, Joined):
             return _each_part(value, of)
         return None if isinstance(value, Squares) else bind(eqn, [value])[0]

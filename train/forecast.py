@@ -177,13 +177,13 @@ def task(settings: Settings) -> recipe.Task:
         mse = jnp.mean(error**2)
         return mse, (extra, {"mse": mse, "mae": jnp.mean(jnp.abs(error))})
 
-    def forecast(params: Any, value: Array, mark: Array) -> Array:
-        return model.apply({"params": params}, value, mark)
+    def forecast(params: Any, extra: Any, value: Array, mark: Array) -> Array:
+        return model.apply({"params": params, **extra}, value, mark)
 
     forward = jax.jit(oialr.factored(forecast))
 
     def evaluated(state: recipe.State) -> dict[str, float]:
-        of_window = functools.partial(forward, state.averaged)
+        of_window = functools.partial(forward, state.averaged, state.extra)
         test = evaluate(of_window, layout, windows["test"])
         validation = evaluate(of_window, layout, windows["validation"])
         return {**test, "validation_mse": validation["mse"]}
@@ -203,6 +203,11 @@ def task(settings: Settings) -> recipe.Task:
         goal=loop.Goal("validation_mse", "min"),
         epoch=len(windows["train"]) / settings.batch,
         layout=layout,
+        forward=forecast,
+        inputs=tuple(
+            jax.ShapeDtypeStruct(first[x].shape, first[x].dtype)
+            for x in ("value", "mark")
+        ),
         described={
             "dataset": settings.dataset,
             "model": "autoformer",

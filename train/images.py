@@ -476,6 +476,8 @@ def task(settings: Settings) -> recipe.Task:
         goal=loop.Goal(counted, "max"),
         epoch=data.counts["train"] / settings.batch,
         layout=layout,
+        forward=logits,
+        inputs=(jax.ShapeDtypeStruct((1, *data.shape), jnp.uint8),),
         described={"dataset": settings.dataset, "model": settings.model},
         drawn=drawn,
     )

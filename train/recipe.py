@@ -10,7 +10,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -202,6 +202,8 @@ class Task:
         goal: the metric among them that counts.
         epoch: steps in one pass through the data.
         layout: where params and batches live.
+        forward: (params, extra, *inputs) -> outputs, of a trained model.
+        inputs: shapes of one example of these, with a batch axis of size one.
         described: what the summary says beside the settings and results, as the model.
         drawn: like `loss`, a mean whose labels are drawn from the prediction: its
             curvature is the true Fisher. None: that of `loss`, the empirical one.
@@ -215,9 +217,56 @@ class Task:
     goal: loop.Goal
     epoch: float
     layout: oialr.Layout
+    forward: Callable[..., Any]
+    inputs: tuple[jax.ShapeDtypeStruct, ...]
     described: Mapping[str, Any]
     drawn: Callable[[Any, Any, Any, Array], Array] | None = None
     terms: Callable[[Any], int] | None = None
+
+
+class Begun(NamedTuple):
+    """What a run has before its first step; `weights` and `extra` are shapes."""
+
+    weights: Any
+    extra: Any
+    found: oialr.Matrices
+    matrices: tuple[oialr.Matrix, ...]
+    tx: optax.GradientTransformation
+    create: Callable[[Array], State]
+    loss: Callable[..., Any]
+    noise: Array
+    key: Array
+
+
+def begun(settings: Settings, task: Task) -> Begun:
+    """Host side: the matrices, the optimizer and the state of a run, not yet computed.
+
+    Raises:   ValueError: a setting out of range, an unknown optimizer.
+    """
+    key = jax.random.key(settings.seed)
+    noise = jax.random.fold_in(key, 1)
+    extra, weights = _split(jax.eval_shape(task.init, key))
+    given = (_whole(task.batch(0), settings.batch), jax.eval_shape(lambda: noise))
+    found = oialr.find_matrices(task.loss, weights, extra, *given)
+    matrices = oialr.select(
+        found,
+        min_aspect=settings.min_aspect,
+        dense_first=settings.dense_first,
+        dense_last=settings.dense_last,
+        among_eligible=settings.among_eligible,
+    )
+    tx = optimizer(settings, matrices)
+    if settings.method == "oialr" and settings.settled is not None:
+        tx = optax.chain(tx, oialr.stability.keep_reference())
+    tx = oialr.freeze_bases(tx)
+    loss = oialr.factored(task.loss)
+
+    def create(key: Array) -> State:
+        extra, params = _split(task.init(key))
+        state = State.create(apply_fn=loss, params=params, tx=tx, extra=extra)
+        return state.replace(step=jnp.zeros((), jnp.int32))
+
+    return Begun(weights, extra, found, matrices, tx, create, loss, noise, key)
 
 
 def run(settings: S, build: Callable[[S], Task], *, name: str) -> dict[str, Any]:
@@ -241,30 +290,13 @@ def run(settings: S, build: Callable[[S], Task], *, name: str) -> dict[str, Any]
     def batch(t: int) -> Any:
         return layout.put_batch(task.batch(t), settings.batch)
 
-    key = jax.random.key(settings.seed)
-    noise = jax.random.fold_in(key, 1)
-    extra, weights = _split(jax.eval_shape(task.init, key))
-    given = (_whole(task.batch(0), settings.batch), jax.eval_shape(lambda: noise))
-    found_matrices = oialr.find_matrices(task.loss, weights, extra, *given)
-    matrices = oialr.select(
-        found_matrices,
-        min_aspect=settings.min_aspect,
-        dense_first=settings.dense_first,
-        dense_last=settings.dense_last,
-        among_eligible=settings.among_eligible,
+    weights, _, found_matrices, matrices, tx, create, loss, noise, key = begun(
+        settings, task
     )
     rule = rank_rule(settings, weights, matrices)
-    tx, due = optimizer(settings, matrices), None
+    due = None
     if low_rank and settings.settled is not None:
         due = oialr.stability.when_settled(settings.settled)
-        tx = optax.chain(tx, oialr.stability.keep_reference())
-    tx = oialr.freeze_bases(tx)
-    loss = oialr.factored(task.loss)
-
-    def create(key: Array) -> State:
-        extra, params = _split(task.init(key))
-        state = State.create(apply_fn=loss, params=params, tx=tx, extra=extra)
-        return state.replace(step=jnp.zeros((), jnp.int32))
 
     def train_step(state: State, batch: Any) -> tuple[State, Any]:
         grad = oialr.value_and_grad(loss, has_aux=True)

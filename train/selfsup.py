@@ -132,13 +132,13 @@ def task(settings: Settings) -> recipe.Task:
         value = agreement + settings.redundancy * redundancy
         return value, (extra, {"agreement": agreement})
 
-    @jax.jit
-    @oialr.factored
     def features(params: Any, extra: Any, image: Array) -> Array:
         return model.apply({"params": params, **extra}, of_pixels(image))[0]
 
+    forward = jax.jit(oialr.factored(features))
+
     def evaluated(state: recipe.State) -> dict[str, float]:
-        of_image = functools.partial(features, state.averaged, state.extra)
+        of_image = functools.partial(forward, state.averaged, state.extra)
         train, test = (
             every(of_image, layout, image)
             for image in (data.train_image[:PROBED], data.test_image)
@@ -156,6 +156,8 @@ def task(settings: Settings) -> recipe.Task:
         goal=loop.Goal("accuracy", "max"),
         epoch=data.counts["train"] / settings.batch,
         layout=layout,
+        forward=features,
+        inputs=(jax.ShapeDtypeStruct((1, *data.shape), jnp.uint8),),
         described={"dataset": settings.dataset},
     )
 

@@ -140,11 +140,15 @@ def task(settings: Settings) -> recipe.Task:
         token = jax.random.categorical(key, jax.lax.stop_gradient(output))
         return jnp.mean(_each(output, token)[0])
 
-    forward = jax.jit(oialr.factored(lambda p, x: model.apply({"params": p}, x)))
+    def logits(params: Any, extra: Any, token: Array) -> Array:
+        return model.apply({"params": params, **extra}, token)
+
+    forward = jax.jit(oialr.factored(logits))
     passages = text.passages(data.parts["test"], context=settings.context)
 
     def evaluated(state: recipe.State) -> dict[str, float]:
-        return evaluate(functools.partial(forward, state.averaged), layout, passages)
+        of_passage = functools.partial(forward, state.averaged, state.extra)
+        return evaluate(of_passage, layout, passages)
 
     train = data.parts["train"]
     return recipe.Task(
@@ -163,6 +167,8 @@ def task(settings: Settings) -> recipe.Task:
         goal=loop.Goal("loss", "min"),
         epoch=(len(train) - settings.context) / settings.batch,
         layout=layout,
+        forward=logits,
+        inputs=(jax.ShapeDtypeStruct((1, settings.context), jnp.int32),),
         described={"dataset": settings.dataset},
         drawn=drawn,
         terms=lambda batch: batch["target"].size,

@@ -1,0 +1,234 @@
+"""The forms of inference: every one is the function that was trained."""
+
+import dataclasses
+import warnings
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import BY_NAME, KINDS
+from helpers import TOLERANCE, assert_close, in_low_rank
+
+import oialr_jax as oialr
+from oialr_jax import cost
+from oialr_jax.export.identity import BOUND, chosen_columns
+from oialr_jax.forms import narrowed
+
+SHAPES = {
+    "tall": ((12, 7), (), (0,), (1,)),
+    "wide": ((7, 12), (), (0,), (1,)),
+    "square": ((9, 9), (), (0,), (1,)),
+    "stack": ((3, 6, 8), (0,), (1,), (2,)),
+    "stack_last": ((6, 8, 3), (2,), (0,), (1,)),
+    "conv": ((3, 3, 4, 6), (), (0, 1, 2), (3,)),
+    "heads": ((8, 2, 4), (), (0,), (1, 2)),
+    "turned": ((6, 8), (), (1,), (0,)),
+}
+
+
+def drawn(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def node(name, rank=4, dtype=None):
+    axes = oialr.Axes(*SHAPES[name])
+    found = oialr.factor(drawn(0, *axes.shape), axes, rank)
+    if dtype is not None:
+        found = jax.tree.map(lambda x: x.astype(dtype), found)
+    return found
+
+
+def worst(actual, desired):
+    actual, desired = (np.asarray(x, np.float64) for x in (actual, desired))
+    return np.max(np.abs(actual - desired)) / np.max(np.abs(desired))
+
+
+EVERY = [  # one of the two forms in a push, in turn
+    pytest.param(
+        case,
+        form,
+        id=f"{case}-{form}",
+        marks=[pytest.mark.long] if (i + j) % 2 else [],
+    )
+    for i, case in enumerate(KINDS)
+    for j, form in enumerate(("identity", "factors"))
+]
+
+
+@pytest.mark.parametrize(("case", "form"), EVERY)
+@pytest.mark.filterwarnings("ignore:.*is materialised:UserWarning")
+def test_every_form_runs_as_the_dense_function(case, form):
+    fn, params, x = case.build()
+    low = in_low_rank(params, oialr.find_matrices(fn, params, x))
+    merged = oialr.merge(low, form=form)
+    actual = eqx.filter_jit(oialr.factored(fn))(merged, x)
+    desired = eqx.filter_jit(fn)(oialr.materialize(low), x)
+    assert_close(actual, desired, TOLERANCE[jnp.dtype(case.dtype)])
+
+
+@pytest.mark.parametrize("form", ["factors", "identity", "core", "dense"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_merged_matrix_is_the_matrix(shape, form):
+    low = node(shape)
+    merged = oialr.merge({"w": low, "b": jnp.ones(3)}, form=form)
+    assert merged["b"].shape == (3,)
+    dense = oialr.materialize(merged)["w"]
+    assert dense.dtype == jnp.float32
+    assert worst(dense, low.materialize()) < 1e-6
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_numbers_of_each_form_are_as_promised(shape):
+    low = node(shape)
+    m, n, r = low.axes.m, low.axes.n, low.rank
+    stack = int(np.prod(low.axes.l))
+    wanted = {
+        "factors": r * (m + n),
+        "identity": r * (m + n - r),
+        "core": r * (m + n + r),
+        "dense": m * n,
+    }
+    for form, numbers in wanted.items():
+        merged = oialr.merge({"w": low}, form=form)
+        assert oialr.counts(merged).stored == stack * numbers
+        assert oialr.counts(merged).dense == stack * m * n
+        held = {} if form == "dense" else {"w": (m, n, r)}
+        assert oialr.ranks(merged) == held
+    identity = oialr.merge({"w": low}, form="identity")["w"]
+    assert sum(x.size for x in (identity.c, identity.z)) == stack * wanted["identity"]
+
+
+@pytest.mark.parametrize("rank", range(1, 8))
+def test_identity_is_never_above_dense(rank):
+    low = node("wide", rank)
+    merged = oialr.merge({"w": low}, form="identity")
+    assert oialr.counts(merged).stored <= 7 * 12
+    assert worst(merged["w"].materialize(), low.materialize()) < 2e-6
+
+
+@pytest.mark.parametrize("side", ["wide", "tall"])
+def test_the_core_goes_into_the_smaller_side(side):
+    low = node(side)
+    two = oialr.merge({"w": low}, form="factors")["w"]
+    kept, turned = (two.b, low.vt) if side == "wide" else (two.a, low.u)
+    np.testing.assert_array_equal(kept, turned)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_columns_are_chosen_so_that_no_entry_is_large(seed):
+    rng = np.random.default_rng(seed)
+    r, n = sorted(rng.integers(1, 40, 2))
+    # close to dependent, where a pivoted QR alone does badly
+    right = rng.normal(size=(r, n)) * np.geomspace(1, 1e-6, r)[:, None]
+    right = np.linalg.qr(right.T + 1.0)[0].T
+    order, z = chosen_columns(right)
+    assert sorted(order) == list(range(n))
+    assert np.max(np.abs(z), initial=0) <= BOUND * (1 + 1e-9)
+    np.testing.assert_allclose(right[:, order[:r]] @ z, right[:, order[r:]], atol=1e-10)
+
+
+def test_swaps_do_what_pivots_leave():
+    """Kahan's matrix, whose pivoted QR is as it stands and whose Z grows as 2ʳ."""
+    r, s = 24, np.sin(1.2)
+    kahan = np.triu(-np.cos(1.2) * np.ones((r, r)), 1) + np.eye(r)
+    kahan = (s ** np.arange(r))[:, None] * kahan * (1 - 1e-10) ** np.arange(r)
+    last = np.linalg.solve(kahan[:-1, :-1], kahan[:-1, -1:])
+    assert np.max(np.abs(last)) > 10
+    _, z = chosen_columns(kahan[:-1])
+    assert np.max(np.abs(z)) <= BOUND
+
+
+def test_auto_takes_dense_where_that_is_smaller():
+    small, large = (node("square", r) for r in (4, 5))  # 72 and 90 of 81 numbers
+    merged = oialr.merge({"small": small, "large": large})
+    assert isinstance(merged["small"], oialr.TwoFactors)
+    assert isinstance(merged["large"], jax.Array)
+
+
+def test_auto_takes_dense_where_that_is_faster():
+    fn, low = (lambda p, x: x @ p["w"]), node("square", 4)
+    slow = cost.Rates(1e9, 1e9, 1e9, 1e9, 1e9, 1e9, overhead=1.0)  # a call is all
+    fast = dataclasses.replace(slow, overhead=0.0, bandwidth=1e15)
+    found = oialr.find_matrices(fn, {"w": low}, jnp.ones((64, 9)))
+    assert found[0].rows == 64
+    merged = [oialr.merge({"w": low}, matrices=found, rates=x) for x in (slow, fast)]
+    assert isinstance(merged[0]["w"], jax.Array)
+    assert isinstance(merged[1]["w"], oialr.TwoFactors)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "form", "bound"),
+    [
+        ("bfloat16", "factors", 8e-3),
+        ("bfloat16", "identity", 2e-2),
+        ("float16", "factors", 1e-3),
+        ("bfloat16", "core", 8e-3),
+        ("int8", "core", 2e-2),
+        ("int8", "auto", 2e-2),
+    ],
+)
+def test_narrow_factors_are_near_and_meet_wide_arrays(dtype, form, bound):
+    low = node("wide", 4 if form != "auto" else 2)
+    merged = oialr.merge({"w": low}, form=form, dtype=dtype)
+    factors = jax.tree.leaves(merged["w"])
+    assert sum(x.dtype == dtype for x in factors) == 2
+    if isinstance(merged["w"], oialr.LowRank):
+        assert merged["w"].s.dtype == jnp.float32
+    x = drawn(1, 3, 7)
+    out = oialr.factored(lambda p, x: x @ p["w"])(merged, x)
+    assert out.dtype == jnp.float32
+    assert 1e-6 < worst(out, x @ low.materialize()) < bound
+    assert worst(out, x @ merged["w"].materialize()) < 1e-5
+
+
+def test_the_core_is_the_best_for_rounded_bases():
+    low = node("square", 4)
+    best = oialr.merge({"w": low}, form="core", dtype="int8")["w"]
+    (u, su), (vt, sv) = narrowed(low.u, "int8", (-2,)), narrowed(low.vt, "int8", (-1,))
+    scaled = oialr.LowRank(u, su.mT * low.s * sv.mT, vt, low.axes)
+    dense = low.materialize()
+    errors = [float(jnp.linalg.norm(x.materialize() - dense)) for x in (best, scaled)]
+    assert errors[0] < errors[1]
+
+
+def test_a_norm_of_a_weight_knows_that_factors_are_not_orthonormal():
+    case = BY_NAME["weight_normed"]
+    fn, params, x = case.build()
+    low = in_low_rank(params, oialr.find_matrices(fn, params, x))
+    for form, dtype in (("factors", None), ("identity", None), ("core", "int8")):
+        merged = oialr.merge(low, form=form, dtype=dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # no leaf is materialised
+            actual = oialr.factored(fn)(merged, x)
+        assert_close(actual, fn(oialr.materialize(merged), x), 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"form": "svd"}, "`form` must be one of auto, factors, .*, got 'svd'"),
+        ({"dtype": "int4"}, "`dtype` must be one of float32, .*, got 'int4'"),
+        ({"form": "identity", "dtype": "int8"}, "int8' is for frozen bases and form="),
+    ],
+    ids=["form", "dtype", "int8"],
+)
+def test_bad_options_are_refused(options, error):
+    with pytest.raises(ValueError, match=error):
+        oialr.merge({"w": node("wide")}, **options)
+
+
+def test_what_is_not_finite_is_named():
+    low = node("wide")
+    broken = dataclasses.replace(low, s=low.s.at[0, 0].set(jnp.nan))
+    with pytest.raises(ValueError, match="layer/w is not finite"):
+        oialr.merge({"layer": {"w": broken}})
+
+
+def test_what_overflows_is_refused():
+    low = node("wide")
+    huge = dataclasses.replace(low, s=low.s * 1e6)
+    with pytest.raises(ValueError, match="too large for float16"):
+        oialr.merge({"w": huge}, form="factors", dtype="float16")
+    assert oialr.merge({"w": huge}, form="factors", dtype="bfloat16")
