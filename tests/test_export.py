@@ -20,6 +20,7 @@ from helpers import in_low_rank
 import oialr_jax as oialr
 from oialr_jax.export import folder as writing
 from oialr_jax.export import manifest
+from oialr_jax.lowrank import Axes, factor
 
 WORST = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2, "int8": 4e-2}
 """Largest difference over the largest output, of a network of three layers."""
@@ -249,7 +250,7 @@ def test_batch_axes_are_those_of_vmap(tmp_path):
 def test_a_frozen_base_is_merged_back(tmp_path):
     from oialr_jax.forms import Adapted, frozen
 
-    low = oialr.factor(jnp.ones((6, 8)), oialr.Axes((6, 8), (), (0,), (1,)), 2)
+    low = factor(jnp.ones((6, 8)), Axes((6, 8), (), (0,), (1,)), 2)
     base = frozen(linear_params()["first"]["kernel"], "bfloat16", low.axes)
     params = linear_params() | {"first": {"kernel": Adapted(base, low)}}
     x = jnp.ones((2, 6))

@@ -15,6 +15,7 @@ import oialr_jax as oialr
 from oialr_jax import cost
 from oialr_jax.export.identity import BOUND, chosen_columns
 from oialr_jax.forms import narrowed
+from oialr_jax.lowrank import Axes, factor
 
 SHAPES = {
     "tall": ((12, 7), (), (0,), (1,)),
@@ -33,8 +34,8 @@ def drawn(seed, *shape):
 
 
 def node(name, rank=4, dtype=None):
-    axes = oialr.Axes(*SHAPES[name])
-    found = oialr.factor(drawn(0, *axes.shape), axes, rank)
+    axes = Axes(*SHAPES[name])
+    found = factor(drawn(0, *axes.shape), axes, rank)
     if dtype is not None:
         found = jax.tree.map(lambda x: x.astype(dtype), found)
     return found

@@ -12,6 +12,7 @@ from cases import normal
 from flax import nnx
 
 import oialr_jax as oialr
+from oialr_jax.lowrank import is_low_rank
 
 WIDTH, CLASSES, DELAY, STEPS = 32, 4, 4, 7
 
@@ -203,7 +204,7 @@ def test_a_step_in_place_goes_on_in_low_rank(name):
     assert jax.tree.map(jnp.shape, oialr.nnx._values(moments)) == cores
 
 
-is_node = oialr.is_low_rank
+is_node = is_low_rank
 
 
 def test_the_step_after_an_event_is_compiled_ahead():

@@ -23,7 +23,7 @@ import oialr_jax as oialr
 from oialr_jax import cost
 from oialr_jax.adaptive import Timing
 from oialr_jax.lowrank import without_identity
-from oialr_jax.matrices import Matrix
+from oialr_jax.matrices import Matrices, Matrix
 from oialr_jax.reports import Report
 from train import loop, names, optimizers, rates, report
 from train.tracking import Tracking
@@ -229,8 +229,8 @@ class Begun(NamedTuple):
 
     weights: Any
     extra: Any
-    found: oialr.Matrices
-    matrices: tuple[oialr.Matrix, ...]
+    found: Matrices
+    matrices: tuple[Matrix, ...]
     tx: optax.GradientTransformation
     create: Callable[[Array], State]
     loss: Callable[..., Any]
