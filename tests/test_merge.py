@@ -14,7 +14,7 @@ from helpers import TOLERANCE, assert_close, in_low_rank
 import oialr_jax as oialr
 from oialr_jax import cost
 from oialr_jax.export.identity import BOUND, chosen_columns
-from oialr_jax.forms import narrowed
+from oialr_jax.forms import TwoFactors, narrowed
 from oialr_jax.lowrank import Axes, factor
 
 SHAPES = {
@@ -144,7 +144,7 @@ def test_swaps_do_what_pivots_leave():
 def test_auto_takes_dense_where_that_is_smaller():
     small, large = (node("square", r) for r in (4, 5))  # 72 and 90 of 81 numbers
     merged = oialr.merge({"small": small, "large": large})
-    assert isinstance(merged["small"], oialr.TwoFactors)
+    assert isinstance(merged["small"], TwoFactors)
     assert isinstance(merged["large"], jax.Array)
 
 
@@ -156,7 +156,7 @@ def test_auto_takes_dense_where_that_is_faster():
     assert found[0].rows == 64
     merged = [oialr.merge({"w": low}, matrices=found, rates=x) for x in (slow, fast)]
     assert isinstance(merged[0]["w"], jax.Array)
-    assert isinstance(merged[1]["w"], oialr.TwoFactors)
+    assert isinstance(merged[1]["w"], TwoFactors)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ import jax
 import tyro
 
 import oialr_jax as oialr
+from oialr_jax.export import Exported
 from train import forecast, images, loop, recipe, selfsup, text
 
 PROGRAMS = (images, text, forecast, selfsup)
@@ -86,7 +87,7 @@ def _settings(
     )
 
 
-def run(settings: Settings) -> oialr.Exported:
+def run(settings: Settings) -> Exported:
     """Host side: the export that was written.
 
     Raises:   as `restored` and `oialr_jax.export`.
