@@ -587,7 +587,7 @@ def _rebased(
 
     Of a dense leaf W = U Σ Vᵀ gradients become UᵀGV; of a core S = Us Σ Vsᵀ the bases
     become U Us and Vsᵀ Vᵀ and moments turn by Us and Vs. Weighted directions are no
-    orthonormal columns; a QR of either side gives bases, and a core that is full.
+    orthonormal columns: their sum is decomposed anew, by a QR of either side.
     """
     left, sigma, right = part(batch, start, stack)
     if is_weighted:

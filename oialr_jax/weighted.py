@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from oialr_jax.linalg import compute_dtype, signed_qr, svd, token_of
+from oialr_jax.linalg import compute_dtype, diagonal, signed_qr, svd, token_of
 
 RIDGE = 1e-3
 """What is added to the diagonal of C and D, in parts of their mean eigenvalue."""
@@ -174,15 +174,16 @@ def directions(
 
 
 def cut(found: Directions, rank: int) -> tuple[Array, Array, Array]:
-    """The factors u, s, vt of the first directions; u and vt are orthonormal.
+    """The factors u, s, vt of the first directions, as the SVD of their sum has them.
 
-    Shapes:   u: (*l, m, r); s: (*l, r, r), not diagonal; vt: (*l, r, n).
+    Shapes:   u: (*l, m, r); s: (*l, r, r), diagonal; vt: (*l, r, n).
     """
     with jax.default_matmul_precision("highest"):
         u, left = signed_qr(found.left[..., :rank])
         token = token_of([u])
         v, right = signed_qr(found.right[..., :rank, :].mT + token)
-        return u, left @ right.mT, v.mT
+        p, sigma, qt = svd(left @ right.mT + token_of([v]))
+        return u @ p, diagonal(sigma), qt @ v.mT
 
 
 def rise(sigma: Float[Array, "*l q"], rank: int) -> Float[Array, "*l"]:
