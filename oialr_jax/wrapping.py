@@ -1,6 +1,6 @@
-"""The front door for a training step that there is already, as with Flax's TrainState.
+"""The front door for an existing training step, as with Flax's TrainState.
 
-The step is left alone; what it reads from its state, `apply_fn` and `tx`, is replaced.
+The step stays as it is; `apply_fn` and `tx` of its state are replaced.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -46,11 +46,11 @@ def wrap(
     function is `factored(state.apply_fn)`. A step that calls `state.apply_fn` and
     `state.apply_gradients`, jitted or not, then runs on low-rank params as it is.
 
-    A model function that the step calls by another name cannot be reached. There
-    `forward = oialr_jax.factored(model.apply)` is the user's to write, and `select` has
-    the matrices found in it.
+    A model function that the step calls by another name cannot be replaced: write
+    `forward = oialr_jax.factored(model.apply)` there, and give its matrices as
+    `select`.
 
-    Args:     example: what the step gets after the state; shapes suffice.
+    Args:     example: the arguments of the step after the state; shapes suffice.
               delay, steps, budget, select, schedule, rule, layout: as in `training`.
               follow: fields of the state that hold copies of the params, as "ema".
               tx: of a state without `.tx`: the frozen optimizer that the step uses.
