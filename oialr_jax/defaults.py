@@ -1,4 +1,4 @@
-"""The defaults of `training` and `wrap`: when to convert, which matrices, which ranks."""
+"""The defaults of `training` and `wrap`: when to convert, what, and to which ranks."""
 
 import dataclasses
 import math
