@@ -68,22 +68,22 @@ def adaptive(
     reported, and `timings` has what they cost.
 
     What happens at a step depends on the step number and the state alone, so a run
-    resumed from a saved state repeats the uninterrupted one. Ranks that should be
-    waiting at their event and do not (another loop ran in between) are chosen then.
+    resumed from a saved state repeats the uninterrupted one. Ranks that are missing at
+    their event (because another loop ran in between) are chosen then.
 
-    What follows an event: `.params`, `.opt_state`, and the fields of the state that
-    `follow` names, trees beside the params such as an average, a target network or the
-    start point of a penalty, by `rebase`. A tree that does not, in another field or in
-    an argument, is refused before a step that gets it in old bases. The first call
-    traces the step at full rank, by shapes alone, and refuses what would fail at the
-    conversion; the state given is kept then.
+    An event changes `.params`, `.opt_state`, and the fields of the state named by
+    `follow`: trees beside the params such as an average, a target network or the start
+    point of a penalty, which are rebased. A tree in old bases, in another field or in
+    an argument, is refused before the step. The first call traces the step at full
+    rank, by shapes alone, and refuses what would fail at the conversion; the state is
+    not donated then.
 
-    With `weighing` every cut and projection is weighed by curvature, of a few batches
-    before it that are looked at before they are trained on; the events' reports have
-    the rise of the loss as predicted, and as measured on the batch of the event.
+    With `weighing` every cut and projection is weighed by curvature, measured on a few
+    batches before they are trained on. Reports then have the rise of the loss, as
+    predicted and as measured on the batch of the event.
 
-    The state given is used up, its buffers donated to the new one, as is usual in
-    `state, metrics = step(state, batch)`; `donate_argnums=()` keeps it.
+    The state is donated, as is usual in `state, metrics = step(state, batch)`;
+    `donate_argnums=()` keeps it.
 
     Args:     matrices: in execution order, as `find_matrices` and `select` give them.
               due: which of them an update treats, as `stability.when_settled()`; by

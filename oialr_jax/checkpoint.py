@@ -39,7 +39,7 @@ _ARRAYS, _CONTENTS = "arrays", "contents"
 
 
 class Restored(NamedTuple):
-    """A checkpoint in memory: `extra` is what `save` was given beside the state."""
+    """A restored checkpoint: the state, and the `extra` that `save` was given."""
 
     state: Any
     extra: dict[str, Any]
@@ -48,10 +48,10 @@ class Restored(NamedTuple):
 class Checkpoints:
     """Host side: the checkpoints of one run, in one folder.
 
-    Saving is asynchronous (it returns when the arrays are off the devices) and atomic
-    (a step that is not whole has another name). The latest `keep` stay, and the one
-    with the best `metric`. Every process of a run calls every method, on a folder that
-    all of them see.
+    Saving is asynchronous (it returns when the arrays have left the devices) and atomic
+    (an incomplete step has another name). The latest `keep` checkpoints are kept, and
+    the one with the best `metric`. Every process of a run calls every method, on a
+    folder that all of them share.
 
     Args:     folder: on a file system of this machine; a leading ~ is expanded.
               best: "max" or "min", which `metric` is best; None keeps the latest only.
@@ -83,7 +83,7 @@ class Checkpoints:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """The steps that were saved, ascending."""
+        """The saved steps, ascending."""
         return tuple(sorted(self._manager.all_steps()))
 
     def save(
@@ -95,14 +95,14 @@ class Checkpoints:
     ) -> None:
         """Save `state`, which has a `.step`, and `extra`, which JSON can hold.
 
-        The state may be donated to the next step at once. What went wrong with the
-        save before is raised here, or by `wait`.
+        The state may be donated to the next step at once. An error of the previous save
+        is raised here, or by `wait`.
 
         Args:     extra: dicts with strings as keys, lists, strings, numbers, booleans
                   and None. Scalars of JAX and NumPy are numbers, too; numbers that are
                   not finite are an error.
                   metric: a number, or a scalar of JAX or NumPy. One that is not finite
-                  is that of a run which went wrong: never the best, and stored as None.
+                  is never the best, and stored as None.
         Raises:   ValueError: this step is there already; two arrays of the state have
                   one name, or a name is too long for a file; a number in `extra` is not
                   finite. TypeError: what `extra` has under a key, or `metric`, is of
@@ -159,15 +159,15 @@ class Checkpoints:
         tx: optax.GradientTransformation,
         layout: Layout | None = None,
     ) -> Restored | None:
-        """The latest checkpoint that is whole; None where there is none at all.
+        """The latest complete checkpoint; None if the folder has no checkpoint at all.
 
-        `template` is a state, or the shapes of one, as the program would begin with:
-        its leaves may be dense where the checkpoint has them in low rank. Arrays are
-        placed by `layout`, whatever mesh they were saved from, or on the first device.
+        `template` is the initial state of the program, or its shapes: its leaves may be
+        dense where the checkpoint has them in low rank. Arrays are sharded by `layout`,
+        whatever mesh they were saved from, or put on the first device.
 
-        A checkpoint that cannot be read, or whose arrays do not have the checksums that
-        were stored, is named in a warning and set aside as STEP.damaged, and the one
-        before is used. One that was never finished is named and removed.
+        A checkpoint that cannot be read, or whose arrays do not match their stored
+        checksums, is named in a warning and set aside as STEP.damaged, and the previous
+        one is used. One that was never finished is named and removed.
 
         Raises:   ValueError: the checkpoint does not fit the template (every path, with
                   both shapes and dtypes), or there are checkpoints and none is whole.
@@ -217,11 +217,11 @@ class Checkpoints:
         return None
 
     def wait(self) -> None:
-        """Return when everything is on disk; raise what went wrong on the way."""
+        """Return when everything is flushed to disk; raise errors of the last save."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait, and let go of the folder."""
+        """Wait, and release the folder."""
         self._manager.close()
 
     def __enter__(self) -> "Checkpoints":

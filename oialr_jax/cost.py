@@ -1,4 +1,4 @@
-"""What the one idea saves: the work of W = U S Vᵀ in every order of contraction.
+"""The work of W = U S Vᵀ in every order of contraction.
 
 One use of a matrix maps T rows of m entries to T rows of n. Plain numbers, no JAX: the
 shapes and the rank are known when a program is traced, and decide.
@@ -12,7 +12,7 @@ from typing import NamedTuple, final
 
 
 class Order(enum.StrEnum):
-    """In what order a matrix meets its rows."""
+    """The order in which rows are multiplied by a matrix or its factors."""
 
     CHAIN = "chain"
     """((x U) S) Vᵀ."""
@@ -44,7 +44,7 @@ class Cost:
 @final
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What a device does in a second, measured by `python -m train.bench layers`.
+    """The rates of a device, measured by `python -m train.bench --suite layers`.
 
     A product takes the longer of its FLOPs at the rate of its kind and its bytes at
     `bandwidth`, plus `overhead`. Gradients of a weight (`_kernel`), which sum over the

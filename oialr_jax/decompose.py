@@ -81,7 +81,7 @@ def _expected(shapes: Any) -> Any:
 
 
 def _put(x: Any, beside: Any) -> Any:
-    """x, an integer or what nobody placed yet, whole wherever `beside` has a part."""
+    """x, an integer or an uncommitted array, replicated over the mesh of `beside`."""
     x = np.int32(x) if isinstance(x, int) else x
     known, where = _whole(beside)
     return jax.device_put(x, where) if known else x

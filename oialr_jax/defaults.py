@@ -1,7 +1,4 @@
-"""What is chosen where nothing is said: when to convert, what to hold, how far to cut.
-
-For `training` and `wrap`; the layers below have no opinion.
-"""
+"""The defaults of `training` and `wrap`: when to convert, what, and to which ranks."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""What a function changed in its own arguments, brought back into the caller's objects.
+"""In-place changes of a function to its arguments, made to the caller's objects.
 
 A traced function works on copies of its arguments. Where it changes them in place, as
 modules do with batch statistics and random counters, the copies tell what to write.

@@ -1,4 +1,4 @@
-"""Tells what a program will do with its matrices: order, FLOPs and why, by layer."""
+"""Shows what a program does with its matrices: order, FLOPs and why, by layer."""
 
 import dataclasses
 import warnings
@@ -16,10 +16,10 @@ from oialr_jax.matrices import Skipped, find_matrices, skipped_lines
 class Line(NamedTuple):
     """One use of a matrix in a training step.
 
-    `flops` are those of the order, `dense_flops` of the same use dense, both forward
-    and backward. `why` has what decides, the work of every order over that of dense:
-    estimated time where the device has rates, else FLOPs. A leaf that is dense has no
-    `rank` and nothing to decide.
+    `flops` are those of the chosen order, `dense_flops` those of the dense matrix, both
+    forward and backward. `why` has the work of every order over that of dense:
+    estimated time if the rates of the device are known, else FLOPs. A dense leaf has no
+    `rank`, and no order to choose.
     """
 
     path: str
@@ -38,8 +38,8 @@ class Line(NamedTuple):
 class Explanation:
     """The matrices of a function in the order of their use; prints as a table.
 
-    `skipped` are the leaves of two or more axes that are no matrices, as
-    `find_matrices` tells them.
+    `skipped` are the leaves of two or more axes that are no matrices, as in
+    `find_matrices`.
     """
 
     lines: tuple[Line, ...]

@@ -26,19 +26,26 @@ def factored(
     The function is traced with dense abstract values in the place of nodes (LowRank, or
     another form: `merge`, `adapters`), and each dot product or convolution that meets
     one is contracted with its factors in the cheapest order. Frozen bases get no
-    gradient. Where no rule applies the leaf is materialised: right, but at dense cost;
-    a warning names the leaf and the primitive, once per leaf and primitive. Without
-    nodes this is fn itself. `explain` tells what was chosen and why.
+    gradient. Without nodes this is fn itself. `explain` shows the chosen orders and
+    why.
 
-    Arguments that are not arrays (flags, strings, functions) stay as they are. The
-    result composes with jit, grad, vmap, remat, scan, pmap and shard_map. The rule of a
-    `jax.custom_vjp` function is kept: the gradient that it gives to the dense weight is
-    projected. Into a `jax.custom_jvp` function a leaf goes materialised.
+    There are rules for dense layers, einsum, convolutions (1-D, 2-D, strided, dilated,
+    transposed), attention, scanned and rematerialised stacks, LSTM and GRU cells,
+    experts by index or `ragged_dot`; for weights that are first cast, transposed,
+    reshaped, sliced, joined, stacked or scaled, on either side of a product; and for
+    weights that are used twice. Where no rule applies (a sort of a weight, say) the
+    leaf is materialised: correct, but at dense cost, and a warning names the leaf and
+    the primitive, once for each pair.
+
+    Arguments that are not arrays (flags, strings, functions) are passed as they are.
+    The result composes with jit, grad, vmap, remat, scan, pmap and shard_map. A
+    `jax.custom_vjp` rule is kept: its gradient for the dense weight is projected. A
+    `jax.custom_jvp` function gets the materialised leaf.
 
     Args:     order: "chain", "merged" or "rebuilt" (the authors' way) for every leaf,
-              to compare; None picks the cheapest for each use. rates: of the device,
-              measured; None has those that `cost.RATES` knows for JAX's default
-              backend, and counts FLOPs where it knows none.
+              to compare; None picks the cheapest for each use.
+              rates: of the device, measured; by default those in `cost.RATES` for JAX's
+              default backend, or FLOPs alone for a backend that is not there.
     Raises:   ValueError: an `order` that is none of a low-rank leaf.
 
     >>> from oialr_jax.lowrank import Axes, LowRank
@@ -86,7 +93,7 @@ def _shapes(tree: Any) -> Any:
 
 
 class Choice(NamedTuple):
-    """In which order one use of a low-rank leaf, an equation, is contracted."""
+    """The order in which one use of a low-rank leaf, an equation, is contracted."""
 
     path: str
     kind: str

@@ -1,9 +1,9 @@
-"""Trees beside the params: brought into the bases that params have, or kept apart.
+"""Trees beside the params: brought into the bases of the params, or refused.
 
 An average of the weights, a target network or the start point of a penalty can be
-combined with params only while its nodes are in the same bases. Every node says which
-ones it is in (`lowrank.Basis`); a compiled step is spared that, because it would be
-compiled anew by an event that only turned bases.
+combined with params only while its nodes are in the same bases. Every node has the
+identity of its bases (`lowrank.Basis`). Compiled steps get nodes without it, as an
+event that only turns bases would cause a recompilation otherwise.
 """
 
 import dataclasses
@@ -33,15 +33,15 @@ Path = tuple[Any, ...]
 
 
 def rebase(tree: PyTree, params: PyTree) -> PyTree:
-    """The tree with its matrices in the bases that `params` has at the same place.
+    """The tree with its matrices in the bases of the params at the same paths.
 
     `tree` is any pytree: an average of the params, or something that contains one. A
-    leaf belongs to the parameter whose path its own path ends with, the longest such,
-    if it has its dense shape. Beside a LowRank parameter a dense W becomes the core
-    UᵀWV and a node S the core (UᵀUₑ) S (VₑᵀV): the nearest matrix in the span of the
-    parameter's bases. What lies outside of that span is dropped. Beside a dense
-    parameter a node becomes dense. Anything else stays as it is: what belongs to no
-    parameter, has another shape, is no float, or is in these bases already.
+    leaf belongs to the parameter whose path is the longest end of its own path, if both
+    have the same dense shape. For a LowRank parameter a dense W becomes the core UᵀWV,
+    and a node with core S the core (UᵀUₑ) S (VₑᵀV): the nearest matrix in the span of
+    the parameter's bases; the part outside of the span is dropped. For a dense
+    parameter a node becomes dense. All other leaves stay as they are: leaves without a
+    parameter, of another shape or dtype, or in these bases already.
 
     Traceable. The bases of the result are copies, so that both trees can be donated.
 
@@ -161,10 +161,10 @@ def _followed(
 
 
 class Identities:
-    """Host side: takes the identities of bases off what a compiled step is given.
+    """Host side: removes the identities of bases from the arguments of a compiled step.
 
-    And puts them back on what it returns, so that it is compiled once for all bases of
-    a shape.
+    And restores them in its results, so that a step is compiled once for all bases of a
+    shape.
     """
 
     def __init__(self) -> None:

@@ -18,9 +18,9 @@ Tree = TypeVar("Tree")
 
 
 def alone(result: Tree) -> Tree:
-    """Host side: the result of a program with LAPACK calls, on CPUs once it is there.
+    """Host side: the result of a program with LAPACK calls; on CPUs, once it is ready.
 
-    Elsewhere programs of a device run one after the other, and nobody waits.
+    On other devices programs run one after the other, and the host does not wait.
     """
     arrays = [x for x in jax.tree.leaves(result) if isinstance(x, jax.Array)]
     on_cpu = any(d.platform == "cpu" for x in arrays for d in x.devices())

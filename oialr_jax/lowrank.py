@@ -1,4 +1,4 @@
-"""The node of the one idea: a matrix held as W = U S Vᵀ in place of an array leaf."""
+"""The pytree node: a matrix held as W = U S Vᵀ in place of an array leaf."""
 
 import collections
 import dataclasses
@@ -102,10 +102,10 @@ class _NoArray:
 
 
 class Basis(int):
-    """Which bases a node is in: a number that every event changes, 0 where unknown.
+    """The identity of a node's bases: a number that every event changes, 0 if unknown.
 
-    It is part of a tree's structure, so that JAX refuses to combine nodes of different
-    bases, whose cores have nothing to do with each other; its text is the way out.
+    It is part of the tree structure, so that JAX refuses to combine nodes of different
+    bases, whose cores cannot be compared; its text in that error says what to do.
     """
 
     def __repr__(self) -> str:
@@ -171,9 +171,9 @@ class Parts(NamedTuple):
 class LowRank(_NoArray):
     """A matrix W = U S Vᵀ that stands where its dense array stood in a params tree.
 
-    `u` and `vt` are frozen and have orthonormal columns and rows; the core `s` is what
-    trains. The node runs no checks: it is also built by JAX with tracers, shapes or
-    None in the place of arrays.
+    `u` and `vt` are frozen and have orthonormal columns and rows; the core `s` is
+    trained. The node runs no checks, as JAX also builds it from tracers, shapes or
+    None.
 
     `basis` tells nodes of different bases apart (`Basis`); a node that is built from
     another one keeps it: `dataclasses.replace(node, s=core)`.
@@ -294,24 +294,24 @@ def materialize(tree: PyTree) -> PyTree:
 
 
 def without_identity(tree: PyTree) -> PyTree:
-    """The tree, whose nodes do not say any more which bases they are in.
+    """The tree with nodes that have no identity of their bases (`LowRank.basis`).
 
-    For programs that take one params tree alone, as an evaluation does: an event that
-    turns bases and cuts nothing then compiles none of them anew.
+    For programs that take a single params tree, such as an evaluation: an event that
+    turns bases but keeps all ranks then causes no recompilation.
     """
     return map_low_rank(lambda x: dataclasses.replace(x, basis=Basis(0)), tree)
 
 
 def arrays_only(tree: PyTree) -> PyTree:
-    """The tree with None for leaves that are no arrays, as functions in a module are.
+    """The tree with None in the place of leaves that are no arrays.
 
-    It is what optimizers are initialised with where params are a whole module.
+    Optimizers are initialised with it where params are a whole module with functions.
     """
     return jax.tree.map(lambda x: x if hasattr(x, "dtype") else None, tree)
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """The name by which matrices, rules, errors and reports call a leaf.
+    """The name of a leaf in matrices, rules, errors and reports.
 
     >>> path_name(jax.tree_util.tree_flatten_with_path({"a": {"b": 1}})[0][0][0])
     'a/b'
@@ -372,7 +372,7 @@ def with_leaves(tree: PyTree, new: Mapping[str, Any]) -> PyTree:
 def owner_of(path: tuple[Any, ...], owners: Container[Any]) -> Any:
     """The longest path among `owners` that `path` ends with, or None.
 
-    It is the parameter that a leaf elsewhere, as in an optimizer's state, belongs to.
+    It is the parameter to which a leaf of an optimizer's state belongs.
     """
     for start in range(len(path) + 1):
         if path[start:] in owners:
@@ -432,8 +432,8 @@ class Counts(NamedTuple):
     """Numbers of weights of a params tree.
 
     `dense`: of the model with every matrix dense. `stored`: both bases, cores and every
-    other weight. `trainable`: cores and every other weight; alone it flatters. Their
-    norm is `global_norm`.
+    other weight. `trainable`: cores and every other weight, which flatters the method
+    if it is reported alone.
     """
 
     dense: int
@@ -442,7 +442,7 @@ class Counts(NamedTuple):
 
 
 def counts(params: PyTree) -> Counts:
-    """Numbers of dense, stored and trainable weights; shapes suffice, no values."""
+    """Numbers of dense, stored and trainable weights; the leaves may be shapes."""
     dense = stored = trainable = 0
     for leaf in jax.tree.leaves(params, is_leaf=is_node):
         if is_low_rank(leaf):
@@ -461,12 +461,12 @@ def counts(params: PyTree) -> Counts:
 
 
 def global_norm(tree: PyTree) -> Float[Array, ""]:
-    """The norm over all leaves of params or gradients, a matrix counting as its W.
+    """The global norm of params or gradients, in which a LowRank leaf counts as its W.
 
-    sqrt(Σ‖W‖²), where ‖U S Vᵀ‖ = ‖S‖ as bases are orthonormal: cores and dense leaves
-    alone, in float32 or wider. The same for params, for their gradients, with nodes or
-    without, and for `trainable(params)`; `optax.global_norm` counts the bases too.
-    Leaves that are no floats are left out.
+    sqrt(Σ‖W‖²), computed from cores and dense leaves in float32 or wider, as
+    ‖U S Vᵀ‖ = ‖S‖ for orthonormal bases. It is the same for nodes and for
+    `trainable(params)`, whereas `optax.global_norm` counts the bases too. Leaves that
+    are no floats do not count.
 
     >>> w = factor(2 * jnp.eye(4, 3), Axes((4, 3), (), (0,), (1,)))
     >>> round(float(global_norm({"w": w, "b": jnp.ones(4)})), 4)

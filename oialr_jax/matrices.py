@@ -27,11 +27,11 @@ from oialr_jax.views import Use, View, as_array, is_same
 class Matrix(NamedTuple):
     """One leaf that a function uses as a matrix.
 
-    `rows` is the number of rows that one call of the function sends through (batch x
-    tokens, or batch x output positions for a convolution, per matrix of a stack).
+    `rows` is the number of rows that one call of the function multiplies by it (batch
+    size x tokens, or x output positions of a convolution, per matrix of a stack).
     `uses` counts contractions in the program; a scanned body counts once. `other` names
     what else the function does with the leaf, or why it cannot be held in low rank.
-    `is_head` says that no other matrix reads what this one gives. `loads` has what each
+    `is_head` says that no other matrix reads its result. `loads` has what each
     use costs in a training step, at full rank, in entries of `itemsize` bytes.
     """
 
@@ -105,7 +105,7 @@ class Skipped(NamedTuple):
 
 
 class Matrices(tuple[Matrix, ...]):
-    """What `find_matrices` gives: a tuple of `Matrix`, and the leaves it did not take.
+    """The result of `find_matrices`: a tuple of `Matrix`, and the other leaves.
 
     Every leaf of two or more axes is either in the tuple or in `skipped`. Prints as a
     table.
@@ -149,14 +149,13 @@ def find_matrices(
     """The leaves of `params` that fn(params, *args, **kwargs) uses as matrices.
 
     The function is traced, never run, so arguments may be `jax.ShapeDtypeStruct`, and
-    what it changes in place stays as it is. The order is that of execution (of first
-    use). A matrix is a leaf of two or more axes that a dot product or a convolution
-    contracts over some of its axes and keeps others; what else happens to it is in
-    `Matrix.other`. Other leaves of two or more axes are in the result's `skipped`, each
-    with what stopped it; leaves that are no arrays (functions, strings, None) are left
-    alone.
+    nothing is changed in place. Matrices are in the order of execution (of their first
+    use). A matrix is a leaf of two or more axes, of which a dot product or convolution
+    contracts some and keeps others; `Matrix.other` names its other uses. Other leaves
+    of two or more axes are in the result's `skipped`, each with the reason; leaves that
+    are no arrays (functions, strings, None) are ignored.
 
-    Args:     axis_env: names and sizes of mapped axes that the function speaks of, as
+    Args:     axis_env: names and sizes of mapped axes that the function uses, as
               `nn.BatchNorm(axis_name="batch")` does: [("batch", 8)].
     Raises:   ValueError: the function uses an axis that `axis_env` does not name.
 

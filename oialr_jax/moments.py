@@ -90,8 +90,8 @@ class MomentRule:
     Zeroing v is not offered: Optax counts steps once for all leaves, so a zeroed v is
     read as converged and the next steps are up to 1/sqrt(1 - b2) learning rates long.
 
-    What a state holds is known by its class, Optax's or your own: that says by a static
-    method `crosses()`, which maps its fields to "linear" (sums and averages of
+    The contents of a state are known by its class. A class of your own declares them by
+    a static method `crosses()`, which maps its fields to "linear" (sums and averages of
     gradients) or "params" (weights); see `oialr_jax.states`.
 
     `variance` undoes Adam's bias correction and does it again, which matters in the

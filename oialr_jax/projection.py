@@ -34,9 +34,9 @@ def project_to_rank(
 ) -> PyTree:
     """Host side: params with the nearest matrices of the ranks that `rule` chooses.
 
-    They stay dense, and those that are LowRank, or not finite, are left alone. Of a
-    stack all have the same rank. The optimizer state needs no change. With statistics
-    they are the nearest by loss.
+    They stay dense; LowRank matrices and those that are not finite are unchanged. All
+    matrices of a stack get the same rank. The optimizer state needs no change. With
+    statistics they are the nearest by loss.
 
     Raises:   ValueError: a matrix names no leaf of `params`, or one of another shape; a
               budget is too small.

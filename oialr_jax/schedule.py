@@ -1,4 +1,4 @@
-"""When the one idea acts: which ranks stay, and which step turns which layers.
+"""Which ranks stay, and which step treats which layers.
 
 Plain integers and numpy, no JAX: every answer is a function of its arguments alone, so
 a resumed run does what the uninterrupted one does.
@@ -29,11 +29,11 @@ class RankRule:
     the small side of the dense matrix. `multiple` rounds the choice up. A core of zeros
     has no value below its largest and keeps its rank.
 
-    With a `budget` the matrices together hold at most so many weights, bases and cores,
-    and their ranks are chosen together (`choose_all`): values go by σ/σ₀ of their own
-    matrix, the largest stay, as with one cutoff that is as low as the budget lets it
-    be; but no matrix keeps so many that it has more weights than when it is dense.
-    Then `cutoff` and `max_drop` have no meaning; every matrix keeps its
+    With a `budget` the bases and cores of all matrices have at most so many weights,
+    and their ranks are chosen together (`choose_all`): singular values are compared by
+    σ/σ₀ within their own matrix, and the largest of all stay, up to the budget. This is
+    the lowest common cutoff that the budget allows. No matrix keeps more weights than
+    its dense form. `cutoff` and `max_drop` have no meaning then; every matrix keeps its
     `min_rank`, and above it `multiple` directions come or go at once.
 
     With by="loss" the matrices share the budget by what their directions are worth in
@@ -226,9 +226,9 @@ class Schedule:
 
     Before the batch of step `delay`, counted from 0, dense matrices become low-rank.
     Update j = 0, 1, ... is decided at u_j = delay + j * every while u_j < stop, the
-    first one with the conversion, and treats the last executed layers: a share
-    `layer_step` of them at first, as many more each time. It happens `lag` steps after
-    its ranks were chosen; in between the program for the new shapes is compiled.
+    first one with the conversion. It treats the last executed layers: a share
+    `layer_step` of them at first, and as many more each time. It is applied `lag` steps
+    after its ranks were chosen; in between the step for the new shapes is compiled.
 
     Before the steps in `projections`, say `range(300, 2500, 20)`, each matrix of the
     dense warm-up becomes the nearest one of the rank that the rule chooses (singular
@@ -319,7 +319,7 @@ class Schedule:
         return i > 0 and self.projections[i - 1] > previous
 
     def acts(self, step: int) -> bool:
-        """Whether something is decomposed before the batch of this step."""
+        """Whether matrices are decomposed before the batch of this step."""
         updates = self.decided(step) is not None or self.due(step) is not None
         return updates or self.projected(step)
 

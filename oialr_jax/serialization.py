@@ -10,7 +10,7 @@ _FACTORS = ("u", "s", "vt")
 
 
 def register() -> None:
-    """Teach `to_state_dict`, `to_bytes` and their inverses what a LowRank node is.
+    """Register LowRank nodes with `to_state_dict`, `to_bytes` and their inverses.
 
     Without Flax installed this does nothing.
     """

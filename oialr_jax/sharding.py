@@ -1,4 +1,4 @@
-"""Where the leaves live: meshes, and a sharding for every dense and low-rank leaf."""
+"""Meshes, and a sharding for every dense and low-rank leaf."""
 
 import contextlib
 import dataclasses
@@ -27,11 +27,11 @@ FSDP = "fsdp"
 
 
 def make_mesh(spec: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh from "data=4,model=2"; -1, once, stands for the devices that are left.
+    """A mesh from "data=4,model=2"; one size may be -1, for the remaining devices.
 
-    Batches are divided over `data` and `fsdp`, large leaves over `fsdp`; any other axis
-    is for rules. Axes are Auto: the compiler places what nobody placed. With one
-    process a mesh may be smaller than the machine and takes the first devices.
+    Batches are sharded over `data` and `fsdp`, large leaves over `fsdp`; any other axis
+    is for rules. Axis types are Auto: the compiler chooses the sharding of arrays that
+    have none. A single process may use fewer devices than it has, the first ones.
 
     Raises:   ValueError: not of this form, an axis twice, a size below 1, or a number
               of devices that there is not.
@@ -75,18 +75,18 @@ def make_mesh(spec: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
 @final
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Which device holds which part of every leaf: of params, or of a whole state.
+    """The sharding of every leaf: of params, or of a whole training state.
 
     A rule gives the PartitionSpec of a *dense* leaf, over its dense axes; the first one
-    whose pattern is found in the leaf's path wins. For a LowRank leaf the names over
-    input axes divide `u` along m, those over output axes divide `vt` along n, those
-    over stack axes divide all three. What no rule matches is replicated, or, where the
-    mesh has an axis `fsdp` and the array at least `min_size` entries, divided over it
-    along its largest axis that it divides (never a stack). Cores are always placed in
-    this automatic way: no rule about dense axes speaks of r.
+    whose pattern is found in the leaf's path wins. For a LowRank leaf the mesh axes of
+    input axes shard `u` along m, those of output axes shard `vt` along n, and those of
+    stack axes shard all three. A leaf without a rule is replicated; or, if the mesh has
+    an axis `fsdp` and the array at least `min_size` entries, sharded over it along the
+    largest axis that `fsdp` divides (never a stack axis). Cores are always sharded in
+    this automatic way, as no rule over dense axes says anything about r.
 
-    An array of the optimizer state lies like the core or dense leaf whose path its own
-    ends with, if it has its shape.
+    An array of the optimizer state is sharded like the core or dense leaf that it
+    belongs to, if it has the same shape.
 
     Hashable, so that it can be a static argument of `jax.jit`.
 
@@ -126,7 +126,7 @@ class Layout:
         return self(_Pair(params, opt_state)).opt_state
 
     def constrain(self, tree: PyTree) -> PyTree:
-        """Traceable: `tree` with its arrays in their places.
+        """Traceable: `tree` with sharding constraints on its arrays.
 
         Over Explicit axes by `jax.sharding.reshard`, as their names are in the types.
         """
@@ -154,17 +154,17 @@ class Layout:
 
     @property
     def batch(self) -> NamedSharding:
-        """Of a batch: the first axis over `data` and `fsdp`."""
+        """The sharding of a batch: its first axis over `data` and `fsdp`."""
         names = tuple(a for a in BATCH_AXES if a in self.mesh.shape)
         return self._named(PartitionSpec(names) if names else PartitionSpec())
 
     @property
     def shards(self) -> int:
-        """Into how many parts a batch is divided."""
+        """The number of parts into which a batch is sharded."""
         return math.prod(self.mesh.shape.get(a, 1) for a in BATCH_AXES)
 
     def rows(self, size: int) -> slice:
-        """Host side: which rows of a batch of `size` this process has to provide.
+        """Host side: the rows that this process provides to a batch of `size`.
 
         Raises:   ValueError: `size` is no multiple of `shards`.
         """
@@ -178,7 +178,7 @@ class Layout:
         return slice(min(a for a, _ in parts), max(b for _, b in parts))
 
     def put_batch(self, local: PyTree, size: int) -> PyTree:
-        """Host side: global arrays from this process's rows of a batch of `size`."""
+        """Host side: a global batch of `size` from the rows of this process."""
 
         def put(rows: Any) -> jax.Array:
             return jax.make_array_from_process_local_data(

@@ -1,7 +1,7 @@
-"""The front door: one call around a loss, which puts the layers below together.
+"""The front door: one call around a loss, built from the public layers below.
 
-`find_matrices`, `select`, `factored`, `freeze_bases` and `adaptive`, with `defaults`.
-What it makes of them stays within reach, so that one can go on below.
+These are `find_matrices`, `select`, `factored`, `freeze_bases` and `adaptive`, with the
+choices of `defaults`; a run has them as attributes, for loops that need them directly.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainingState:
-    """What a run carries from step to step: a pytree that `Checkpoints` can save.
+    """The state of a run: a pytree that `Checkpoints` can save.
 
     Attributes:
         extra: what the model keeps beside its params, such as batch statistics.
@@ -86,11 +86,11 @@ def training(
         state, value = run.step(state, *batch)  # for every batch
         params = materialize(state.params)
 
-    The first `delay` steps are dense. Then every matrix that low rank serves becomes
-    U S Vᵀ, of ranks that fit the `budget`, and of it the core S alone trains. In the
-    last 70 % of the dense steps the matrices are projected 12 to 14 times to the ranks
-    of that moment, so that little is lost at the conversion: at small budgets one cut
-    after such a warm-up kept more accuracy than many cuts without it
+    The first `delay` steps are dense. Then every matrix for which low rank pays becomes
+    U S Vᵀ, of ranks that fit the `budget`, and only its core S is trained. In the last
+    70 % of the dense steps the matrices are projected 12 to 14 times to the ranks that
+    they would get then, so that little is lost at the conversion: at small budgets one
+    cut after such a warm-up kept more accuracy than many cuts without it
     (train/results/experiments.md). A warm-up of less than 20 steps has no projections.
 
     Args:     tx: an optimizer of Optax; `freeze_bases` is put around it here.
@@ -102,24 +102,23 @@ def training(
               store after the conversion: bases, cores and what stays dense. An int is
               the number of weights in matrices, as in `RankRule(budget=)`. By default
               the matrices keep a quarter of their weights, or their least ranks if
-              these have more: about the budget at which the measured runs lose half a
-              point, and in reach of every network, as what stays dense (embeddings,
-              heads) is not counted.
+              these have more. Every network can meet that, as leaves that stay dense
+              (embeddings, heads) are not counted.
               has_aux: the loss returns (value, aux), and so does `run.step`.
               select: options of `select`, as {"exclude": "embed"}, or the matrices.
-              follow: copies of the params in `state.beside`, by name, each with a
-              function of (params, copy), both with cores in the place of matrices,
-              which gives the copy after a step. A running average is {"ema":
-              functools.partial(optax.incremental_update, step_size=1e-3)}. A loss that
-              has a parameter of this name gets the copy, as a target network.
+              follow: copies of the params in `state.beside`, by name, each with the
+              function of (params, copy) that returns the copy after a step; both have
+              cores in the place of matrices. A running average is {"ema":
+              functools.partial(optax.incremental_update, step_size=1e-3)}. A loss with
+              a parameter of this name gets the copy, as a target network.
               schedule: instead of `delay` and `steps`. rule: instead of `budget`.
               weighing: True has the budget divided by what each direction is worth in
               loss, measured on 8 batches before each cut and projection; a `Weighing`
-              says how many, or of which other loss of (state, *batch).
-              layout: where state and batches are placed.
+              sets their number, or another loss of (state, *batch).
+              layout: the sharding of state and batches.
               options: of `adaptive`: `moment_rule`, `jit`, and those of `jit`.
-    Raises:   ValueError, TypeError: a value out of range, two that say the same, a `tx`
-              that is frozen or no optimizer.
+    Raises:   ValueError, TypeError: a value out of range, two that exclude each other,
+              a `tx` that is frozen already or no optimizer.
     """
     if isinstance(tx, FrozenBases):
         raise ValueError(
@@ -147,8 +146,8 @@ def training(
 class Training:
     """Host side: what `training` returns.
 
-    `tx`, `schedule`, `train_step` (pure) and, after `init`, `matrices` and `rule` are
-    what to give to `adaptive` for what `training` does not offer.
+    Its parts are `tx`, `schedule`, `train_step` (pure) and, after `init`, `matrices`
+    and `rule`: arguments of `adaptive`, for loops that need more than this one offers.
     """
 
     def __init__(
@@ -185,12 +184,12 @@ class Training:
 
     @property
     def reports(self) -> list[Report]:
-        """What each event of this process did."""
+        """A report of each event of this process."""
         return self._adaptive().reports
 
     @property
     def timings(self) -> list[Timing]:
-        """What decisions, events and projections cost the host."""
+        """Seconds that decisions, events and projections took on the host."""
         return self._adaptive().timings
 
     @property
@@ -201,7 +200,7 @@ class Training:
     def init(
         self, params: PyTree, *example: Any, extra: Any = None, key: Any = None
     ) -> TrainingState:
-        """Host side: the state before the first step; `params` stay the caller's.
+        """Host side: the initial state; `params` are copied, not donated.
 
         Finds and selects the matrices, and checks by shapes alone the loss, the budget,
         the optimizer and the step as it will be after the conversion.
@@ -210,8 +209,9 @@ class Training:
                   extra: other collections of the model. The loss is then
                   loss(params, extra, *batch) and returns (value, extra), or
                   (value, (extra, aux)).
-                  key: the loss then gets key=, another one at every step.
-        Raises:   ValueError, TypeError: what does not fit, and the line to change.
+                  key: the loss then gets key=, a new one at every step.
+        Raises:   ValueError, TypeError: an argument that does not fit, with the line to
+                  change.
         """
         check_params(params, only_arrays="jit" not in self._options)
         arrays = arrays_only(params)
@@ -257,7 +257,7 @@ class Training:
         return state.replace(params=_merged(state.params, params))
 
     def step(self, state: TrainingState, *batch: Any) -> tuple[TrainingState, Any]:
-        """The next state, and what the loss returned; `state` is used up (donated)."""
+        """The next state, and the result of the loss; `state` is donated."""
         layout = self._layout
         if layout is not None:
             batch = jax.tree.map(lambda x: _placed(x, layout), batch)
@@ -266,7 +266,7 @@ class Training:
     def train_step(
         self, state: TrainingState, *batch: Any
     ) -> tuple[TrainingState, Any]:
-        """What is compiled: the gradient, the update, the trees beside the params."""
+        """The pure step: gradient, update, trees beside the params."""
         args, kwargs = self._arguments(state, batch)
         has_aux = self._has_aux or state.extra is not None
         gradient = value_and_grad(self._forward, has_aux=has_aux)

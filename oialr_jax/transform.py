@@ -29,8 +29,8 @@ class FreezeBasesState(NamedTuple):
     """State of `freeze_bases`: that of the inner transformation over `trainable`.
 
     `pending` is int32 with one entry per leaf of the params, in tree order: the rank
-    that was chosen for it and that the next rank event gives it, 0 for none. It is part
-    of the state so that a run resumed in between does what the uninterrupted one does.
+    that was chosen for the next rank event, 0 for none. It is part of the state so that
+    a run resumed in between equals the uninterrupted one.
     """
 
     inner_state: Any
@@ -82,7 +82,7 @@ def is_frozen(x: object) -> bool:
 
 
 def trainable(params: PyTree) -> PyTree:
-    """What is trained: cores in the place of their nodes, every other leaf as it is.
+    """The trained leaves: cores in the place of their nodes, other leaves as they are.
 
     The tree has the structure of the dense params tree, so masks, labels and rules that
     were written for the dense model fit it, before and after any change of rank.
@@ -114,13 +114,13 @@ def freeze_bases(
     params or gradients is `global_norm`; `optax.global_norm` outside counts the bases.
 
     Takes gradients of `jax.grad` (LowRank nodes) or of `oialr_jax.value_and_grad`
-    (arrays in the place of cores); the latter need `params` in `update`. What
-    line searches, SAM and the like ask for (`value`, `grad`, `value_fn`, `grad_fn`) is
-    given to `update` as for dense params: functions of the params tree, gradients with
-    or without bases. A line search that reuses values takes them from
-    `oialr_jax.value_and_grad_from_state`.
+    (arrays in the place of cores); the latter need `params` in `update`. Extra
+    arguments for line searches, SAM and the like (`value`, `grad`, `value_fn`,
+    `grad_fn`) are given to `update` as for dense params: functions of the params tree,
+    gradients with or without bases. A line search that reuses values takes them from
+    `oialr_jax.transform.value_and_grad_from_state`.
 
-    Masks and labels have to say the same of a core, which has two axes, as of its dense
+    Masks and labels must be the same for a core, which has two axes, as for its dense
     matrix: give them as a tree, computed once from the dense params.
 
     >>> from oialr_jax.lowrank import Axes, factor
@@ -202,11 +202,12 @@ def value_and_grad(
     The gradient has an array in the place of each core and of each dense leaf, and
     nothing for the bases: what is averaged over devices is r x r, not (m + n) x r.
     Leaves that are no float arrays (integers, keys, Python numbers, functions) get
-    None. What the loss changes in its arguments in place, as modules with batch
-    statistics do, is changed in the caller's objects.
+    None. In-place changes of the loss to its arguments, as modules make to batch
+    statistics, reach the caller's objects.
 
-    Args:     axis_name: under `jax.pmap` or `jax.shard_map`, the mapped axis: loss, aux
-              and gradients are averaged over it. Under `jax.jit` the compiler does it.
+    Args:     axis_name: under `jax.pmap` or `jax.shard_map`, the mapped axis over which
+              loss, aux and gradients are averaged. Under `jax.jit` the compiler does
+              it.
     """
 
     def run(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:

@@ -1,6 +1,6 @@
-"""The front door for a training step that there is already, as with Flax's TrainState.
+"""The front door for an existing training step, as with Flax's TrainState.
 
-The step is left alone; what it reads from its state, `apply_fn` and `tx`, is replaced.
+The step stays as it is; `apply_fn` and `tx` of its state are replaced.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -55,11 +55,11 @@ def wrap(
     function is `factored(state.apply_fn)`. A step that calls `state.apply_fn` and
     `state.apply_gradients`, jitted or not, then runs on low-rank params as it is.
 
-    A model function that the step calls by another name cannot be reached: there write
-    `forward = oialr_jax.factored(model.apply)`, or `factored(loss)`, around jax.vmap.
-    The matrices are those of every function that the step calls in this way.
+    A model function that the step calls by another name cannot be replaced: write
+    `forward = oialr_jax.factored(model.apply)` there, or `factored(loss)`, around
+    jax.vmap. The matrices are those of every function that the step calls in this way.
 
-    Args:     example: what the step gets after the state; shapes suffice.
+    Args:     example: the arguments of the step after the state; shapes suffice.
               delay, steps, budget, select, schedule, rule, layout: as in `training`.
               weighing: of a loss of (state, *args), to divide the budget by what each
               direction is worth in it; the state needs a field `curvature`.

@@ -12,9 +12,7 @@ decompositions  singular values and vectors of matrices to be converted, by ever
 No data is needed. Everything runs in one process; whatever is compared is timed in
 turn, once per round, after one untimed step, and the medians are reported.
 
-Wall time: two CPU cores, float32: steps 15 min, events 3 min, layers 3 min, run 10 min,
-           orthogonal 1 min, tracking 2 min, decompositions 1 min
-Results:   train/results/
+Results:   train/results/; a suite takes minutes on two CPU cores
 """
 
 import contextlib

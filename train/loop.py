@@ -361,7 +361,7 @@ def agree(where: str) -> None:
 
 
 def _length(path: pathlib.Path) -> int:
-    """Length of a file, of which nothing is left in memory alone; 0 if it is not there.
+    """Length of a file, flushed to disk; 0 if it does not exist.
 
     Process 0 alone writes, the others' number is never used.
     """

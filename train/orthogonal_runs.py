@@ -21,7 +21,7 @@ A run is a loop around one compiled step with the whole dataset on the device: n
 augmentation, no checkpoints, no schedule of ranks.
 
 Command:   python -m train.orthogonal_runs --data-dir data
-Hardware:  two CPU cores, jax 0.10.2; results in train/results/orthogonal.md
+Results:   train/results/orthogonal.md
 """
 
 import dataclasses

@@ -7,7 +7,7 @@ as large. Prints a table, and the mean stability of each layer in thirds of the 
 Runs that are in the folder already are not repeated.
 
 Command:   python -m train.stability_curves --seeds 3 --data-dir data
-Hardware:  two CPU cores, jax 0.10.2; results in train/results/stability.md
+Results:   train/results/stability.md
 """
 
 import dataclasses

@@ -1,7 +1,12 @@
-"""Several runs side by side: a Markdown table over seeds, and a plot of the cost."""
+"""Several runs side by side: a Markdown table over seeds, and plots of the cost.
+
+Command:  python -m train.table train/results/steps-cpu.json
+draws the steps of a benchmark into a PNG file beside it.
+"""
 
 import json
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -96,3 +101,44 @@ def draw(groups: Mapping[str, Sequence[Summary]]) -> Figure:
     panels[0].set_ylabel(f"{name[5:]} on the test set")
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     return figure
+
+
+ORDERS = {"auto": "oialr", "rebuilt": "W rebuilt", "galore": "GaLore", "lora": "LoRA"}
+
+
+def steps(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """The step over that of the dense model against rank, as `train.bench` timed them.
+
+    A panel for each of the two larger models, a line for each way to train.
+    """
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, model in zip(panels, ("mini-vit", "resnet18"), strict=True):
+        for i, (order, title) in enumerate(ORDERS.items()):
+            found = [x for x in rows if (x["model"], x["order"]) == (model, order)]
+            axes.plot(
+                [x["rank_fraction"] for x in found],
+                [x["ratio_to_dense"] for x in found],
+                color=COLORS[i],
+                marker=MARKERS[i],
+                ms=4,
+                label=title if axes is panels[0] else None,
+            )
+        axes.axhline(1, color="black", lw=0.8, ls="--")
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="rank over small side", title=model, ylim=(0, None))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("step over dense")
+    figure.legend(loc="outside right center", frameon=False, fontsize=8)
+    return figure
+
+
+def main(path: str) -> None:
+    """Host side: draw the steps of a benchmark into a PNG file beside its JSON."""
+    source = pathlib.Path(path)
+    rows = json.loads(source.read_text())["rows"]
+    steps(rows).savefig(source.with_suffix(".png"), dpi=110)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

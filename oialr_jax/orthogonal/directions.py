@@ -1,7 +1,7 @@
 """Optax: a transformation that treats every matrix of a tree as a matrix.
 
-Leaves are known by name and seen through their axes, dense or as cores; those of one
-shape are stacked. See `transforms.py` for what is done to the stacks.
+Leaves, dense or cores, are identified by name and viewed through their axes; matrices
+of one shape are stacked. See `transforms.py` for what is done to the stacks.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -1,9 +1,9 @@
-"""The finding behind the one idea, measured: how much bases and mixing change in time.
+"""How much bases and mixing change in time.
 
-The orthogonal basis of a matrix W is its polar factor P = U Vᵀ; what is left of W, how
-it mixes the basis vectors, is seen in R of W = Q R. Both are taken of the tall view of
-W (its transpose where m < n). A low-rank leaf is never materialised: of W = B C, with B
-orthonormal, all is computed from the small C.
+The orthogonal basis of a matrix W is its polar factor P = U Vᵀ; how W mixes the basis
+vectors is seen in R of W = Q R. Both are those of the tall view of W (its transpose if
+m < n). A low-rank leaf is never materialised: for W = B C, with B orthonormal,
+everything is computed from the small C.
 """
 
 import functools
@@ -41,7 +41,7 @@ class Stability(NamedTuple):
 
 
 class Portrait(NamedTuple):
-    """What is kept of one matrix to compare it later: W = B C, P = B X.
+    """The factors by which a matrix is compared later: W = B C, P = B X.
 
     Shapes:   b: (*l, a, r) orthonormal columns, or None for I; c, x: (*l, r, k), r = a
               without b; r: (*l, min(r, k), k). a and k are the long and the short side.
@@ -62,8 +62,8 @@ class Tracker(NamedTuple):
     `init(params)` gives the state, about three times the size of the matrices (less
     where they are low-rank); `update(state, params, key=None)` gives the new state and,
     by path, the `Stability` since the params before, with a null where there is a key.
-    Under `jax.jit`, in `jax.lax.scan`, or between steps on the host, where leaves may
-    become low-rank or lose ranks from one call to the next.
+    They work under `jax.jit`, in `jax.lax.scan`, and between steps on the host, where
+    leaves may become low-rank or lose ranks from one call to the next.
     """
 
     init: Callable[..., Portraits]

@@ -23,7 +23,7 @@ from oialr_jax.matrices import Matrix
 
 
 class Spectrum(NamedTuple):
-    """Singular values of one leaf, descending, and two ranks that they amount to.
+    """Singular values of one leaf, descending, and two measures of their rank.
 
     `effective_rank`: exp of the entropy of σ / Σσ. `stable_rank`: Σσ² / σ₁². Both are 0
     for a matrix of zeros.

@@ -68,3 +68,22 @@ def test_a_report_of_several_runs_prints_the_table(tmp_path, capsys, monkeypatch
     report.main([str(x) for x in folders])
     assert "| x | 0, 1 |" in capsys.readouterr().out
     assert (tmp_path / "comparison.png").stat().st_size > 1000
+
+
+def test_the_lines_of_the_steps_are_the_rows_of_the_benchmark(tmp_path):
+    rows = [
+        {"model": m, "order": o, "rank_fraction": r, "ratio_to_dense": r + i}
+        for i, m in enumerate(("mini-vit", "resnet18"))
+        for o in table.ORDERS
+        for r in (1.0, 0.5)
+    ]
+    first, second = table.steps(rows).axes
+    assert [x.get_label() for x in first.get_lines()[:4]] == [*table.ORDERS.values()]
+    for i, axes in enumerate((first, second)):
+        for line in axes.get_lines()[:4]:
+            assert line.get_xdata() == pytest.approx([1.0, 0.5])
+            assert line.get_ydata() == pytest.approx([1.0 + i, 0.5 + i])
+    source = tmp_path / "steps.json"
+    source.write_text(json.dumps({"rows": rows}))
+    table.main(str(source))
+    assert (tmp_path / "steps.png").stat().st_size > 0
