@@ -152,13 +152,27 @@ class Choice:
 def check_params(params: PyTree, *, only_arrays: bool) -> None:
     """Raise unless params are dense and can be trained.
 
-    Raises:   ValueError: a leaf is in low rank already, no float, or no array.
+    Raises:   ValueError: a leaf is in low rank already, no float, or no array; there
+              are other collections beside "params".
     """
+    if isinstance(params, Mapping) and "params" in params and len(params) > 1:
+        others = [name for name in params if name != "params"]
+        extra = ", ".join(f"{name!r}: ..." for name in others)
+        raise ValueError(
+            f"{', '.join(others)} is beside 'params' in the params and would be trained "
+            "too: take variables['params'] alone, and here keep the others, "
+            f"run.init(variables['params'], *batch, extra={{{extra}}})"
+        )
     for name, leaf in named_leaves(params).items():
         if is_low_rank(leaf):
             raise ValueError(
                 f"{name} is in low rank already: begin with "
                 "oialr_jax.materialize(params), or restore a checkpoint to go on"
+            )
+        if hasattr(leaf, "dtype") and hasattr(leaf, "value"):
+            raise ValueError(
+                f"{name} of the params is no array but a {type(leaf).__name__}, which "
+                "holds one: give its `.value`"
             )
         if hasattr(leaf, "dtype"):
             if not jnp.issubdtype(leaf.dtype, jnp.inexact):

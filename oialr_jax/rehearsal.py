@@ -45,7 +45,8 @@ def check_state(state: Any, follow: Sequence[str], trees: Any) -> None:
                 f"the first argument of the step has no `.{name}`: it is a "
                 f"{type(state).__name__}, and has to be a state with .step, .params, "
                 ".opt_state and .replace(...), such as "
-                "flax.training.train_state.TrainState"
+                "flax.training.train_state.TrainState; a model and an nnx.Optimizer go "
+                "to oialr_jax.nnx.wrap, params and a loss to oialr_jax.training"
             )
     if np.shape(state.step) != ():
         raise ValueError(

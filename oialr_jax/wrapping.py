@@ -92,7 +92,8 @@ def wrap(
         found = found_in(
             lambda params: train_step(low.replace(params=params), *example),
             state.params,
-            "write state.apply_fn there, or forward = oialr_jax.factored(model.apply)",
+            "write state.apply_fn there, or forward = oialr_jax.factored(model.apply), "
+            "or jax.value_and_grad(oialr_jax.factored(loss))",
         )
     matrices = choice.matrices(found)
 

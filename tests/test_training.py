@@ -826,7 +826,8 @@ def ran(code):
 @pytest.mark.parametrize(
     "name",
     [
-        "nnx_mlp",
+        "nnx_cnn",
+        pytest.param("nnx_mlp", marks=pytest.mark.long),
         pytest.param("linen_cnn", marks=pytest.mark.long),
         pytest.param("equinox_mlp", marks=pytest.mark.long),
     ],
@@ -834,7 +835,10 @@ def ran(code):
 def test_the_first_result_of_a_stranger(name):
     dense, low_rank = source(f"{name}_dense"), source(name)
     diff = list(difflib.ndiff(dense.splitlines(), low_rank.splitlines()))
-    assert 0 < sum(x.startswith("+ ") and len(x) > 2 for x in diff) <= 10
+    added = [x[2:] for x in diff if x.startswith("+ ") and len(x) > 2]
+    reported = [x for x in added if x.startswith(("counts = ", 'print("stored"'))]
+    assert len(reported) == 2
+    assert 0 < len(added) - len(reported) <= (4 if name == "nnx_cnn" else 8)
     done = ran(low_rank)
     assert done.returncode == 0, done.stderr
     _, accuracy, _, stored = done.stdout.split()
@@ -846,7 +850,14 @@ def test_the_first_result_of_a_stranger(name):
     ("name", "right", "wrong", "match"),
     [
         ("linen_cnn", ", steps=300", "", "give steps=, the length of the run"),
-        ("nnx_mlp", ", extra=rest", "", "give run.init the params of the model and"),
+        ("nnx_cnn", "    @oialr.factored\n", "", "write @oialr_jax.factored above"),
+        pytest.param(
+            "nnx_mlp",
+            ", extra=rest",
+            "",
+            "give run.init the params of the model and",
+            marks=pytest.mark.long,
+        ),
         (
             "equinox_mlp",
             "init(params",
@@ -854,7 +865,7 @@ def test_the_first_result_of_a_stranger(name):
             "eqx.partition(model, eqx.is_inexact",
         ),
     ],
-    ids=["linen_cnn", "nnx_mlp", "equinox_mlp"],
+    ids=["linen_cnn", "nnx_cnn", "nnx_mlp", "equinox_mlp"],
 )
 def test_the_first_mistake_of_a_stranger(name, right, wrong, match):
     assert right in source(name)
