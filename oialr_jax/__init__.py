@@ -1,5 +1,6 @@
 """Public names of oialr_jax: low-rank training of any JAX model."""
 
+from oialr_jax.adapters import Adapters, FrozenBase, adapters, attached, on_base, raised
 from oialr_jax.adaptive import AdaptiveStep, Timing, adaptive
 from oialr_jax.checkpoint import Checkpoints, Restored
 from oialr_jax.compression import Cut, compress
@@ -70,6 +71,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adapted",
+    "Adapters",
     "AdaptiveStep",
     "Axes",
     "Checkpoints",
@@ -79,6 +81,7 @@ __all__ = [
     "Exported",
     "FreezeBasesState",
     "Frozen",
+    "FrozenBase",
     "Identity",
     "LayerReport",
     "Layout",
@@ -103,7 +106,9 @@ __all__ = [
     "Training",
     "TrainingState",
     "TwoFactors",
+    "adapters",
     "adaptive",
+    "attached",
     "compress",
     "core_muon",
     "counts",
@@ -125,10 +130,12 @@ __all__ = [
     "normalize_components",
     "normalize_tensor",
     "of_outputs",
+    "on_base",
     "orthogonal_sgd",
     "orthogonality_error",
     "orthogonalize",
     "project",
+    "raised",
     "ranks",
     "rebase",
     "scale_by_outer_shape",

@@ -48,6 +48,7 @@ FLOORS = {
     "rehearsal": 4,
     "stability": 4,
     "surgery": 4,
+    "adapters": 5,
     "adaptive": 5,
     "compression": 5,
     "orthogonal": 5,
