@@ -10,6 +10,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from oialr_jax import nnx, orthogonal, stability
+from oialr_jax.adapters import FrozenBase, adapters
 from oialr_jax.adaptive import adaptive
 from oialr_jax.checkpoint import Checkpoints
 from oialr_jax.compression import compress
@@ -37,12 +38,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Checkpoints",
+    "FrozenBase",
     "Layout",
     "LowRank",
     "MomentRule",
     "RankRule",
     "Schedule",
     "Weighing",
+    "adapters",
     "adaptive",
     "compress",
     "counts",

@@ -174,8 +174,8 @@ class Adapted:
 
     @property
     def dtype(self) -> Any:
-        """Dtype of the core."""
-        return self.core.dtype
+        """Dtype of the base as the function sees it; the core may be wider."""
+        return self.base.dtype
 
     @property
     def rank(self) -> int:
@@ -200,7 +200,8 @@ class Adapted:
 
     def materialize(self) -> Array:
         """The dense array: W0 plus U S Vᵀ."""
-        return self.base.materialize().astype(self.dtype) + self.core.materialize()
+        core = self.core.materialize()
+        return (self.base.materialize().astype(core.dtype) + core).astype(self.dtype)
 
 
 STORED = ("float32", "bfloat16", "float16", "int8")

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from oialr_jax.adapters import FrozenBase, adapters, attached, on_base
 from oialr_jax.adaptive import AdaptiveStep, Timing, adaptive
 from oialr_jax.defaults import Choice, Selection, check_params, scheduled
 from oialr_jax.factored import factored
@@ -70,6 +71,7 @@ def training(
     delay: int | None = None,
     steps: int | None = None,
     budget: float | int | None = None,
+    base: str | FrozenBase | None = None,
     has_aux: bool = False,
     select: Selection = NOTHING,
     follow: Follow = NOTHING,
@@ -104,6 +106,10 @@ def training(
               the matrices keep a quarter of their weights, or their least ranks if
               these have more. Every network can meet that, as leaves that stay dense
               (embeddings, heads) are not counted.
+              base: "frozen", or a `FrozenBase`, for params that were trained before:
+              they are frozen, and on each matrix a core of zeros trains from the first
+              step, W = W0 + U S Vᵀ. There is no conversion; a schedule and a rule, both
+              or none, cut the cores' ranks. `run.attached(state)` has the params.
               has_aux: the loss returns (value, aux), and so does `run.step`.
               select: options of `select`, as {"exclude": "embed"}, or the matrices.
               follow: copies of the params in `state.beside`, by name, each with the
@@ -130,11 +136,21 @@ def training(
             "`tx` has to be an optimizer of Optax, training(loss, optax.adamw(3e-4), "
             f"...); got {tx!r}"
         )
+    settings = _frozen_base(base)
+    if settings is not None:
+        plan = _events_on_base(delay, steps, budget, schedule, rule)
+        choice = Choice(None, rule, select, once=False)
+    else:
+        plan = scheduled(delay, steps, schedule)
+        choice = Choice(
+            budget, rule, select, once=schedule is None, by_loss=bool(weighing)
+        )
     return Training(
         loss,
         freeze_bases(tx),
-        scheduled(delay, steps, schedule),
-        Choice(budget, rule, select, once=schedule is None, by_loss=bool(weighing)),
+        plan,
+        choice,
+        base=settings,
         has_aux=has_aux,
         follow=follow,
         weighing=weighing,
@@ -143,11 +159,56 @@ def training(
     )
 
 
+def _frozen_base(base: Any) -> FrozenBase | None:
+    """What `base` says.
+
+    Raises:   ValueError: another word, or what is no `FrozenBase`.
+    """
+    if base == "frozen":
+        return FrozenBase()
+    if base is not None and not isinstance(base, FrozenBase):
+        raise ValueError(
+            f"`base` must be 'frozen', a FrozenBase(rank=...) or None, got {base!r}"
+        )
+    return base
+
+
+NEVER = Schedule(delay=2**62, every=1)
+"""A schedule without events."""
+
+
+def _events_on_base(
+    delay: int | None,
+    steps: int | None,
+    budget: float | int | None,
+    schedule: Schedule | None,
+    rule: RankRule | None,
+) -> Schedule:
+    """When cores on a frozen base are cut: never, or as the schedule says.
+
+    Raises:   ValueError: a setting of the conversion, which there is not; a schedule
+              without a rule, or the reverse.
+    """
+    for name, value in (("delay", delay), ("steps", steps), ("budget", budget)):
+        if value is not None:
+            raise ValueError(
+                f"`{name}` is for a conversion, and on a frozen base there is none: "
+                "leave it out, and say base=FrozenBase(rank=...)"
+            )
+    if (schedule is None) != (rule is None):
+        raise ValueError(
+            "to cut ranks give both `schedule` and `rule`, or none of them"
+        )
+    return NEVER if schedule is None else schedule
+
+
 class Training:
     """Host side: what `training` returns.
 
     Its parts are `tx`, `schedule`, `train_step` (pure) and, after `init`, `matrices`
     and `rule`: arguments of `adaptive`, for loops that need more than this one offers.
+    On a frozen base `base` has what does not train, and `train_step` takes it after the
+    batch.
     """
 
     def __init__(
@@ -157,6 +218,7 @@ class Training:
         schedule: Schedule,
         choice: Choice,
         *,
+        base: FrozenBase | None,
         has_aux: bool,
         follow: Follow,
         weighing: bool | Weighing,
@@ -168,8 +230,10 @@ class Training:
         self.schedule = schedule
         self.matrices: tuple[Matrix, ...] = ()
         self.rule: RankRule | None = None
+        self.base: PyTree = None
+        self._frozen = base
         self._loss = loss
-        self._forward = factored(loss)
+        self._forward = factored(loss) if base is None else on_base(loss)
         self._choice = choice
         self._has_aux = has_aux
         self._follow = dict(follow)
@@ -238,7 +302,25 @@ class Training:
         self._parts(out, state.extra)
         found = find_matrices(self._loss, params, *args, **kwargs)
         self.matrices = self._choice.matrices(found)
-        self.rule = self._choice.rule_for(params, self.matrices)
+        seen = example
+        if self._frozen is None:
+            self.rule = self._choice.rule_for(params, self.matrices)
+        else:
+            self.rule = self._choice.rule or RankRule()
+            settings = self._frozen
+            params, self.base = adapters(
+                params,
+                self.matrices,
+                settings.rank,
+                train=settings.train,
+                dtype=settings.dtype,
+                of=settings.of,
+            )
+            if self._layout is not None:
+                self.base = jax.device_put(self.base, self._layout(self.base))
+            seen = (*example, self.base)
+            arrays = arrays_only(params)
+            state = jax.eval_shape(create, arrays, extra, key)
         self._step = adaptive(
             self.train_step,
             self.tx,
@@ -249,7 +331,7 @@ class Training:
             layout=self._layout,
             **self._options,
         )
-        self._step.check(state.replace(params=_merged(state.params, params)), *example)
+        self._step.check(state.replace(params=_merged(state.params, params)), *seen)
         if self._layout is not None:
             state = self._layout.initialize(create, arrays, extra, key)
         else:
@@ -261,15 +343,27 @@ class Training:
         layout = self._layout
         if layout is not None:
             batch = jax.tree.map(lambda x: _placed(x, layout), batch)
+        if self._frozen is not None:
+            batch = (*batch, self.base)
         return self._adaptive()(state, *batch)
+
+    def attached(self, state: TrainingState) -> PyTree:
+        """The params of a state with the base they stand on, if there is one.
+
+        It is for `factored`, `materialize`, `merge` and `export`.
+        """
+        if self._frozen is None:
+            return state.params
+        return attached(state.params, self.base)
 
     def train_step(
         self, state: TrainingState, *batch: Any
     ) -> tuple[TrainingState, Any]:
         """The pure step: gradient, update, trees beside the params."""
-        args, kwargs = self._arguments(state, batch)
+        forward, given = self._on_base(batch)
+        args, kwargs = self._arguments(state, given)
         has_aux = self._has_aux or state.extra is not None
-        gradient = value_and_grad(self._forward, has_aux=has_aux)
+        gradient = value_and_grad(forward, has_aux=has_aux)
         out, grads = gradient(state.params, *args, **kwargs)
         value, extra, aux = self._parts(out, state.extra)
 
@@ -297,8 +391,17 @@ class Training:
 
     def _value(self, state: TrainingState, *batch: Any) -> Any:
         """The loss of a batch, alone."""
+        forward, batch = self._on_base(batch)
         args, kwargs = self._arguments(state, batch)
-        return self._parts(self._forward(state.params, *args, **kwargs), state.extra)[0]
+        return self._parts(forward(state.params, *args, **kwargs), state.extra)[0]
+
+    def _on_base(
+        self, batch: tuple[Any, ...]
+    ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """The loss of params and batch, and the batch without the frozen base."""
+        if self._frozen is None:
+            return self._forward, batch
+        return _given_base(self._forward, batch[-1]), batch[:-1]
 
     def _arguments(
         self, state: TrainingState, batch: tuple[Any, ...]
@@ -347,6 +450,13 @@ class Training:
                 "first, also before a checkpoint is restored"
             )
         return self._step
+
+
+def _given_base(forward: Callable[..., Any], base: PyTree) -> Callable[..., Any]:
+    def of_cores(cores: PyTree, *args: Any, **kwargs: Any) -> Any:
+        return forward(cores, base, *args, **kwargs)
+
+    return of_cores
 
 
 def _merged(arrays: PyTree, whole: PyTree) -> PyTree:

@@ -101,6 +101,7 @@ def test_results_are_no_names_of_the_front_door():
     kinds = {x for x in oialr.__all__ if inspect.isclass(getattr(oialr, x))}
     assert kinds == {
         "Checkpoints",
+        "FrozenBase",
         "Layout",
         "LowRank",
         "MomentRule",

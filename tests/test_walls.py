@@ -50,6 +50,7 @@ FLOORS = {
     "ranking": 4,
     "rehearsal": 4,
     "orthogonal": 4,
+    "adapters": 5,
     "projection": 5,
     "stability": 5,
     "surgery": 5,

@@ -231,9 +231,10 @@ def correlate(
     ranked = jnp.mean(curve, axis=0, keepdims=True) if shared else curve
     _, delays = jax.lax.top_k(jax.lax.stop_gradient(ranked), count)  # (1 or b, count)
     rows = jnp.broadcast_to(delays, (curve.shape[0], count))
-    weights = nn.softmax(jnp.take_along_axis(curve, rows, axis=1))
-    parts = jnp.put_along_axis(
-        jnp.zeros_like(curve), rows, weights, axis=1, inplace=False
+    # vmap, as take_along_axis asks for the number of rows, which an export has not
+    weights = nn.softmax(jax.vmap(lambda x, at: x[at])(curve, rows))
+    parts = jax.vmap(lambda at, x: jnp.zeros(length, x.dtype).at[at].set(x))(
+        rows, weights
     )
     value_f = jnp.fft.rfft(value.astype(jnp.float32), axis=1)
     parts_f = jnp.conj(jnp.fft.rfft(parts, axis=1))[..., None]
