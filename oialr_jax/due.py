@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, final
+from typing import Any, NamedTuple, Protocol, final, runtime_checkable
 
 from oialr_jax.matrices import Matrix
 from oialr_jax.schedule import RankRule, Schedule
@@ -21,6 +21,7 @@ class Due(NamedTuple):
     cut: tuple[Matrix, ...]
 
 
+@runtime_checkable
 class Chooser(Protocol):
     """What `adaptive(due=)` takes: asked at each update which matrices it treats.
 
