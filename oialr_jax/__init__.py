@@ -86,6 +86,7 @@ _MOVED = {
     "lowrank": ("Axes", "Counts", "factor", "is_low_rank", "without_identity"),
     "matrices": ("Matrices", "Matrix", "Skipped"),
     "orthogonal": tuple(orthogonal.__all__),
+    "projection": ("project",),
     "reports": ("LayerReport", "Report"),
     "sharding": ("Rules",),
     "stability": ("spectra", "subspaces", "tracker"),
@@ -96,6 +97,7 @@ _MOVED = {
     "transform": ("FreezeBasesState", "value_and_grad_from_state", "with_trainable"),
 }
 """Names that stood here, by the module that has them now."""
+_RENAMED = {"project": "project_to_rank"}
 
 if not TYPE_CHECKING:  # a type checker is to see the new places alone
 
@@ -103,13 +105,14 @@ if not TYPE_CHECKING:  # a type checker is to see the new places alone
         """A name that has moved, for one release more."""
         for module, names in _MOVED.items():
             if name in names:
+                new = _RENAMED.get(name, name)
                 warnings.warn(
                     f"oialr_jax.{name} has moved: from oialr_jax.{module} import "
-                    f"{name}. The old place goes with the next release",
+                    f"{new}. The old place goes with the next release",
                     DeprecationWarning,
                     stacklevel=2,
                 )
-                return getattr(importlib.import_module(f"oialr_jax.{module}"), name)
+                return getattr(importlib.import_module(f"oialr_jax.{module}"), new)
         raise AttributeError(f"module 'oialr_jax' has no attribute {name!r}")
 
 

@@ -58,14 +58,14 @@ def adaptive(
     `state` is anything with `.step`, `.params`, `.opt_state` and `.replace`, such as
     Flax's TrainState. Before the batch of a step at which `schedule` has an event, the
     `matrices` are converted (once) and the last executed of them truncated. With
-    `Schedule.lag` the ranks are chosen so many steps ahead, wait in the optimizer state
-    and the programs for the new shapes are compiled in a background thread while
-    training goes on; at the event the thread is waited for, so that a run does the same
-    whatever the compiler's speed. Without a lag the step waits for the compiler. The
-    thread works in the mesh of `jax.set_mesh`; other contexts of JAX do not reach it.
+    `Schedule.lag` ranks are chosen that many steps ahead and wait in the optimizer
+    state, while a background thread compiles the programs for the new shapes. The event
+    waits for the thread, so that a run does not depend on the compiler's speed. Without
+    a lag the step waits for the compiler. The thread has the mesh of `jax.set_mesh`,
+    but no other context of JAX.
 
-    `Schedule.projections` change no shape and are no events: nothing is
-    reported, and `timings` has what they cost.
+    Projections (`Schedule.projections`) change no shapes and have no reports; their
+    time is in `timings`.
 
     What happens at a step depends on the step number and the state alone, so a run
     resumed from a saved state repeats the uninterrupted one. Ranks that are missing at
@@ -88,9 +88,9 @@ def adaptive(
     Args:     matrices: in execution order, as `find_matrices` and `select` give them.
               due: which of them an update treats, as `stability.when_settled()`; by
               default all are converted and the last executed are truncated first.
-              steps_per_call: by how much one call raises `state.step`.
-              layout: where the state lies, before, after and across events; the state
-              given has to be there, as `layout.initialize` puts it.
+              steps_per_call: the number by which one call raises `state.step`.
+              layout: the sharding of the state, before, after and across events, as
+              `layout.initialize` gives it.
               jit: what compiles the step: `jax.jit`, `nnx.jit`, `eqx.filter_jit`,
               which donates by donate="all" alone, or `jax.pmap`, with in_axes=(None, 0)
               and out_axes=None, so that the state has no device axis.
@@ -153,10 +153,10 @@ class Timing(NamedTuple):
 class AdaptiveStep:
     """A compiled training step whose params change shape between calls.
 
-    `reports` lists what each event of this process did, a conversion and a truncation
-    at one step one by one; `timings` what decisions and events cost the host (the
-    compilation that follows an event without a lag not included); `compilations` how
-    often the step was traced and compiled. None of them decides anything.
+    `reports` has a report of each event of this process, two for a conversion and a
+    truncation at one step; `timings` the host's time for decisions and events (without
+    the compilation that follows an event without a lag); `compilations` the number of
+    times that the step was traced and compiled. They are records and decide nothing.
     """
 
     def __init__(

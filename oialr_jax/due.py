@@ -21,7 +21,7 @@ class Due(NamedTuple):
     cut: tuple[Matrix, ...]
 
 
-@runtime_checkable  # for types at run time
+@runtime_checkable
 class Chooser(Protocol):
     """What `adaptive(due=)` takes: asked at each update which matrices it treats.
 

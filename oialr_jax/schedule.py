@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from oialr_jax.allocation import Prices, allocate
-from oialr_jax.renames import renamed
+from oialr_jax.renames import renamed, replaced
 
 
 @final
@@ -220,6 +220,12 @@ def _spectra(
 
 
 @final
+@replaced(
+    project="projections=range(first, delay, every)",
+    project_from="projections=range(first, delay, every)",
+    when="adaptive(..., due=oialr_jax.stability.when_settled(threshold))",
+    threshold="adaptive(..., due=oialr_jax.stability.when_settled(threshold))",
+)
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """Which step converts and which steps update how many layers.

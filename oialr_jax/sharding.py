@@ -77,8 +77,9 @@ def make_mesh(spec: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
 class Layout:
     """The sharding of every leaf: of params, or of a whole training state.
 
-    A rule gives the PartitionSpec of a *dense* leaf, over its dense axes; the first one
-    whose pattern is found in the leaf's path wins. For a LowRank leaf the mesh axes of
+    A rule, say ("mlp_in/kernel$", PartitionSpec(None, "model")), gives the
+    PartitionSpec of a *dense* leaf, over its dense axes; the first one whose pattern is
+    found in the leaf's path wins. For a LowRank leaf the mesh axes of
     input axes shard `u` along m, those of output axes shard `vt` along n, and those of
     stack axes shard all three. A leaf without a rule is replicated; or, if the mesh has
     an axis `fsdp` and the array at least `min_size` entries, sharded over it along the

@@ -104,9 +104,8 @@ def factorize(
     At full rank (the default) the function that the network computes does not change.
     First moments become UᵀMV, so the next step of a linear optimizer is the dense step
     projected on the bases. A leaf that is not finite stays dense and the report says
-    so. Leaves that are LowRank already are left alone. Trees beside the params do not
-    follow: `rebase(tree, params)` brings them into the new bases, with those outside
-    of the span dropped.
+    so. Leaves that are LowRank already are unchanged. Trees beside the params do not
+    follow: `rebase(tree, params)` projects them on the new bases.
 
     Args:     opt_state, tx: both, or None for params without an optimizer.
               rank: one for all, or by path; None keeps min(m, n).

@@ -23,6 +23,7 @@ from oialr_jax.lowrank import (
     named_leaves,
     path_name,
 )
+from oialr_jax.renames import replaced
 
 
 class FreezeBasesState(NamedTuple):
@@ -102,6 +103,9 @@ def with_trainable(params: PyTree, trained: PyTree) -> PyTree:
     )
 
 
+@replaced(
+    reference="freeze_bases(optax.chain(tx, oialr_jax.stability.keep_reference()))"
+)
 def freeze_bases(
     inner: optax.GradientTransformation | optax.MultiSteps,
 ) -> FrozenBases:

@@ -116,10 +116,11 @@ MOVED = [(name, room) for room, names in oialr._MOVED.items() for name in names]
 
 @pytest.mark.parametrize(("name", "room"), MOVED, ids=[name for name, _ in MOVED])
 def test_a_name_that_has_moved_works_and_says_where_it_is(name, room):
-    line = f"from oialr_jax.{room} import {name}"
+    new = oialr._RENAMED.get(name, name)
+    line = f"from oialr_jax.{room} import {new}"
     with pytest.warns(DeprecationWarning, match=line):
         found = getattr(oialr, name)
-    assert found is getattr(importlib.import_module(f"oialr_jax.{room}"), name)
+    assert found is getattr(importlib.import_module(f"oialr_jax.{room}"), new)
     assert name not in oialr.__all__
 
 
@@ -156,6 +157,29 @@ def test_an_argument_under_both_names_is_refused():
 
     with pytest.raises(TypeError, match="paint has color= and colour=, its former"):
         paint(color=1, colour=2)
+
+
+@pytest.mark.parametrize(
+    ("call", "line"),
+    [
+        (
+            lambda: oialr.Schedule(9, 2, project=3, project_from=1),
+            r"Schedule\(project.*=\) is no more: write projections=range\(first, ",
+        ),
+        (
+            lambda: oialr.Schedule(9, 2, when="stable"),
+            r"Schedule\(when=\) .* due=oialr_jax.stability.when_settled\(threshold",
+        ),
+        (
+            lambda: oialr.freeze_bases(oialr.orthogonal.orthogonalize(), reference=1),
+            r"freeze_bases\(reference=\) .*\(optax.chain\(tx, .*keep_reference\(\)\)",
+        ),
+    ],
+    ids=["project", "when", "reference"],
+)
+def test_arguments_that_are_gone_name_what_is_in_their_place(call, line):
+    with pytest.raises(TypeError, match=line):
+        call()
 
 
 def test_the_listing_can_be_written_anew():

@@ -1,5 +1,6 @@
 """README: its code runs, its numbers are those of train/results/, it stays short."""
 
+import ast
 import json
 import pathlib
 import re
@@ -229,3 +230,14 @@ def test_the_table_of_steps_is_that_of_its_json():
         assert ratio == f"{row['ratio_to_dense']:.3f}"
         values = (row[f"step_ms{x}"] for x in ("", "_min", "_max"))
         assert times == "{:.1f} ({:.1f}-{:.1f})".format(*values)
+
+
+MEASURED = re.compile(r"\d ?(?:%|m?s\b|min\b)|± ?\.?\d")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "train").rglob("*.py")), ids=lambda x: x.stem
+)
+def test_docstrings_of_programs_have_no_results_that_can_go_stale(path):
+    found = ast.get_docstring(ast.parse(path.read_text())) or ""
+    assert MEASURED.findall(found) == []

@@ -80,7 +80,7 @@ def share(params):
 
 
 def by_hand(tx):
-    """The composition of README's second block."""
+    """What `training` does, composed of the public parts."""
     params = weights()
     matrices = oialr.select(oialr.find_matrices(loss, params, *batch(0)))
     forward = oialr.factored(loss)

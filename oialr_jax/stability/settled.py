@@ -97,18 +97,18 @@ class Settled:
 def when_settled(threshold: float = 0.98) -> Settled:
     """Host side: for `adaptive(due=)`, each matrix once its basis has settled.
 
-    An update of the schedule treats, whatever their place, the matrices whose basis has
-    turned little since the update before (the first: since the optimizer state was
-    made): those with `Stability.basis` of at least `threshold`. A dense one is
-    converted then and a low-rank one cut; the others wait for the next update, and may
-    stay dense for ever. `Schedule.layer_step` has no meaning.
+    An update of the schedule treats the matrices whose basis has turned little since
+    the previous update (the first one: since the optimizer state was initialised), by a
+    `Stability.basis` of at least `threshold`. A dense one is converted then and a
+    low-rank one truncated. The others wait for the next update; some may stay dense.
+    `Schedule.layer_step` has no meaning.
 
         tx = freeze_bases(optax.chain(optax.adamw(3e-4), keep_reference()))
         step = adaptive(train_step, tx, matrices, schedule, due=when_settled(0.9))
 
     Args:     threshold: in [-1, 1]; 1 is a basis that stands still.
-    Raises:   ValueError: `threshold` out of range; at the first step, no
-              `keep_reference` in the optimizer; in `adaptive`, a rule with a budget.
+    Raises:   ValueError: `threshold` out of range; at the first step, an optimizer
+              without `keep_reference`, or a rule with a budget.
     """
     if not -1 <= threshold <= 1:
         raise ValueError(f"`threshold` must be in [-1, 1], got {threshold}")
