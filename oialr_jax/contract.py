@@ -310,6 +310,40 @@ def ragged(
     return out.astype(params["preferred_element_type"] or dtype)
 
 
+def permutes(view: views.View, axes: Axes, use: views.Use) -> bool:
+    """Whether `permuted` can contract a use of this view."""
+    order = Parts(*view.data).order
+    inputs, outputs = (views.split(view, x) for x in (axes.inputs, axes.outputs))
+    return (
+        order is not None
+        and order.ndim == 1
+        and use.kind == "dot"
+        and {*views.atoms(view, use.contracted)} == {*inputs}
+        and [*views.atoms(view, use.free)] == outputs
+    )
+
+
+def permuted(
+    x: Array, factors: Factors, view: views.View, use: views.Use, params: dict[str, Any]
+) -> Array:
+    """x C [I Z] Π, the permutation on the result and not in a factor."""
+    _, _, z, order, _ = view.data
+    dtype = jnp.promote_types(x.dtype, view.dtype)
+    x, first, z = (a.astype(dtype) for a in (x, factors.first, z))
+    inner = tuple(range(len(use.contracted)))
+    options = {k: params[k] for k in ("precision", "preferred_element_type")}
+    y = jax.lax.dot_general(x, first, ((use.x_contracted, inner), ((), ())), **options)
+    numbers = (((y.ndim - 1,), (0,)), ((), ()))
+    rest = jax.lax.dot_general(y, z.astype(y.dtype), numbers, **options)
+    out = jnp.take(jnp.concatenate([y, rest], axis=-1), order, axis=-1)
+    free = [view.shape[d] for d in use.free]
+    out = out.reshape(*out.shape[:-1], *free)
+    if use.position == 0:
+        ours = range(out.ndim - len(free), out.ndim)
+        out = jnp.moveaxis(out, list(ours), range(len(free)))
+    return out
+
+
 def base_of(view: views.View) -> Any:
     """The frozen base of a view, or None."""
     return Parts(*view.data).base

@@ -128,10 +128,12 @@ def contracted(
     pick: Pick,
     reported: set[tuple[str, str]],
     choices: list[Choice] | None = None,
+    rows: Callable[[Any], int] | None = None,
 ) -> list[Any]:
     """The outputs of a traced function on `leaves`; each choice is appended.
 
     An argument that holds no low-rank leaf is taken for data, which gets no gradient.
+    `rows` gives the number of rows to decide by where that may be a symbol.
     """
     leaves = [x.materialize() if _is_array_alone(x) else x for x in leaves]
     names = unique_names(path for path, _ in traced.leaves)
@@ -144,7 +146,7 @@ def contracted(
         name: leaf for name, leaf in zip(names, leaves, strict=True) if is_node(leaf)
     }
     axes = {name: node.axes for name, node in nodes.items()}
-    handler = _Contraction(axes, pick, reported, choices)
+    handler = _Contraction(axes, pick, reported, choices, rows)
     values = [
         contract.view_of(leaf, name) if is_node(leaf) else _plain(leaf)
         for name, leaf in zip(names, leaves, strict=True)
@@ -196,8 +198,10 @@ class _Contraction:
         pick: Pick,
         reported: set[tuple[str, str]],
         choices: list[Choice] | None,
+        rows: Callable[[Any], int] | None,
     ) -> None:
         self.axes = axes
+        self.rows = rows
         self.pick = pick
         self.reported = reported
         self.choices = choices
@@ -246,6 +250,14 @@ class _Contraction:
         factors = contract.turned(view, self.axes[view.path], use)
         if factors is None:
             return None
+        if self.rows is not None:
+            use = use._replace(rows=self.rows(use.rows))
+        few = contract.permutes(view, self.axes[view.path], use)
+        if (
+            few and use.rows < factors.first.shape[-1]
+        ):  # else into a factor, as `turned`
+            with context(eqn):
+                return contract.permuted(x, factors, view, use, eqn.params)
         order = self.order(view, x, factors, use)
         contraction: Any = _CONTRACTIONS[use.kind]
         with context(eqn):

@@ -65,8 +65,8 @@ class TwoFactors:
 class Identity:
     """A matrix W = C [I Z] Πᵀ: r (m + n - r) numbers, never more than dense.
 
-    C are r columns of W, and Z says how the others are made of them. Column `order[i]`
-    of W is column i of C [I Z].
+    C are r columns of W, and Z says how the others are made of them. Column j of W is
+    column `order[j]` of C [I Z].
 
     Shapes:   c: (*l, m, r); z: (*l, r, n - r); order: (*l, n), integers.
     Source:   the interpolative decomposition by a strong rank-revealing QR, Gu and

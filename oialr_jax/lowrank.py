@@ -129,7 +129,7 @@ class Parts(NamedTuple):
     """The arrays of a node, of whatever form: W = base + u . core . right.
 
     Without a core `s` that is the identity. With an `order` the right factor is [I vt],
-    its columns permuted: column `order[i]` of W is column i of u [I vt]. `base` is a
+    its columns permuted: column j of W is column `order[j]` of u [I vt]. `base` is a
     `forms.Frozen`, or None.
 
     Shapes:   u: (*l, m, r); s: (*l, r, r); vt: (*l, r, n), or (*l, r, n - r) with an
@@ -149,9 +149,8 @@ class Parts(NamedTuple):
         r = self.vt.shape[-2]
         eye = jnp.eye(r, dtype=self.vt.dtype)
         eye = jnp.broadcast_to(eye, (*self.vt.shape[:-2], r, r))
-        place = jnp.argsort(self.order, axis=-1)
         joined = jnp.concatenate([eye, self.vt], axis=-1)
-        return jnp.take_along_axis(joined, place[..., None, :], axis=-1)
+        return jnp.take_along_axis(joined, self.order[..., None, :], axis=-1)
 
     def product(self, axes: Axes, dtype: Any) -> Array:
         """The dense array without its base in this dtype, in full precision."""

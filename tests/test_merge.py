@@ -80,6 +80,35 @@ def test_a_merged_matrix_is_the_matrix(shape, form):
     assert worst(dense, low.materialize()) < 1e-6
 
 
+USES = {
+    "rows": (lambda w, x: x @ w, (6, 8), (2, 6)),
+    "first": (lambda w, x: jnp.einsum("mn,bm->nb", w, x), (6, 8), (2, 6)),
+    "heads": (lambda w, x: jnp.einsum("bm,mhd->bhd", x, w), (6, 2, 4), (2, 6)),
+    "turned_heads": (lambda w, x: jnp.einsum("bm,mhd->bdh", x, w), (6, 2, 4), (2, 6)),
+    "columns": (lambda w, x: x @ w.T, (6, 8), (2, 8)),
+    "cut": (lambda w, x: x @ w[:, 2:7], (6, 8), (2, 6)),
+    "scaled": (lambda w, x: x @ (w * jnp.arange(8.0)[None]), (6, 8), (2, 6)),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 40], ids=["few", "many"])
+@pytest.mark.parametrize("use", USES)
+def test_a_permutation_is_undone_on_the_result_or_in_a_factor(use, rows):
+    fn, shape, (_, m) = USES[use]
+    axes = oialr.Axes(shape, (), (0,), tuple(range(1, len(shape))))
+    low = oialr.factor(drawn(0, *shape), axes, 3)
+    x = drawn(1, rows, m)
+    merged = oialr.merge({"w": low}, form="identity")
+    run = oialr.factored(lambda p, x: fn(p["w"], x))
+    assert worst(run(merged, x), fn(low.materialize(), x)) < 1e-5
+    eqns = jax.make_jaxpr(run)(merged, x).eqns
+    joined = [
+        e.outvars[0].aval.shape for e in eqns if e.primitive.name == "concatenate"
+    ]
+    if use in ("rows", "first", "heads"):
+        assert ((rows, 8) in joined) == (rows == 1)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_numbers_of_each_form_are_as_promised(shape):
     low = node(shape)

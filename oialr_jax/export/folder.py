@@ -209,9 +209,21 @@ class Exported:
         batch: dict[str, int] = {}
         for spec, x in zip(specs, flat, strict=True):
             manifest.check_input(spec, x, batch)
+        return self._run(self.weights, *inputs)
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """The arrays on JAX's default device."""
         if self._placed is None:
             self._placed = jax.device_put(self.arrays)
-        return self._run(self._placed, *inputs)
+        return self._placed
+
+    def compiled(self, *inputs: Any) -> Any:
+        """The program compiled for inputs of these shapes: called with `weights` first.
+
+        It has `memory_analysis()` and `cost_analysis()`, as JAX's own.
+        """
+        return self._run.lower(self.weights, *inputs).compile()
 
     def arranged(self, arrays: Sequence[Any]) -> tuple[Any, ...]:
         """Arrays in the order of the manifest's inputs, as the function takes them."""

@@ -139,7 +139,7 @@ def _identity(leaf: LowRank, dtype: str | None) -> Identity:
     order, z = order.reshape(*stack, n), z.reshape(*stack, r, n - r)
     kept = np.take_along_axis(vt, order[..., None, :r], axis=-1)
     c, others = (_stored(x, leaf, dtype) for x in (u @ (s @ kept), z))
-    place = jnp.asarray(order, jnp.int32)
+    place = jnp.asarray(np.argsort(order, axis=-1), jnp.int32)
     return Identity(c, others, place, leaf.axes, jnp.dtype(leaf.dtype))
 
 

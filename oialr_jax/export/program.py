@@ -11,7 +11,7 @@ import numpy as np
 from jax import export as jax_export
 
 from oialr_jax import cost, tracing
-from oialr_jax.factored import Pick, contracted
+from oialr_jax.factored import contracted
 from oialr_jax.forms import Identity, TwoFactors, narrowed
 from oialr_jax.lowrank import LowRank, PyTree, is_node, path_name, unique_names
 
@@ -243,32 +243,24 @@ def lowered(
     weights = {name: _shape(x) for name, x in packed.arrays.items()}
     specs = specified(example, batch_axes)
     shapes = jax.tree.map(_shape, tuple(example))
-    orders: list[cost.Order] = []
+    seen: list[int] = []
 
-    def chosen(load: cost.Workload, itemsize: int) -> cost.Order:
-        load = dataclasses.replace(load, training=False)
-        rates = cost.RATES.get(jax.default_backend())
-        orders.append(cost.cheapest(load, rates, itemsize))
-        return orders[-1]
+    def noted(rows: int) -> int:
+        seen.append(rows)
+        return rows
 
-    jax.eval_shape(functools.partial(_run, fn, packed, chosen), weights, *shapes)
-    left = iter(list(orders))
-
-    def known(load: cost.Workload, itemsize: int) -> cost.Order:
-        del load, itemsize
-        return next(left, cost.Order.CHAIN)
+    jax.eval_shape(functools.partial(_run, fn, packed, noted), weights, *shapes)
 
     def run(weights: Mapping[str, Any], *inputs: Any) -> Any:
-        nonlocal left
-        left = iter(list(orders))
-        out = _run(fn, packed, known, weights, *inputs)
+        left = iter(seen)  # the walk is the same, whatever the batch size
+        out = _run(fn, packed, lambda rows: next(left), weights, *inputs)
         check_containers("output", out)
         return out
 
     make = jax_export.export(jax.jit(run), platforms=tuple(platforms))
     larger = jax.tree.map(_one_more, shapes, specs.inputs)
     try:
-        jax.eval_shape(functools.partial(_run, fn, packed, chosen), weights, *larger)
+        jax.eval_shape(run, weights, *larger)
         program = make(weights, *specs.inputs)
     except (TypeError, ValueError) as error:  # as JAX's own of shapes are
         if larger == shapes or isinstance(error, _ContainerError):
@@ -287,15 +279,21 @@ def lowered(
 def _run(
     fn: Callable[..., Any],
     packed: Packed,
-    pick: Pick,
+    rows: Callable[[Any], int],
     weights: Mapping[str, Any],
     *inputs: Any,
 ) -> Any:
-    """fn on the params that the weights are, contracted as `pick` says."""
+    """fn on the params that the weights are, contracted as is best for `rows`."""
+    rates = cost.RATES.get(jax.default_backend())
+
+    def pick(load: cost.Workload, itemsize: int) -> cost.Order:
+        load = dataclasses.replace(load, training=False)
+        return cost.cheapest(load, rates, itemsize)
+
     args = (packed.build(weights), *inputs)
     traced = tracing.trace(fn, args, {}, is_node)
     leaves = [leaf for _, leaf in traced.leaves]
-    return traced.rebuild(contracted(traced, leaves, pick, set()))
+    return traced.rebuild(contracted(traced, leaves, pick, set(), rows=rows))
 
 
 def _one_more(shape: Any, spec: Any) -> jax.ShapeDtypeStruct:
