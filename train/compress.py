@@ -3,6 +3,7 @@
 Command:   python -m train.compress minilm --keep 0.5 --out DIR --data-dir data
            (the extra `compress` has the encoder; the text is tiny Shakespeare, from
            train.data.prepare or as its publisher has it)
+           python -m train.compress run RUN --keep 0.4     see train/compress_run.py
 
 The encoder all-MiniLM-L6-v2 has 36 matrices in its blocks, 10.6 M weights. They are cut
 to `keep` of Σ r (m + n) / Σ m n in four ways, and measured on passages that were not
@@ -36,7 +37,7 @@ from oialr_jax.compression import two_factors
 from oialr_jax.curvature import of_outputs
 from oialr_jax.matrices import Matrix
 from oialr_jax.weighted import Statistics
-from train import names, process
+from train import compress_run, names, process
 from train.data import passages
 from train.models.sentence_encoder import SentenceEncoder, from_bert
 
@@ -364,8 +365,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Host side: the command."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
+        if arguments[:1] == ["run"]:
+            of_run = tyro.cli(
+                compress_run.Settings,
+                args=arguments[1:],
+                prog="python -m train.compress run",
+            )
+            compress_run.run(of_run)
+            return
         if arguments and not arguments[0].startswith("-"):
-            names.find("model", arguments[0], PRESETS)
+            names.find("model", arguments[0], {**PRESETS, "run": None})
         settings = tyro.extras.overridable_config_cli(
             dict(PRESETS), args=arguments, prog="python -m train.compress"
         )

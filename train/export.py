@@ -15,7 +15,7 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import tyro
@@ -45,10 +45,17 @@ class Settings:
     """Where `python -m train.data.prepare` put the dataset, which has its mean."""
 
 
-def restored(
-    folder: pathlib.Path, data_dir: pathlib.Path
-) -> tuple[recipe.Task, Mapping[str, Any]]:
-    """Host side: the task of a run, and the variables of its latest checkpoint.
+class Opened(NamedTuple):
+    """A run as it was left: its settings, task, and the latest variables."""
+
+    stored: Mapping[str, Any]
+    task: recipe.Task
+    begun: recipe.Begun
+    variables: Mapping[str, Any]
+
+
+def opened(folder: pathlib.Path, data_dir: pathlib.Path) -> Opened:
+    """Host side: a run, and the variables of its latest checkpoint.
 
     Raises:   FileNotFoundError: there is no run. ValueError: no checkpoint is whole,
               or it is of none of our programs.
@@ -71,7 +78,8 @@ def restored(
     if found is None:
         raise ValueError(f"{folder} has no checkpoint that can be read")
     state = found.state
-    return task, {"params": state.averaged, **state.extra}
+    variables = {"params": state.averaged, **state.extra}
+    return Opened(stored, task, begun, variables)
 
 
 def _settings(
@@ -81,7 +89,7 @@ def _settings(
     for program in PROGRAMS:
         fields = {x.name for x in dataclasses.fields(program.Settings)}
         if fields - recipe.PLACE_ONLY == set(stored):
-            return program, program.Settings(**stored, data_dir=data_dir)
+            return program, program.Settings(**stored, data_dir=data_dir, mesh="data=1")
     raise ValueError(
         f"{folder} was made by another version: its settings are {', '.join(stored)}"
     )
@@ -90,9 +98,9 @@ def _settings(
 def run(settings: Settings) -> Exported:
     """Host side: the export that was written.
 
-    Raises:   as `restored` and `oialr_jax.export`.
+    Raises:   as `opened` and `oialr_jax.export`.
     """
-    task, variables = restored(settings.run, settings.data_dir)
+    _, task, _, variables = opened(settings.run, settings.data_dir)
 
     def fn(variables: Mapping[str, Any], *inputs: Any) -> Any:
         extra = {name: x for name, x in variables.items() if name != "params"}

@@ -32,6 +32,8 @@ import tyro
 from jaxtyping import Array
 
 import oialr_jax as oialr
+from oialr_jax.adapters import attached, on_base
+from oialr_jax.curvature import of_outputs
 from oialr_jax.lowrank import named_leaves, with_leaves
 from train import images
 from train.data.arrays import Images, standardize
@@ -201,9 +203,9 @@ def tuned(
         train="head",
         of=origin(way, dense, matrices, data, settings, seed),
     )
-    based = oialr.on_base(loss)
+    based = on_base(loss)
     cores, *rest = run(based, cores, base)
-    return Tuned(oialr.materialize(oialr.attached(cores, base)), *rest)
+    return Tuned(oialr.materialize(attached(cores, base)), *rest)
 
 
 def lora(
@@ -238,7 +240,7 @@ def origin(
     if way == "gradients":
         grads = [jax.jit(jax.grad(loss))(dense, *x) for x in stream]
         return jax.tree.map(lambda *x: sum(x), *grads)
-    sums = jax.jit(oialr.curvature(oialr.of_outputs(forward), matrices))
+    sums = jax.jit(oialr.curvature(of_outputs(forward), matrices))
     total = None
     for i, (image, _) in enumerate(stream):
         new = sums(dense, image, key=jax.random.key(i))

@@ -44,7 +44,7 @@ def test_the_program_gives_the_logits_of_the_run(run, exported, tmp_path, capsys
     out = tmp_path / "y.npz"
     predict.main([str(exported), str(tmp_path / "x.npy"), "--out", str(out)])
     assert "output float32[5, 10]" in capsys.readouterr().out
-    task, variables = export.restored(run, run)
+    _, task, _, variables = export.opened(run, run)
     desired = oialr.factored(task.forward)(variables["params"], {}, pixels)
     found = np.load(out)["output"]
     assert np.max(np.abs(found - desired)) <= 1e-5 * np.max(np.abs(desired))
@@ -120,7 +120,7 @@ EVERY = [
 def test_every_program_is_exported(program, preset, small, tmp_path):
     params = written(tmp_path / "small", program, preset, small)
     export.main([str(tmp_path / "small"), "--form", "identity"])
-    task, variables = export.restored(tmp_path / "small", tmp_path)
+    _, task, _, variables = export.opened(tmp_path / "small", tmp_path)
     inputs = [np.ones((3, *x.shape[1:]), x.dtype) for x in task.inputs]
     extra = {name: x for name, x in variables.items() if name != "params"}
     desired = oialr.factored(task.forward)(params, extra, *inputs)

@@ -1,0 +1,178 @@
+"""Compress a trained dense run: python -m train.compress run RUN --keep 0.4.
+
+The matrices of the latest checkpoint are cut until they store `keep` of their weights,
+`plain` by their singular values and `curvature` by what each direction is worth in the
+run's loss; `tuned` is the second after a few updates of its cores. OUT/summary.json has
+the evaluation of each, and OUT/checkpoints the last: `python -m train.export OUT`.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import optax
+import tyro
+from jaxtyping import Array
+
+import oialr_jax as oialr
+from oialr_jax.matrices import Matrix
+from oialr_jax.surgery import apply_rule
+from oialr_jax.weighted import Statistics
+from train import export, loop, recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Which run is compressed, and how far."""
+
+    run: tyro.conf.Positional[pathlib.Path]
+    """Folder of a run that has ended."""
+    keep: float = 0.5
+    """Part of the matrices' weights that is stored: both bases and the core."""
+    out: pathlib.Path | None = None
+    """Where summary.json and the checkpoint go; by default RUN-compressed."""
+    data_dir: pathlib.Path = pathlib.Path("data")
+    """Where `python -m train.data.prepare` put the dataset."""
+    batches: int = 16
+    """From which curvature is taken."""
+    steps: int = 0
+    """Updates of the cores, 0 for none."""
+    learning_rate: float = 1e-3
+    """At its highest."""
+    seed: int = 0
+    """Of noise in the loss."""
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Host side: compress, evaluate, write the summary, which it gives.
+
+    Raises:   ValueError: `keep` outside (0, 1), no batches, a run in low rank, no
+              matrix to cut, OUT is there already. FileNotFoundError: there is no run.
+    """
+    if not 0 < settings.keep < 1:
+        raise ValueError(f"`keep` must be in (0, 1), got {settings.keep}")
+    if settings.batches < 1:
+        raise ValueError(f"`batches` must be at least 1, got {settings.batches}")
+    out = settings.out or settings.run.with_name(f"{settings.run.name}-compressed")
+    if out.exists():
+        raise ValueError(f"{out} is there already: name another --out")
+    opened = export.opened(settings.run, settings.data_dir)
+    if oialr.ranks(opened.variables["params"]):
+        raise ValueError(
+            f"{settings.run} is in low rank already: compress a dense run, --method "
+            "dense; python -m train.export writes this one"
+        )
+    summary, state = _compressed(opened, settings)
+    with oialr.Checkpoints(out / loop.CHECKPOINTS) as checkpoints:
+        checkpoints.save(state, {"settings": opened.stored})
+    (out / loop.SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def _compressed(
+    opened: export.Opened, settings: Settings
+) -> tuple[dict[str, Any], recipe.State]:
+    start = time.perf_counter()
+    task, begun = opened.task, opened.begun
+    extra = {k: x for k, x in opened.variables.items() if k != "params"}
+    params, matrices = opened.variables["params"], begun.matrices
+    if not matrices:
+        raise ValueError(f"{settings.run} has no matrix for which low rank pays")
+    key = jax.random.key(settings.seed)
+    dense = sum(x.weights() for x in matrices)
+    budget = int(settings.keep * dense)
+    summary: dict[str, Any] = {
+        "run": settings.run.name,
+        "keep": settings.keep,
+        "dense_weights": oialr.counts(params).dense,
+        "labels": "empirical" if task.drawn is None else "drawn",
+    }
+
+    def evaluated(name: str, low: Any) -> None:
+        state = recipe.State.create(
+            apply_fn=None, params=low, tx=optax.identity(), extra=extra
+        )
+        found = {k: float(x) for k, x in task.evaluate(state).items()}
+        stored = oialr.counts(low).stored
+        summary[name] = {**found, "stored_weights": stored}
+        shown = ", ".join(f"{k} {x:.4g}" for k, x in found.items())
+        print(f"{name}: {shown}, {stored} weights", flush=True)
+
+    evaluated("dense", params)
+    rule = oialr.RankRule(budget=budget)
+    low, *_ = apply_rule(params, None, matrices, rule, matrices, tx=None)
+    evaluated("plain", low)
+    sums = _looked(task, params, extra, matrices, key, settings.batches)
+    low, cuts = oialr.compress(params, matrices, sums, budget)
+    summary["predicted"] = sum(x.rise for x in cuts)
+    summary["ranks"] = {x.path: x.rank for x in cuts}
+    evaluated("curvature", low)
+    if settings.steps:
+        low = _tuned(task, begun.loss, low, extra, key, settings)
+        evaluated("tuned", low)
+    summary["seconds"] = time.perf_counter() - start
+    state = recipe.State.create(
+        apply_fn=begun.loss, params=low, tx=begun.tx, extra=extra
+    )
+    return summary, state.replace(step=jax.numpy.asarray(0, jax.numpy.int32))
+
+
+def _looked(
+    task: recipe.Task,
+    params: Any,
+    extra: Mapping[str, Any],
+    matrices: Sequence[Matrix],
+    key: Array,
+    batches: int,
+) -> Statistics:
+    """Host side: the curvature of some batches."""
+
+    def loss(params: Any, batch: Any, extra: Any, key: Array) -> Array:
+        if task.drawn is not None:
+            return task.drawn(params, extra, batch, key)
+        return task.loss(params, extra, batch, key)[0]
+
+    terms = task.terms
+    given = None if terms is None else lambda batch, *_: terms(batch)
+    look = jax.jit(oialr.curvature(loss, matrices, terms=given))
+    sums = (
+        look(params, task.batch(t), extra, jax.random.fold_in(key, t))
+        for t in range(batches)
+    )
+    return functools.reduce(Statistics.add, sums)
+
+
+def _tuned(
+    task: recipe.Task,
+    loss: Any,
+    params: Any,
+    extra: Mapping[str, Any],
+    key: Array,
+    settings: Settings,
+) -> Any:
+    """Host side: params whose cores, and what is dense, were trained a little more."""
+    rate = optax.schedules.warmup_cosine_decay_schedule(
+        0.0, settings.learning_rate, math.ceil(settings.steps / 20), settings.steps
+    )
+    tx = oialr.freeze_bases(optax.adamw(rate, b2=0.99, weight_decay=0.0))
+
+    @jax.jit
+    def step(params: Any, opt_state: Any, batch: Any, key: Array) -> Any:
+        def of_params(params: Any) -> Array:
+            return loss(params, extra, batch, key)[0]
+
+        gradients = oialr.value_and_grad(of_params)(params)[1]
+        updates, opt_state = tx.update(gradients, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    opt_state = tx.init(params)
+    for t in range(settings.steps):
+        drawn = jax.random.fold_in(key, t)
+        params, opt_state = step(params, opt_state, task.batch(t), drawn)
+    return params
