@@ -265,6 +265,8 @@ class _Recorder:
     def stacks(self, view: View, axis: int) -> bool:
         return axis in self.axes[view.path].stack
 
+    is_stack = stacks
+
     def scale(self, view: View, factor: Array, axes: tuple[int, ...]) -> View | None:
         leaf, is_node, scale, slots = _parts(view)
         mine = self.axes[view.path]

@@ -159,8 +159,8 @@ def check_params(params: PyTree, *, only_arrays: bool) -> None:
         others = [name for name in params if name != "params"]
         extra = ", ".join(f"{name!r}: ..." for name in others)
         raise ValueError(
-            f"{', '.join(others)} is beside 'params' in the params and would be "
-            "trained too: take variables['params'] alone, and here keep the others, "
+            f"{', '.join(others)} beside 'params' would be trained like them: take "
+            "variables['params'] alone and keep the others apart, "
             f"run.init(variables['params'], *batch, extra={{{extra}}})"
         )
     for name, leaf in named_leaves(params).items():

@@ -217,6 +217,8 @@ class _Contraction:
     def stacks(self, view: View, axis: int) -> bool:
         return axis in self.axes[view.path].stack
 
+    is_stack = stacks
+
     def scale(self, view: View, factor: Array, axes: tuple[int, ...]) -> View | None:
         return contract.scaled(view, self.axes[view.path], factor, axes)
 

@@ -143,7 +143,7 @@ def _product(
     out = None
     if use is not None and isinstance(weight, View):
         use = use._replace(x_fixed=x_fixed, place=(id(eqn), *part))
-        spread = [d for d in use.free if _is_indexed(weight, d)]
+        spread = [d for d in use.free if _is_spread(weight, d, handler)]
         if spread and use.kind == "dot":
             out = _spread_product(eqn, weight, x, use, spread, handler)
         else:
@@ -196,9 +196,13 @@ def _of_parts(
     return jnp.concatenate(outputs, result)
 
 
-def _is_indexed(view: View, dim: int) -> bool:
-    """Whether a dimension runs over entries that an array of indices took."""
-    return any(a.axis in view.indexed for a in view.dims[dim] if a.size > 1)
+def _is_spread(view: View, dim: int, handler: Handler) -> bool:
+    """Whether a dimension runs over matrices: of a stack, or that indices took."""
+    return any(
+        a.axis in view.indexed or handler.is_stack(view, a.axis)
+        for a in view.dims[dim]
+        if a.size > 1
+    )
 
 
 def _spread_product(

@@ -394,6 +394,9 @@ class _Probe:
     def stacks(self, view: View, axis: int) -> bool:
         return True
 
+    def is_stack(self, view: View, axis: int) -> bool:
+        return False
+
     def scale(self, view: View, factor: Array, axes: tuple[int, ...]) -> View | None:
         if len(view.present) == len(axes) > 1:
             return None  # along rows and columns, whichever are which

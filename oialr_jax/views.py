@@ -153,6 +153,10 @@ class Handler(Protocol):
         """Whether an axis of the leaf may be a stack of matrices."""
         ...
 
+    def is_stack(self, view: View, axis: int) -> bool:
+        """Whether it is one, as far as this is known."""
+        ...
+
     def scale(self, view: View, factor: Array, axes: tuple[int, ...]) -> View | None:
         """The view times `factor`, which varies along these axes of the leaf alone.
 

@@ -280,6 +280,12 @@ def test_seeds_side_by_side():
     assert [x.axes.stack for x in run.matrices] == [(0,), (0,)]
     assert state.params["a"].u.shape[0] == 3
     assert np.all(np.isfinite(each))
+    shared = oialr.factored(jax.vmap(predict, in_axes=(0, None)))  # no warning
+    low, whole = (
+        shared(params, batch(0)[0])
+        for params in (state.params, oialr.materialize(state.params))
+    )
+    np.testing.assert_allclose(low, whole, atol=1e-5)
     one = training(lambda p, x, y: squared(predict(p, x), y))
     alone = one.init(seeds[1], *batch(0))
     for t in range(DELAY):
