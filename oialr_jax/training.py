@@ -109,7 +109,7 @@ def training(
               a parameter of this name gets the copy, as a target network.
               schedule: instead of `delay` and `steps`. rule: instead of `budget`.
               layout: the sharding of state and batches.
-              options: of `adaptive`: `moment_rule`, `jit`, and those of `jit`.
+              options: of `adaptive`: `moment_rule`, `due`, `jit`, and those of `jit`.
     Raises:   ValueError, TypeError: a value out of range, two that exclude each other,
               a `tx` that is frozen already or no optimizer.
     """

@@ -54,7 +54,7 @@ def wrap(
               delay, steps, budget, select, schedule, rule, layout: as in `training`.
               follow: fields of the state that hold copies of the params, as "ema".
               tx: of a state without `.tx`: the frozen optimizer that the step uses.
-              options: of `adaptive`: `moment_rule`, `jit`, and those of `jit`.
+              options: of `adaptive`: `moment_rule`, `due`, `jit`, and those of `jit`.
     Raises:   ValueError, TypeError: what `training` and `adaptive` raise; a step that
               fails on the example, or does not call `state.apply_fn`; no optimizer.
     """
