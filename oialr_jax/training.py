@@ -122,7 +122,7 @@ def training(
               loss, measured on 8 batches before each cut and projection; a `Weighing`
               sets their number, or another loss of (state, *batch).
               layout: the sharding of state and batches.
-              options: of `adaptive`: `moment_rule`, `jit`, and those of `jit`.
+              options: of `adaptive`: `moment_rule`, `due`, `jit`, and those of `jit`.
     Raises:   ValueError, TypeError: a value out of range, two that exclude each other,
               a `tx` that is frozen already or no optimizer.
     """

@@ -65,7 +65,7 @@ def wrap(
               direction is worth in it; the state needs a field `curvature`.
               follow: fields of the state that hold copies of the params, as "ema".
               tx: of a state without `.tx`: the frozen optimizer that the step uses.
-              options: of `adaptive`: `moment_rule`, `jit`, and those of `jit`.
+              options: of `adaptive`: `moment_rule`, `due`, `jit`, and those of `jit`.
     Raises:   ValueError, TypeError: what `training` and `adaptive` raise; a step that
               fails on the example, or calls neither `state.apply_fn` nor a function
               that is `factored`; no optimizer.

@@ -781,6 +781,31 @@ def test_what_settling_needs_is_said_before_the_first_step(rule, message):
             run(state, *batch(0))
 
 
+def test_a_run_of_training_waits_for_settled_bases_too():
+    """Of two layers one never moves, and is alone in low rank at the end."""
+
+    def loss(params, x):
+        return jnp.mean(jnp.tanh(jax.lax.stop_gradient(params["a"]) @ x) @ params["b"])
+
+    due = oialr.stability.when_settled(0.999)
+    run = oialr.training(
+        loss,
+        optax.chain(optax.sgd(100.0), oialr.stability.keep_reference()),
+        schedule=oialr.Schedule(delay=2, every=3),
+        rule=oialr.RankRule(cutoff=0.3),
+        select={"include": "a|b"},
+        due=due,
+    )
+    x = normal(2, 16, 16)
+    state = run.init({"a": normal(0, 16, 16), "b": normal(1, 16, 16)}, x)
+    for _ in range(4):
+        state, _ = run.step(state, x)
+    ((step, scores),) = due.scores
+    assert step == 2
+    assert scores["a"] > 0.999 > scores["b"]
+    assert list(oialr.ranks(state.params)) == ["a"]
+
+
 def test_a_chooser_of_ones_own_decides_what_is_due():
     """Update j treats matrix j alone: no state is looked at, so it is asked ahead."""
 

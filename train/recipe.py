@@ -635,7 +635,8 @@ def _whole(part: Any, batch: int) -> Any:
 def _stored(settings: Settings) -> dict[str, Any]:
     """Settings that a resumed run must share, as JSON holds them."""
     values = dataclasses.asdict(settings)
-    return {name: x for name, x in values.items() if name not in PLACE_ONLY}
+    kept = {name: x for name, x in values.items() if name not in PLACE_ONLY}
+    return {k: list(x) if isinstance(x, tuple) else x for k, x in kept.items()}
 
 
 def _same(settings: Settings, stored: Mapping[str, Any], folder: pathlib.Path) -> None:
