@@ -211,7 +211,7 @@ class _Contraction:
 
     def along(
         self, view: View, axis: int, change: Callable[[Array, int], Array]
-    ) -> tuple[Array, ...]:
+    ) -> tuple[Any, ...]:
         return contract.along(view, self.axes[view.path], axis, change)
 
     def stacks(self, view: View, axis: int) -> bool:

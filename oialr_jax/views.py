@@ -51,7 +51,7 @@ class View:
     whole: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @classmethod
-    def of(cls, data: tuple[Array, ...], path: str, shape: Any, dtype: Any) -> "View":
+    def of(cls, data: tuple[Any, ...], path: str, shape: Any, dtype: Any) -> "View":
         """The view of a whole leaf."""
         dims = tuple((Atom(axis, 1, size),) for axis, size in enumerate(shape))
         return cls(data, path, tuple(shape), dims, (), jnp.dtype(dtype))
@@ -145,7 +145,7 @@ class Handler(Protocol):
 
     def along(
         self, view: View, axis: int, change: Callable[[Array, int], Array]
-    ) -> tuple[Array, ...]:
+    ) -> tuple[Any, ...]:
         """`data` with change(array, place of the axis in it) where the axis is."""
         ...
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from cases import BY_NAME
 from helpers import in_low_rank
 
 import oialr_jax as oialr
@@ -257,6 +258,38 @@ def test_a_frozen_base_is_merged_back(tmp_path):
     found = oialr.export(tmp_path / "net", linear, params, x)
     assert set(found.arrays) == {"first/kernel", "last/kernel"}
     assert worst(found(x), oialr.factored(linear)(params, x)) < 1e-5
+
+
+def test_functions_among_the_params_are_part_of_the_program(tmp_path):
+    fn, params, x = BY_NAME["equinox"].build()
+    found = oialr.export(tmp_path / "net", fn, params, x)
+    assert worst(found(x[:1]), fn(params, x[:1])) < 1e-5
+
+
+def test_what_was_loaded_is_called_under_jit_too(exported, low):
+    again = oialr.load(exported.folder)
+    inside = jax.jit(lambda x: again(x) + 1)(images())
+    assert worst(inside - 1, exported(images())) < 1e-5
+    assert worst(again(images()), exported(images())) < 1e-6  # no tracer was kept
+
+
+def test_one_array_may_be_all_params(tmp_path):
+    w, x = linear_params()["first"]["kernel"], jnp.ones((2, 6))
+    found = oialr.export(tmp_path / "net", lambda w, x: x @ w, w, x)
+    assert worst(found(x), x @ w) < 1e-6
+    np.testing.assert_array_equal(found.params, w)
+
+
+@pytest.mark.parametrize(
+    "leaf",
+    [jax.random.key(0), np.zeros(3, np.complex64)],
+    ids=["key", "complex"],
+)
+def test_a_leaf_that_cannot_be_stored_is_named(tmp_path, leaf):
+    params = linear_params() | {"other": {"leaf": leaf}}
+    with pytest.raises(TypeError, match=r"^other/leaf is .*, which safetensors"):
+        oialr.export(tmp_path / "net", linear, params, jnp.ones((2, 6)))
+    assert list(tmp_path.iterdir()) == []
 
 
 # What is refused

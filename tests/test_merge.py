@@ -95,8 +95,8 @@ USES = {
 @pytest.mark.parametrize("use", USES)
 def test_a_permutation_is_undone_on_the_result_or_in_a_factor(use, rows):
     fn, shape, (_, m) = USES[use]
-    axes = oialr.Axes(shape, (), (0,), tuple(range(1, len(shape))))
-    low = oialr.factor(drawn(0, *shape), axes, 3)
+    axes = Axes(shape, (), (0,), tuple(range(1, len(shape))))
+    low = factor(drawn(0, *shape), axes, 3)
     x = drawn(1, rows, m)
     merged = oialr.merge({"w": low}, form="identity")
     run = oialr.factored(lambda p, x: fn(p["w"], x))

@@ -95,10 +95,7 @@ def _compressed(
     }
 
     def evaluated(name: str, low: Any) -> None:
-        state = recipe.State.create(
-            apply_fn=None, params=low, tx=optax.identity(), extra=extra
-        )
-        found = {k: float(x) for k, x in task.evaluate(state).items()}
+        found = export.evaluated(task, {"params": low, **extra})
         stored = oialr.counts(low).stored
         summary[name] = {**found, "stored_weights": stored}
         shown = ", ".join(f"{k} {x:.4g}" for k, x in found.items())

@@ -41,6 +41,8 @@ class Settings:
     """Of the arrays in the file; int8 with form core alone, or auto."""
     batch: int = 64
     """By which it is decided what is faster; the program takes every batch size."""
+    evaluate: bool = False
+    """Say what the test set says of the run and of what was written."""
     data_dir: pathlib.Path = pathlib.Path("data")
     """Where `python -m train.data.prepare` put the dataset, which has its mean."""
 
@@ -95,8 +97,22 @@ def _settings(
     )
 
 
-def run(settings: Settings) -> Exported:
-    """Host side: the export that was written.
+class Evaluated(NamedTuple):
+    """What is evaluated in the place of a run's state."""
+
+    averaged: Any
+    extra: Mapping[str, Any]
+
+
+def evaluated(task: recipe.Task, variables: Mapping[str, Any]) -> dict[str, float]:
+    """Host side: numbers over the test set, of params in any form."""
+    extra = {name: x for name, x in variables.items() if name != "params"}
+    state: Any = Evaluated(variables["params"], extra)
+    return dict(task.evaluate(state))
+
+
+def run(settings: Settings) -> tuple[Exported, dict[str, dict[str, float]]]:
+    """Host side: the export that was written, and evaluations, if they were asked for.
 
     Raises:   as `opened` and `oialr_jax.export`.
     """
@@ -110,7 +126,7 @@ def run(settings: Settings) -> Exported:
         jax.ShapeDtypeStruct((settings.batch, *x.shape[1:]), x.dtype)
         for x in task.inputs
     ]
-    return oialr.export(
+    found = oialr.export(
         settings.out or settings.run / "export",
         fn,
         variables,
@@ -118,13 +134,17 @@ def run(settings: Settings) -> Exported:
         form=settings.form,
         dtype=settings.dtype,
     )
+    if not settings.evaluate:
+        return found, {}
+    each = {"run": variables, "export": found.params}
+    return found, {name: evaluated(task, x) for name, x in each.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Host side: the command."""
     settings = tyro.cli(Settings, args=arguments, prog="python -m train.export")
     try:
-        found = run(settings)
+        found, numbers = run(settings)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     files, count = found.manifest["files"], found.manifest["numbers"]
@@ -133,6 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{found.folder}: {count['stored']} of {count['dense']} weights, "
         f"{size / 1e6:.2f} MB; python -m train.predict {found.folder} INPUT.npy"
     )
+    for name, values in numbers.items():
+        print(f"{name}: {', '.join(f'{k} {x:.6g}' for k, x in values.items())}")
 
 
 if __name__ == "__main__":

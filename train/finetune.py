@@ -35,6 +35,7 @@ import oialr_jax as oialr
 from oialr_jax.adapters import attached, on_base
 from oialr_jax.curvature import of_outputs
 from oialr_jax.lowrank import named_leaves, with_leaves
+from oialr_jax.matrices import Matrix
 from train import images
 from train.data.arrays import Images, standardize
 from train.models.lenet5 import LeNet5
@@ -167,7 +168,7 @@ def trained(
 def tuned(
     way: str,
     dense: Any,
-    matrices: Sequence[oialr.Matrix],
+    matrices: Sequence[Matrix],
     data: Half,
     rate: float,
     settings: Settings,
@@ -209,7 +210,7 @@ def tuned(
 
 
 def lora(
-    dense: Any, matrices: Sequence[oialr.Matrix], settings: Settings, seed: int
+    dense: Any, matrices: Sequence[Matrix], settings: Settings, seed: int
 ) -> list[tuple[Array, Array]]:
     """Two factors a matrix, the second of zeros; about as many weights as cores."""
     rng = np.random.default_rng(seed)
@@ -228,7 +229,7 @@ def lora(
 def origin(
     way: str,
     dense: Any,
-    matrices: Sequence[oialr.Matrix],
+    matrices: Sequence[Matrix],
     data: Half,
     settings: Settings,
     seed: int,

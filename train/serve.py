@@ -23,6 +23,7 @@ import numpy as np
 import tyro
 
 import oialr_jax as oialr
+from oialr_jax.export import Exported
 from train import process
 from train.bench import Problem, interleaved
 
@@ -69,7 +70,7 @@ def run(settings: Settings) -> list[Row]:
         form, _, dtype = entry.partition("/")
         wanted.append((settings.rank, form, dtype))
     rows: list[Row] = []
-    programs: list[tuple[Row, oialr.Exported]] = []
+    programs: list[tuple[Row, Exported]] = []
     with tempfile.TemporaryDirectory() as folder:
         for i, (part, form, dtype) in enumerate(wanted):
             low = problem.low_rank(part)
@@ -108,7 +109,7 @@ def run(settings: Settings) -> list[Row]:
 def timed(
     problem: Problem,
     forward: Callable[..., Any],
-    programs: Sequence[tuple[Row, oialr.Exported]],
+    programs: Sequence[tuple[Row, Exported]],
     batch: int,
     repeats: int,
 ) -> list[Row]:

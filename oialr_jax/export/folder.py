@@ -215,7 +215,8 @@ class Exported:
     def weights(self) -> dict[str, Any]:
         """The arrays on JAX's default device."""
         if self._placed is None:
-            self._placed = jax.device_put(self.arrays)
+            with jax.ensure_compile_time_eval():  # also where a caller is traced
+                self._placed = jax.device_put(self.arrays)
         return self._placed
 
     def compiled(self, *inputs: Any) -> Any:

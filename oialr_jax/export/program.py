@@ -66,7 +66,8 @@ def pack(params: PyTree, dtype: str | None, names: Names | None = None) -> Packe
     Floats of dense leaves are stored in `dtype`, but for int8, and widened again when
     the program runs; those of nodes are as `merge` made them.
 
-    Raises:   ValueError: two arrays have one name; `names` has a path that is no leaf,
+    Raises:   TypeError: a leaf that safetensors has no dtype for, as a key. ValueError:
+              two arrays have one name; `names` has a path that is no leaf,
               an order that is none of its axes, or one for a factorised leaf; an entry
               is too large for `dtype`.
     """
@@ -81,6 +82,11 @@ def pack(params: PyTree, dtype: str | None, names: Names | None = None) -> Packe
     for i, ((path, leaf), name) in enumerate(zip(flat, known, strict=True)):
         if not is_node(leaf) and not hasattr(leaf, "dtype"):
             continue  # a function or a flag: part of the program
+        if not is_node(leaf) and not _is_storable(leaf.dtype):
+            raise TypeError(
+                f"{name} is {leaf.dtype}, which safetensors has not: keep it beside "
+                "the params, as an input or in the function"
+            )
         wanted = names.get(name, name)
         order: Sequence[int] | None = None
         if not isinstance(wanted, str):
@@ -100,6 +106,13 @@ def pack(params: PyTree, dtype: str | None, names: Names | None = None) -> Packe
         return jax.tree.unflatten(treedef, whole)
 
     return Packed(arrays, tuple(leaves.values()), build)
+
+
+def _is_storable(dtype: Any) -> bool:
+    """Whether safetensors has a dtype: real numbers of whole bytes, no keys."""
+    if not isinstance(dtype, np.dtype):
+        return False  # a key
+    return dtype.kind in "biuf" or str(dtype) == "bfloat16"
 
 
 def _node(

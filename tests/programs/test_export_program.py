@@ -38,6 +38,15 @@ def exported(run):
     return run / "export"
 
 
+def test_both_are_evaluated(run, tmp_path, capsys):
+    options = ["--out", str(tmp_path / "x"), "--form", "identity", "--evaluate"]
+    export.main([str(run), *options])
+    said = dict(line.split(": ") for line in capsys.readouterr().out.splitlines()[-2:])
+    assert said.keys() == {"run", "export"}
+    assert said["run"].startswith("accuracy ")
+    assert said["run"].split(",")[0] == said["export"].split(",")[0]
+
+
 def test_the_program_gives_the_logits_of_the_run(run, exported, tmp_path, capsys):
     pixels = np.random.default_rng(0).integers(0, 255, (5, 8, 8, 1), np.uint8)
     np.save(tmp_path / "x.npy", pixels)
