@@ -7,6 +7,7 @@ Variables. Flax is imported when it is used: importing the library costs no NNX.
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -239,7 +240,7 @@ class Step:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the step returns; model and optimizer are changed in place."""
-        _, optimizer = self.parts(args, kwargs)
+        model, optimizer = self.parts(args, kwargs)
         number = self.adaptive.quiet(optimizer.step.get_raw_value())
         if number is None:
             before, given = self.view(args, kwargs)
@@ -247,7 +248,8 @@ class Step:
             self._check_bases(after.params, args, kwargs)
             if after is not before:
                 self._put(after, args, kwargs)
-        held = list(_holding(args, kwargs))
+        others = [x for x in (*args, *kwargs.values()) if _is_node(x)]
+        held = _holding(model, *(x for x in others if x is not optimizer))
         try:
             for variable, node in held:
                 variable.set_raw_value(without_identity(node))
@@ -385,6 +387,7 @@ class _Ahead:
             return self._of._step.lower(*args, **kwargs)
 
 
+@functools.cache
 def _nnx() -> Any:
     from flax import nnx
 
@@ -435,14 +438,12 @@ def _write(name: str, variables: PyTree, values: PyTree) -> None:
             variable.set_raw_value(value)
 
 
-def _holding(args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
-    """The Variables of a call that hold a node, each once, with the node."""
-    seen: set[int] = set()
-    for x in jax.tree.leaves((args, kwargs), is_leaf=_is_variable):
-        if _is_variable(x) and id(x) not in seen:
-            seen.add(id(x))
-            if is_low_rank(x.get_raw_value()):
-                yield x, x.get_raw_value()
+def _holding(*objects: Any) -> list[tuple[Any, Any]]:
+    """The Variables that hold a node, each once, with the node."""
+    leaves = jax.tree.leaves(objects, is_leaf=_is_variable)
+    variables = {id(x): x for x in leaves if _is_variable(x)}
+    held = [(x, x.get_raw_value()) for x in variables.values()]
+    return [(x, value) for x, value in held if is_low_rank(value)]
 
 
 def _frozen(model: Any, optimizer: Any) -> Any:
