@@ -64,26 +64,22 @@ def adaptive(
     a lag the step waits for the compiler. The thread has the mesh of `jax.set_mesh`,
     but no other context of JAX.
 
-    Projections (`Schedule.projections`) change no shapes and have no reports; their
-    time is in `timings`.
-
-    What happens at a step depends on the step number and the state alone, so a run
-    resumed from a saved state repeats the uninterrupted one. Ranks that are missing at
-    their event (because another loop ran in between) are chosen then.
+    Projections (`Schedule.projections`) change no shapes and have no reports, but their
+    time is in `timings`. What happens at a step depends on the step number and the
+    state alone, so a run resumed from a saved state repeats the uninterrupted one.
+    Ranks that are missing at their event (because another loop ran in between) are
+    chosen then.
 
     An event changes `.params`, `.opt_state`, and the fields of the state named by
     `follow`: trees beside the params such as an average, a target network or the start
     point of a penalty, which are rebased. A tree in old bases, in another field or in
     an argument, is refused before the step. The first call traces the step at full
-    rank, by shapes alone, and refuses what would fail at the conversion; the state is
-    not donated then.
+    rank, by shapes alone, and refuses what would fail at the conversion. The state is
+    donated, but not by a call that is refused; `donate_argnums=()` keeps it.
 
     With `weighing` every cut and projection is weighed by curvature, measured on a few
     batches before they are trained on. Reports then have the rise of the loss, as
     predicted and as measured on the batch of the event.
-
-    The state is donated, as is usual in `state, metrics = step(state, batch)`;
-    `donate_argnums=()` keeps it.
 
     Args:     matrices: in execution order, as `find_matrices` and `select` give them.
               due: which of them an update treats, as `stability.when_settled()`; by
