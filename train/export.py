@@ -1,7 +1,6 @@
 """Write a trained run as a program that needs none of its code: python -m train.export.
 
 Command:   python -m train.export runs/digits-oialr-seed0 --form factors
-Wall time: 10 s on two CPU cores
 Result:    runs/digits-oialr-seed0/export, with weights.safetensors,
            program.stablehlo and manifest.json; see `oialr_jax.export`
 
