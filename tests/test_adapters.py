@@ -169,6 +169,15 @@ def test_the_gradient_of_a_core_is_the_projected_dense_one():
     assert grads["head"] is None
 
 
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_plain_grad_gives_the_base_zero(dtype):
+    params, x, matrices = model()
+    cores, base = oialr.adapters(params, matrices, RANK, train="bias", dtype=dtype)
+    grads = jax.grad(oialr.on_base(loss), argnums=(0, 1))(cores, base, x)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads[1]))
+    assert np.any(grads[0]["first"]["kernel"].s)
+
+
 def test_directions_of_the_weights():
     params, _, matrices = model()
     cores, _ = oialr.adapters(params, matrices, RANK)

@@ -241,8 +241,9 @@ def test_a_norm_of_a_weight_knows_that_factors_are_not_orthonormal():
         ({"form": "svd"}, "`form` must be one of auto, factors, .*, got 'svd'"),
         ({"dtype": "int4"}, "`dtype` must be one of float32, .*, got 'int4'"),
         ({"form": "identity", "dtype": "int8"}, "int8' is for frozen bases and form="),
+        ({"form": "dense", "dtype": "int8"}, "int8' is for frozen bases and form="),
     ],
-    ids=["form", "dtype", "int8"],
+    ids=["form", "dtype", "int8", "int8_dense"],
 )
 def test_bad_options_are_refused(options, error):
     with pytest.raises(ValueError, match=error):

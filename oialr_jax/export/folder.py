@@ -71,7 +71,7 @@ def export(
     merged = merge(
         params,
         form=form,
-        dtype=None if form == "dense" else dtype,
+        dtype=None if form == "dense" and dtype != "int8" else dtype,
         matrices=matrices,
         rates=rates,
     )

@@ -44,9 +44,10 @@ def merge(
     rank. Other leaves stay as they are.
 
     Args:     dtype: in which factors are stored, float32, bfloat16, float16 or int8; by
-              default their own. They are widened where they meet other arrays. int8
-              is for the bases of "core", a scale for each column, whose core is float32
-              and the best for the rounded bases; it is not for training on.
+              default their own, as dense matrices in any case. They are widened where
+              they meet other arrays. int8 is for the bases of "core", a scale for each
+              column, whose core is float32 and the best for the rounded bases; it is
+              not for training on.
               matrices: what `find_matrices` found, whose rows tell how fast each form
               is; without them the number of weights decides.
               rates: of the device; None has those that `cost.RATES` knows.
@@ -57,7 +58,7 @@ def merge(
         raise ValueError(f"`form` must be one of {', '.join(FORMS)}, got {form!r}")
     if dtype is not None:
         check_stored(dtype)
-    if dtype == "int8" and form not in ("auto", "core", "dense"):
+    if dtype == "int8" and form not in ("auto", "core"):
         raise ValueError(
             f"dtype='int8' is for frozen bases and form={form!r} has none: say "
             "form='core', or dtype='bfloat16'"
