@@ -2,8 +2,8 @@
 
 Each pair is two programs that do the same: a step of `training`, `wrap` or `nnx.wrap`,
 and one put together from the layers below. Both go through the conversion and are timed
-in low rank, in one process, in turn, a block of steps each. The ratio of a round is that
-of two neighbouring blocks, whose order alternates; the median of all rounds is
+in low rank, in one process, in turn, a block of steps each. The ratio of a round is
+that of two neighbouring blocks, whose order alternates; the median of all rounds is
 reported, with the middle half of them.
 
 Hardware:  two CPU cores, float32, no data. Wall time: 3 min.
