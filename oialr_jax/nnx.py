@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, final
@@ -21,12 +22,12 @@ import optax
 from oialr_jax.adaptive import AdaptiveStep, Timing, adaptive
 from oialr_jax.defaults import Choice, Selection, check_params, scheduled
 from oialr_jax.lowrank import (
+    Basis,
     PyTree,
     is_low_rank,
     leaves_by_path,
     owner_of,
     path_name,
-    without_identity,
 )
 from oialr_jax.matrices import Matrices, Matrix
 from oialr_jax.moments import MomentRule
@@ -221,6 +222,8 @@ class Step:
         self._step: Any = train_step if compiled else nnx.jit(train_step)
         self._signature = inspect.signature(train_step)
         self.follow = follow
+        self._objects: list[Any] = []  # of the latest call, all but the optimizer
+        self._holders: list[Any] = []  # Variables of them that hold nodes
         for name in follow:
             if name not in self._signature.parameters:
                 raise ValueError(
@@ -249,10 +252,17 @@ class Step:
             if after is not before:
                 self._put(after, args, kwargs)
         others = [x for x in (*args, *kwargs.values()) if _is_node(x)]
-        held = _holding(model, *(x for x in others if x is not optimizer))
+        objects = [model, *(x for x in others if x is not optimizer)]
+        same = len(self._objects) == len(objects) and all(
+            map(operator.is_, self._objects, objects)
+        )
+        if number is None or not same:
+            self._objects, self._holders = objects, _holding(objects)
+        held = [(x, x.get_raw_value()) for x in self._holders]
+        held = [(variable, node) for variable, node in held if is_low_rank(node)]
         try:
             for variable, node in held:
-                variable.set_raw_value(without_identity(node))
+                variable.set_raw_value(dataclasses.replace(node, basis=Basis(0)))
             out = self._step(*args, **kwargs)
         finally:  # what the step has put there is in the same bases
             for variable, node in held:
@@ -438,12 +448,11 @@ def _write(name: str, variables: PyTree, values: PyTree) -> None:
             variable.set_raw_value(value)
 
 
-def _holding(*objects: Any) -> list[tuple[Any, Any]]:
-    """The Variables that hold a node, each once, with the node."""
+def _holding(objects: list[Any]) -> list[Any]:
+    """The Variables that hold a node, each once."""
     leaves = jax.tree.leaves(objects, is_leaf=_is_variable)
     variables = {id(x): x for x in leaves if _is_variable(x)}
-    held = [(x, x.get_raw_value()) for x in variables.values()]
-    return [(x, value) for x, value in held if is_low_rank(value)]
+    return [x for x in variables.values() if is_low_rank(x.get_raw_value())]
 
 
 def _frozen(model: Any, optimizer: Any) -> Any:
