@@ -173,7 +173,7 @@ def test_the_gradient_of_a_core_is_the_projected_dense_one():
 def test_plain_grad_gives_the_base_zero(dtype):
     params, x, matrices = model()
     cores, base = oialr.adapters(params, matrices, RANK, train="bias", dtype=dtype)
-    grads = jax.grad(oialr.on_base(loss), argnums=(0, 1))(cores, base, x)
+    grads = jax.grad(on_base(loss), argnums=(0, 1))(cores, base, x)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads[1]))
     assert np.any(grads[0]["first"]["kernel"].s)
 

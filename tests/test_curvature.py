@@ -546,7 +546,7 @@ def ridged(c, ridge=weighted.RIDGE):
     return c + ridge * np.trace(c) / len(c) * np.eye(len(c))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     st.integers(2, 7),
     st.integers(2, 7),

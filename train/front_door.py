@@ -6,8 +6,8 @@ in low rank, in one process, in turn, a block of steps each. The ratio of a roun
 that of two neighbouring blocks, whose order alternates; the median of all rounds is
 reported, with the middle half of them.
 
-Hardware:  two CPU cores, float32, no data. Wall time: 3 min.
-Expected:  ratios of 1 within one per cent (train/results/front_door.md).
+Hardware:  two CPU cores, float32, no data
+Results:   train/results/front_door.md
 """
 
 import dataclasses
