@@ -243,7 +243,8 @@ class Step:
         """What the step returns; model and optimizer are changed in place."""
         model, optimizer = self.parts(args, kwargs)
         number = self.adaptive.quiet(optimizer.step.get_raw_value())
-        if number is None:
+        is_due = number is None
+        if is_due:
             before, given = self.view(args, kwargs)
             after, number = self.adaptive.before(before, *given)
             self._check_bases(after.params, args, kwargs)
@@ -254,7 +255,7 @@ class Step:
         same = len(self._objects) == len(objects) and all(
             map(operator.is_, self._objects, objects)
         )
-        if number is None or not same:
+        if is_due or not same:
             self._objects, self._holders = objects, _holding(objects)
         held = [(x, x.get_raw_value()) for x in self._holders]
         held = [(variable, node) for variable, node in held if is_low_rank(node)]
