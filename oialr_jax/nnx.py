@@ -244,20 +244,7 @@ class Step:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the step returns; model and optimizer are changed in place."""
         model, optimizer = self.parts(args, kwargs)
-        number = self.adaptive.quiet(optimizer.step.get_raw_value())
-        if number is None:
-            before, given = self.view(args, kwargs)
-            after, number = self.adaptive.before(before, *given)
-            self._check_bases(after.params, args, kwargs)
-            if after is not before:
-                self._put(after, args, kwargs)
-        others = [x for x in (*args, *kwargs.values()) if _is_node(x)]
-        objects = [model, *(x for x in others if x is not optimizer)]
-        same = len(self._objects) == len(objects) and all(
-            map(operator.is_, self._objects, objects)
-        )
-        if number is None or not same:
-            self._objects, self._holders = objects, _holding(objects)
+        number = self._before(model, optimizer, args, kwargs)
         held = [(x, x.get_raw_value()) for x in self._holders]
         held = [(variable, node) for variable, node in held if is_low_rank(node)]
         try:
@@ -278,6 +265,29 @@ class Step:
                 f"`steps_per_call` says ({error})"
             ) from error
         return out
+
+    def _before(self, model: Any, optimizer: Any, args: Any, kwargs: Any) -> int:
+        """Do what is due before a call, and look for what holds nodes in it then.
+
+        Returns:  the number of the step.
+        """
+        number = self.adaptive.quiet(optimizer.step.get_raw_value())
+        others = [x for x in (*args, *kwargs.values()) if _is_node(x)]
+        objects = [model, *(x for x in others if x is not optimizer)]
+        same = len(self._objects) == len(objects)
+        same = same and all(map(operator.is_, self._objects, objects))
+        if number is not None and same:
+            return number
+        if number is None:
+            before, given = self.view(args, kwargs)
+            after, number = self.adaptive.before(before, *given)
+            self._check_bases(after.params, args, kwargs)
+            if after is not before:
+                self._put(after, args, kwargs)
+        else:
+            self._check_bases(state(model, optimizer).params, args, kwargs)
+        self._objects, self._holders = objects, _holding(objects)
+        return number
 
     def parts(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The model and the optimizer among the arguments of a call.

@@ -472,6 +472,8 @@ def test_one_that_comes_from_before_an_event_is_refused():
         step(model, optimizer, target, *batch(3))
     same(oialr.nnx.state(model, optimizer).params, before.params)
     step(model, optimizer, oialr.materialize(target), *batch(3))
+    with pytest.raises(ValueError, match=r"target\.rnn/cell/.*follow='target'"):
+        step(model, optimizer, target, *batch(4))
 
 
 def test_moments_that_were_there_are_kept():

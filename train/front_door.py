@@ -117,7 +117,8 @@ def functions(settings: Settings) -> Iterator[tuple[str, Step, Step]]:
 
     state, step = oialr.wrap(begin(tx), train_step, *batch, delay=DELAY, budget=BUDGET)
     hand = begin(oialr.freeze_bases(tx)).replace(apply_fn=oialr.factored(predict))
-    plain = oialr.adaptive(train_step, hand.tx, run.matrices, run.schedule, run.rule)
+    rule: Any = run.rule  # known since `init`
+    plain = oialr.adaptive(train_step, hand.tx, run.matrices, run.schedule, rule)
     yield "wrap", repeated(step, state, batch), repeated(plain, hand, batch)
 
 
