@@ -25,6 +25,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import oialr_jax as oialr
+from oialr_jax.lowrank import without_identity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +160,7 @@ def modules(settings: Settings) -> Iterator[tuple[str, Step, Step]]:
         step(*given)
     hand = nnx.clone(given)
     for variable in jax.tree.leaves(hand[0], is_leaf=lambda x: hasattr(x, "set_value")):
-        variable.set_value(oialr.without_identity(variable.get_value()))
+        variable.set_value(without_identity(variable.get_value()))
     yield "nnx.wrap", lambda: step(*given), lambda: train_step(*hand)
 
 
