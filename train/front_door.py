@@ -7,7 +7,7 @@ that of two neighbouring blocks, whose order alternates; the median of all round
 reported, with the middle half of them.
 
 Hardware:  two CPU cores, float32, no data. Wall time: 3 min.
-Expected:  ratios of 1 within one per cent (train/results/front_door.md).
+Expected:  1 within one per cent for training and wrap (train/results/front_door.md).
 """
 
 import dataclasses
