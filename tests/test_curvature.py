@@ -88,6 +88,8 @@ class _Reference:
     def stacks(self, view, axis):
         return axis in self.axes[view.path].stack
 
+    is_stack = stacks
+
     def sum_squares(self, view, dims):
         return jnp.sum(jnp.square(self.materialize(view)), dims)
 
