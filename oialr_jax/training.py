@@ -126,16 +126,7 @@ def training(
     Raises:   ValueError, TypeError: a value out of range, two that exclude each other,
               a `tx` that is frozen already or no optimizer.
     """
-    if isinstance(tx, FrozenBases):
-        raise ValueError(
-            "`tx` is frozen already, which `training` does itself: give it the "
-            "optimizer without freeze_bases, training(loss, optax.adamw(3e-4), ...)"
-        )
-    if not (hasattr(tx, "init") and hasattr(tx, "update")):
-        raise TypeError(
-            "`tx` has to be an optimizer of Optax, training(loss, optax.adamw(3e-4), "
-            f"...); got {tx!r}"
-        )
+    _check_optimizer(tx)
     settings = _frozen_base(base)
     if settings is not None:
         plan = _events_on_base(delay, steps, budget, schedule, rule)
@@ -157,6 +148,20 @@ def training(
         layout=layout,
         options=options,
     )
+
+
+def _check_optimizer(tx: Any) -> None:
+    """Raise unless `tx` is an optimizer that is not frozen yet."""
+    if isinstance(tx, FrozenBases):
+        raise ValueError(
+            "`tx` is frozen already, which `training` does itself: give it the "
+            "optimizer without freeze_bases, training(loss, optax.adamw(3e-4), ...)"
+        )
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(
+            "`tx` has to be an optimizer of Optax, training(loss, optax.adamw(3e-4), "
+            f"...); got {tx!r}"
+        )
 
 
 def _frozen_base(base: Any) -> FrozenBase | None:
