@@ -377,7 +377,9 @@ def test_layouts_place_the_state_and_the_batches():
     assert [x.sharding for x in given[0]] == [layout.batch] * 2
 
 
-@pytest.mark.parametrize("middle", [2, 4, 7])
+@pytest.mark.parametrize(
+    "middle", [4, *(pytest.param(x, marks=pytest.mark.long) for x in (2, 7))]
+)
 def test_a_run_resumed_from_a_checkpoint_is_the_uninterrupted_one(middle, tmp_path):
     """Before, between (a lag) and after the conversion at step 5."""
     schedule = oialr.Schedule(delay=3, every=4, stop=4, lag=2, projections=range(1, 3))

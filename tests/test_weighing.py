@@ -337,7 +337,9 @@ def test_predicted_and_actual_rise_are_in_the_report():
     assert [x.actual for x in run.reports[:-1]] == [None]
 
 
-@pytest.mark.parametrize("middle", [1, 4, 6, 7, 9])
+@pytest.mark.parametrize(
+    "middle", [4, 7, *(pytest.param(x, marks=pytest.mark.long) for x in (1, 6, 9))]
+)
 def test_a_run_stopped_between_looks_goes_on_bit_for_bit(middle, tmp_path):
     run, state = begin()
     state, _ = advance(run, state, middle)

@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 
 import oialr_jax as oialr
@@ -19,6 +18,7 @@ def dense(tmp_path_factory):
     return out / "dense"
 
 
+@pytest.mark.long
 def test_a_run_is_cut_evaluated_tuned_and_can_be_exported(dense, capsys):
     out = dense.with_name("small")
     options = ["--keep", "0.6", "--steps", "10", "--batches", "4", "--out", str(out)]
@@ -58,17 +58,18 @@ class _State:
     [
         (["--keep", "1.5"], r"`keep` must be in \(0, 1\), got 1.5"),
         (["--batches", "0"], "`batches` must be at least 1, got 0"),
-        (["--keep", "0.0001"], "`budget` is"),
+        (["--keep", "0.5"], "is no run"),
     ],
 )
-def test_mistakes_are_told_and_nothing_is_written(options, said, dense):
-    out = dense.with_name("wrong")
+def test_mistakes_are_told_before_a_run_is_opened(options, said, tmp_path):
     with pytest.raises(SystemExit, match=said):
-        compress.main(["run", str(dense), *options, "--out", str(out)])
+        compress.main(["run", str(tmp_path / "none"), *options])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.long
+def test_a_budget_out_of_reach_is_told_and_nothing_is_written(dense):
+    out = dense.with_name("wrong")
+    with pytest.raises(SystemExit, match="`budget` is"):
+        compress.main(["run", str(dense), "--keep", "0.0001", "--out", str(out)])
     assert not out.exists()
-
-
-def test_a_folder_without_a_run_is_told(tmp_path):
-    with pytest.raises(SystemExit, match="is no run"):
-        compress.main(["run", str(tmp_path)])
-    assert np.size(list(tmp_path.iterdir())) == 0
