@@ -19,8 +19,9 @@ class Weighing:
     """What the cuts of a run are weighed by: the curvature of a loss, and when.
 
     The `batches` up to and including that of a cut are looked at before they are
-    trained on, each at the cost of about one step; the sums wait in `state.curvature`,
-    a field that the state has to have, None between the cuts. A checkpoint holds them.
+    trained on, each at the cost of one step in low rank, and of two or three dense
+    (train/results/README.md). The sums wait in `state.curvature`, a field that the
+    state has to have, None between the cuts. A checkpoint holds them.
 
     Args:     loss: of (state, *args), the state and what the step gets beside it, for
               dense params: a mean over `terms`. With labels of the data it is the
