@@ -55,7 +55,8 @@ def compress(
     Args:     budget: in the unit of `price`; or the rank of each matrix by path.
               price: of a matrix; by default the weights that it stores.
     Raises:   ValueError: a matrix or its statistics are not finite; the budget does
-              not pay the least ranks; a rank outside [1, its greatest].
+              not pay the least ranks; a rank outside [1, its greatest], or for
+              a path that is no matrix.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -71,6 +72,8 @@ def compress(
     has_rows = is_known(statistics)
     known = [x for x in matrices if has_rows.get(x.path)]
     if isinstance(budget, Mapping):
+        for name in budget:
+            leaf_at(name, {x.path: x for x in matrices}, what="`budget` names")
         ranks = {x.path: budget[x.path] for x in known if x.path in budget}
         low, _, reports = apply_ranks(
             params, None, known, ranks, tx=None, statistics=statistics

@@ -807,6 +807,8 @@ def test_bad_matrices_and_ranks_are_refused():
     found = oialr.curvature(regression, matrices)(params, x, target)
     with pytest.raises(ValueError, match=r"must be in \[1, 6\] for w1, got 7"):
         oialr.compress(params, matrices, found, {"w1": 7})
+    with pytest.raises(ValueError, match=r"`budget` names w9; there are: w0, w1, w2"):
+        oialr.compress(params, matrices, found, {"w9": 2})
     broken = params | {"w1": params["w1"].at[0, 0].set(jnp.nan)}
     with pytest.raises(ValueError, match="w1 or its statistics are not finite"):
         oialr.compress(broken, matrices, found, {"w1": 2})
