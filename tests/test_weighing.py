@@ -168,7 +168,8 @@ def test_a_leaf_whose_statistics_are_not_finite_is_left_as_it_was():
     matrices = found()
     params, state, tx = trained(matrices)
     sums = sums_of(params, matrices)
-    sums.sides["b"] = sums.sides["b"]._replace(outputs=jnp.full((WIDTH,) * 2, jnp.nan))
+    outputs = sums.sides["b"].outputs.at[0, 1].set(jnp.nan)  # beside the diagonal
+    sums.sides["b"] = sums.sides["b"]._replace(outputs=outputs)
     new, _, report = oialr.factorize(
         params, state, matrices, tx=tx, rank=3, statistics=sums
     )
@@ -228,9 +229,13 @@ def test_what_is_worth_more_dense_stays_dense():
     assert "dense -> dense" in str(reports[0])
 
 
-def test_a_matrix_without_statistics_gets_its_share_of_the_budget():
+@pytest.mark.parametrize("reached", [None, 0.0], ids=["no sums", "no rows"])
+def test_a_matrix_without_statistics_gets_its_share_of_the_budget(reached):
     params, matrices = rotations()
-    sums = Statistics({"a": flat(1.0)}, jnp.ones(()), (("b", "gather"),))
+    sides = {"a": flat(1.0)}
+    if reached is not None:
+        sides["b"] = flat(0.0)._replace(rows=jnp.asarray(reached))
+    sums = Statistics(sides, jnp.ones(()), (("b", "gather"),))
     rule = oialr.RankRule(by="loss", budget=2 * 3 * (2 * WIDTH + 3))
     new, reports = apply(params, matrices, rule, sums)
     assert oialr.ranks(new) == {x: (WIDTH, WIDTH, 3) for x in "ab"}
