@@ -1,4 +1,4 @@
-"""The defaults of `training` and `wrap`: when to convert, what, and to which ranks."""
+"""The defaults of `training` and `wrap`, and what they refuse at once."""
 
 import dataclasses
 import math
@@ -7,9 +7,11 @@ from typing import Any, final
 
 import jax.numpy as jnp
 
+from oialr_jax.adapters import FrozenBase
 from oialr_jax.lowrank import PyTree, counts, is_low_rank, named_leaves
 from oialr_jax.matrices import Matrices, Matrix, select, skipped_lines
 from oialr_jax.schedule import RankRule, Schedule
+from oialr_jax.transform import FrozenBases
 
 Selection = Mapping[str, Any] | Sequence[Matrix]
 """Options of `select`, or the matrices themselves, in execution order."""
@@ -53,6 +55,35 @@ def scheduled(
         stop=delay - lag + 1,
         projections=range(3 * delay // 10, delay - lag, every) if every else (),
     )
+
+
+NEVER = Schedule(delay=2**62, every=1)
+"""A schedule without events."""
+
+
+def scheduled_on_base(
+    delay: int | None,
+    steps: int | None,
+    budget: float | int | None,
+    schedule: Schedule | None,
+    rule: RankRule | None,
+) -> Schedule:
+    """When cores on a frozen base are cut: never, or as the schedule says.
+
+    Raises:   ValueError: a setting of the conversion, which there is not; a schedule
+              without a rule, or the reverse.
+    """
+    for name, value in (("delay", delay), ("steps", steps), ("budget", budget)):
+        if value is not None:
+            raise ValueError(
+                f"`{name}` is for a conversion, and on a frozen base there is none: "
+                "leave it out, and say base=FrozenBase(rank=...)"
+            )
+    if (schedule is None) != (rule is None):
+        raise ValueError(
+            "to cut ranks give both `schedule` and `rule`, or none of them"
+        )
+    return NEVER if schedule is None else schedule
 
 
 @final
@@ -147,6 +178,34 @@ class Choice:
         if self.rule is not None:
             return self.rule
         return RankRule(budget=weights, by="loss" if self.by_loss else "value")
+
+
+def check_optimizer(tx: Any) -> None:
+    """Raise unless `tx` is an optimizer that is not frozen yet."""
+    if isinstance(tx, FrozenBases):
+        raise ValueError(
+            "`tx` is frozen already, which `training` does itself: give it the "
+            "optimizer without freeze_bases, training(loss, optax.adamw(3e-4), ...)"
+        )
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(
+            "`tx` has to be an optimizer of Optax, training(loss, optax.adamw(3e-4), "
+            f"...); got {tx!r}"
+        )
+
+
+def frozen_base(base: Any) -> FrozenBase | None:
+    """What `base` says.
+
+    Raises:   ValueError: another word, or what is no `FrozenBase`.
+    """
+    if base == "frozen":
+        return FrozenBase()
+    if base is not None and not isinstance(base, FrozenBase):
+        raise ValueError(
+            f"`base` must be 'frozen', a FrozenBase(rank=...) or None, got {base!r}"
+        )
+    return base
 
 
 def check_params(params: PyTree, *, only_arrays: bool) -> None:
