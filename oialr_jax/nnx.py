@@ -34,6 +34,7 @@ from oialr_jax.moments import MomentRule
 from oialr_jax.rehearsal import line, shown, traced
 from oialr_jax.reports import Report
 from oialr_jax.schedule import RankRule, Schedule
+from oialr_jax.sharding import Layout
 from oialr_jax.transform import freeze_bases, is_frozen
 from oialr_jax.wrapping import found_in
 
@@ -106,6 +107,7 @@ def wrap(
     follow: str | Sequence[str] = (),
     moment_rule: MomentRule = MomentRule(),  # noqa: B008 -- frozen
     steps_per_call: int = 1,
+    layout: Layout | None = None,
     **kwargs: Any,
 ) -> "Step":
     """Host side: a training step of Flax NNX, made ready for low rank.
@@ -126,6 +128,8 @@ def wrap(
               follow: arguments by name that hold a copy of the params, such as an
               average, and follow every event.
               moment_rule, steps_per_call: of `adaptive`.
+              layout: the sharding of params and optimizer, which are placed here;
+              without it what is on a mesh stays there, as its users divided it.
     Raises:   ValueError, TypeError: what `training` raises; a step that fails on the
               example, or applies the model past `factored`; no model or optimizer.
     """
@@ -157,9 +161,17 @@ def wrap(
     step.matrices, step.schedule = choice.matrices(found), plan
     step.rule = choice.rule_for(params, step.matrices)
     step.adaptive = _checked(
-        step, frozen.tx, copy, moment_rule=moment_rule, steps_per_call=steps_per_call
+        step,
+        frozen.tx,
+        copy,
+        moment_rule=moment_rule,
+        steps_per_call=steps_per_call,
+        layout=layout,
     )
     _freeze(optimizer, frozen)
+    if layout is not None:
+        whole = state(model, optimizer)
+        update(model, optimizer, jax.device_put(whole, layout(whole)))
     return step
 
 

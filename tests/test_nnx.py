@@ -226,6 +226,40 @@ def test_the_step_after_an_event_is_compiled_ahead():
     assert step.reports[1].layers[0].after < step.reports[0].layers[0].after
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["layout", "its_users"])
+def test_on_a_mesh_it_stays_there(given):
+    mesh = oialr.make_mesh("fsdp=4", jax.devices()[:4])
+    layout = oialr.Layout(mesh, min_size=256)
+
+    def trained(layout):
+        model, optimizer, train_step, batch, _ = make("lstm")
+        if layout is not None and not given:  # as with a jitted init
+            state = oialr.nnx.state(model, optimizer)
+            state = jax.device_put(state, layout(state))
+            oialr.nnx.update(model, optimizer, state)
+        call = model, optimizer, metric()
+        options = {"layout": layout} if given else {}
+        step = oialr.nnx.wrap(
+            train_step, *call, *batch(0), delay=2, budget=0.5, **options
+        )
+        batches = map(batch, range(5))
+        if layout is not None:
+            batches = (jax.device_put(x, layout.batch) for x in batches)
+        losses = [step(*call, *x) for x in batches]
+        return losses, oialr.nnx.state(model, optimizer), step
+
+    desired, _, _ = trained(None)
+    losses, state, step = trained(layout)
+    np.testing.assert_allclose(losses, desired, rtol=1e-4)
+    assert len(step.reports) == 2  # the conversion and its cut
+    assert oialr.ranks(state.params)
+    bases = [x.u for x in jax.tree.leaves(state.params, is_leaf=is_node) if is_node(x)]
+    divided = any(not x.sharding.is_fully_replicated for x in bases)
+    assert divided == given  # by default small leaves are not
+    arrays = [x for x in jax.tree.leaves((state.params, state.opt_state)) if x.ndim]
+    assert all(x.sharding.device_set == set(mesh.devices.flat) for x in arrays)
+
+
 def test_statistics_and_counters_keep_moving():
     model, optimizer, train_step, batch, _ = make("mnist_cnn")
     step = oialr.nnx.wrap(
