@@ -6,6 +6,7 @@ the weight through scans, branches and remat: what JAX adds up for a gradient, i
 up for them.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -48,9 +49,13 @@ def curvature(
     that of examples; where no axis is, each row is an example. For a weight that is
     used several times the sums of its uses are added.
 
-    A matrix with a use that is not summed (a gather, a grouped or ragged product, a
-    product of some of its columns, or with another weight) is in `Statistics.skipped`,
-    with that use. Rows behind a `stop_gradient` have no gradient and are not counted.
+    A use of a part of a matrix, or of one whose rows or columns are scaled, is one of
+    the whole whose other rows of x, or columns of the gradient, are zero.
+
+    A matrix with a use that is not summed (a gather, a grouped or ragged product, one
+    with another weight, or of a matrix that a mask multiplies) is in
+    `Statistics.skipped`, with that use. Rows behind a `stop_gradient` have no gradient
+    and are not counted.
 
     Args:     terms: N of a batch, or what computes it from `batch`: the number of
               tokens, say, for a mean over tokens; 1 for a sum. None: the length of the
@@ -107,7 +112,7 @@ def curvature(
 
         def total(slots: dict[str, Sides]) -> Array:
             values = [
-                _view(leaf, name, slots.get(places.get(name, "")))
+                _view(leaf, name, axes[name], slots.get(places.get(name, "")))
                 if name in axes
                 else leaf
                 for name, (_, leaf) in zip(names, traced.leaves, strict=True)
@@ -193,18 +198,25 @@ def _slots(leaf: Any, axes: Axes, widest: int) -> Sides:
         both = (side, side) if side <= widest else (side,)
         return jnp.zeros((*axes.l, *both), jnp.float32)
 
-    m, n = (leaf.rank, leaf.rank) if is_low_rank(leaf) else (axes.m, axes.n)
+    m, n = _sides(leaf, axes)
     return Sides(zeros(m), zeros(n), jnp.zeros(axes.l, jnp.float32))
 
 
-def _view(leaf: Any, name: str, slots: Sides | None) -> View:
-    """The view of a leaf: its array or factors, a scale, and its slots if it has any.
+def _sides(leaf: Any, axes: Axes) -> tuple[int, int]:
+    return (leaf.rank, leaf.rank) if is_low_rank(leaf) else (axes.m, axes.n)
 
-    All but the array of a dense leaf have the stack axes in front.
+
+def _view(leaf: Any, name: str, axes: Axes, slots: Sides | None) -> View:
+    """The view of a leaf: its array or factors, and if it has slots scales and these.
+
+    Scales are of the rows and of the columns. All but the array of a dense leaf have
+    the stack axes in front.
     """
     arrays = (leaf.u, leaf.s, leaf.vt) if is_low_rank(leaf) else (leaf,)
     if slots is not None:
-        arrays = (*arrays, jnp.ones(slots.rows.shape, jnp.float32), *slots)
+        stack = slots.rows.shape
+        scales = (jnp.ones((*stack, side)) for side in _sides(leaf, axes))
+        arrays = (*arrays, *scales, *slots)
     return View.of(arrays, name, leaf.shape, leaf.dtype)
 
 
@@ -213,15 +225,31 @@ class _Parts(NamedTuple):
 
     leaf: View  # with the arrays of the leaf alone
     is_node: bool
-    scale: Array | None
+    scales: tuple[Array, ...]  # of rows and columns; none without slots
     slots: Sides | None
 
 
 def _parts(view: View) -> _Parts:
-    is_node = len(view.data) in (3, 7)
+    is_node = len(view.data) in (3, 8)
     arrays, rest = view.data[: 3 if is_node else 1], view.data[3 if is_node else 1 :]
-    scale, slots = (rest[0], Sides(*rest[1:])) if rest else (None, None)
-    return _Parts(view.replace(data=arrays), is_node, scale, slots)
+    slots = Sides(*rest[2:]) if rest else None
+    return _Parts(view.replace(data=arrays), is_node, rest[:2], slots)
+
+
+def _cut_side(
+    array: Array,
+    sizes: Sequence[int],
+    place: int,
+    change: Callable[[Array, int], Array],
+    times: int,
+) -> Array:
+    """change on one axis of a side that is the last dimension, or the last two."""
+    before = array.shape[: array.ndim - times]
+    array = array.reshape(*before, *(*sizes,) * times)
+    for copy in reversed(range(times)):  # the last first, as places before it stay
+        array = change(array, len(before) + copy * len(sizes) + place)
+    new = math.isqrt(array.size // math.prod(before)) if times == 2 else -1
+    return array.reshape(*before, *(new,) * times)
 
 
 class _Recorder:
@@ -260,6 +288,15 @@ class _Recorder:
         stack = [a for a in axes.stack if a in view.present]
         if axis in stack:
             rest = tuple(change(x, stack.index(axis)) for x in rest)
+        elif rest and not is_node:  # those of a core are in its coordinates
+            which = 0 if axis in axes.inputs else 1
+            group = [a for a in (axes.inputs, axes.outputs)[which] if a in view.present]
+            sizes = [view.leaf_shape[a] for a in group]
+            new = list(rest)
+            for i in (which, 2 + which):
+                times = rest[i].ndim - len(stack)
+                new[i] = _cut_side(rest[i], sizes, group.index(axis), change, times)
+            rest = tuple(new)
         return (*arrays, *rest)
 
     def stacks(self, view: View, axis: int) -> bool:
@@ -268,8 +305,12 @@ class _Recorder:
     is_stack = stacks
 
     def scale(self, view: View, factor: Array, axes: tuple[int, ...]) -> View | None:
-        leaf, is_node, scale, slots = _parts(view)
+        leaf, is_node, scales, slots = _parts(view)
         mine = self.axes[view.path]
+        sides = [{*axes} & {*group} for group in (mine.inputs, mine.outputs)]
+        if all(sides):
+            self.detail = "of rows and columns"
+            return None
         arrays: tuple[Array, ...]
         if is_node:
             new = contract.scaled(leaf, mine, factor, axes)
@@ -279,13 +320,18 @@ class _Recorder:
         else:
             over = views.over_axes(view, factor, view.present)
             arrays = (leaf.data[0] * over.astype(leaf.data[0].dtype),)
-        if slots is None or scale is None:
-            return view.replace(data=arrays)
-        if {*axes} - {*mine.stack}:
-            return view.replace(data=(*arrays, scale, *slots), whole=False)
-        stack = [a for a in mine.stack if a in view.present]
-        scale = scale * views.over_axes(view, factor, stack).astype(scale.dtype)
-        return view.replace(data=(*arrays, scale, *slots))
+        if slots is not None and not (is_node and any(sides)):  # else u or vt has it
+            which = 1 if sides[1] else 0
+            group = (mine.inputs, mine.outputs)[which] if any(sides) else ()
+            present = [a for a in (*mine.stack, *group) if a in view.present]
+            over = views.over_axes(view, factor, present).astype(jnp.float32)
+            if over.ndim:
+                over = over.reshape(*slots.rows.shape, -1)
+            new_scales = list(scales)
+            new_scales[which] = scales[which] * over
+            scales = tuple(new_scales)
+        rest = () if slots is None else (*scales, *slots)
+        return view.replace(data=(*arrays, *rest))
 
     def sum_squares(self, view: View, dims: tuple[int, ...]) -> Array:
         return jnp.sum(jnp.square(self.materialize(view)), dims)
@@ -293,7 +339,7 @@ class _Recorder:
     def contract(
         self, view: View, x: Array, use: Use, eqn: Any, rest: Sequence[Any] = ()
     ) -> Array | None:
-        leaf, is_node, scale, slots = _parts(view)
+        leaf, is_node, scales, slots = _parts(view)
         axes = self.axes[view.path]
         side = _side(view, axes, use)
         if side is None or use.kind not in ("dot", "conv"):
@@ -305,19 +351,16 @@ class _Recorder:
             operands = [x, x]
             operands[use.position] = views.arrange(leaf, leaf.data[0])
             (out,) = views.bind(eqn, operands)
-        if out is None or slots is None or scale is None:
+        if out is None or slots is None:
             return out
         name = eqn.primitive.name
         if use.x_fixed:
             self.note(view.path, f"{name} with no data")
             return out
-        if not view.whole:
-            self.note(view.path, f"{name} of a part, or of scaled rows or columns")
-            return out
         bases = (leaf.data[0], leaf.data[2]) if is_node else None
         layout, is_turned = view.replace(data=()), side == "outputs"
         meeting = Meeting(layout, axes, use, eqn, is_turned, self.examples)
-        return _recorded(out, (x, scale, self.count, bases), slots, meeting)
+        return _recorded(out, (x, scales, self.count, bases), slots, meeting)
 
     def unknown(self, view: View, primitive: str) -> None:
         self.note(view.path, f"{primitive} {self.detail}".rstrip())
@@ -372,4 +415,8 @@ def _recorded(out: Array, operands: Any, slots: Sides, meeting: Meeting) -> Arra
         return gradient, None, sums(operands, gradient, meeting, full)
 
     identity.defvjp(forward, backward)
-    return identity(out, operands, slots)
+    # Under shard_map the sums of a device are its own: slots that vary as `out` does
+    # have gradients that are added up over the devices.
+    nothing = jnp.where(False, jnp.sum(out.astype(jnp.float32)), 0)
+    nothing = jax.lax.stop_gradient(nothing)
+    return identity(out, operands, jax.tree.map(lambda x: x + nothing, slots))

@@ -36,10 +36,9 @@ def sums(
     operands: Any, gradient: Array, meeting: Meeting, full: Sequence[bool]
 ) -> Sides:
     """The sums of one use, in the leaf's own layout."""
-    x, scale, count, bases = operands
+    x, scales, count, bases = operands
     meet = _rows_of_conv if meeting.use.kind == "conv" else _rows_of_dot
     seen, gradient = (side.astype(jnp.float32) for side in meet(x, gradient, meeting))
-    seen = seen * scale[..., None, None, None]
     gradient = gradient * count  # of one term, where the loss has the mean
     counted = jnp.any(gradient != 0, axis=-1)
     found = jnp.sum(counted, axis=(-2, -1), dtype=jnp.float32)
@@ -47,6 +46,8 @@ def sums(
     if bases is not None:
         u, vt = (side.astype(jnp.float32)[..., None, :, :] for side in bases)
         inputs, outputs = inputs @ u, outputs @ vt.mT
+    of_rows, of_columns = (side[..., None, None, :] for side in scales)
+    inputs, outputs = inputs * of_rows, outputs * of_columns
     if meeting.examples is None:
         inputs, outputs = (
             jnp.where(counted[..., None], side, 0) for side in (inputs, outputs)
