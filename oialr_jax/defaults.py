@@ -1,6 +1,7 @@
 """The defaults of `training` and `wrap`, and what they refuse at once."""
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, final
@@ -178,6 +179,21 @@ class Choice:
         if self.rule is not None:
             return self.rule
         return RankRule(budget=weights, by="loss" if self.by_loss else "value")
+
+
+def is_function_of_matrices(tx: Any) -> bool:
+    """Whether `tx` is no optimizer, but a function that may return one.
+
+    Raises:   TypeError: it is one of a learning rate, as `optax.adamw` is.
+    """
+    if not callable(tx) or hasattr(tx, "init"):
+        return False
+    if "learning_rate" in inspect.signature(tx).parameters:
+        name = getattr(tx, "__name__", tx)
+        raise TypeError(
+            f"`tx` has to be an optimizer, got {name} itself: write {name}(3e-4)"
+        )
+    return True
 
 
 def check_optimizer(tx: Any) -> None:

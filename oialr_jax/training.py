@@ -4,12 +4,14 @@ These are `find_matrices`, `select`, `factored`, `freeze_bases` and `adaptive`, 
 choices of `defaults`; a run has them as attributes, for loops that need them directly.
 """
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from oialr_jax.adapters import FrozenBase, adapters, attached
 from oialr_jax.adaptive import AdaptiveStep, Timing, adaptive
@@ -19,6 +21,7 @@ from oialr_jax.defaults import (
     check_optimizer,
     check_params,
     frozen_base,
+    is_function_of_matrices,
     scheduled,
     scheduled_on_base,
 )
@@ -68,7 +71,9 @@ def training(
     cut after such a warm-up kept more accuracy than many cuts without it
     (train/results/experiments.md). A warm-up of less than 20 steps has no projections.
 
-    Args:     tx: an optimizer of Optax; `freeze_bases` is put around it here.
+    Args:     tx: an optimizer of Optax, around which `freeze_bases` is put here; or a
+              function of the matrices that returns one, as orthogonal.core_muon needs,
+              lambda matrices: core_muon(0.02, matrices).
               delay: the step of the conversion, by default a third of `steps`, the
               paper's rule of thumb. Later is safer, up to two thirds in short runs, but
               dense for longer.
@@ -99,7 +104,9 @@ def training(
     Raises:   ValueError, TypeError: a value out of range, two that exclude each other,
               a `tx` that is frozen already or no optimizer.
     """
-    check_optimizer(tx)
+    of_matrices = is_function_of_matrices(tx)
+    if not of_matrices:
+        check_optimizer(tx)
     frozen = frozen_base(base)
     if frozen is None:
         plan = scheduled(delay, steps, schedule)
@@ -112,18 +119,22 @@ def training(
         once=frozen is None and schedule is None,
         by_loss=bool(weighing),
     )
-    pure = LossStep(loss, freeze_bases(tx), dict(follow), has_aux, frozen is not None)
+    known = optax.identity() if of_matrices else tx
+    pure = LossStep(
+        loss, freeze_bases(known), dict(follow), has_aux, frozen is not None
+    )
     if weighing:
         given = isinstance(weighing, Weighing)
         options["weighing"] = weighing if given else Weighing(pure.value)
-    return Training(pure, plan, choice, frozen, layout, options)
+    made = tx if of_matrices else None
+    return Training(pure, made, plan, choice, frozen, layout, options)
 
 
 class Training:
     """Host side: what `training` returns.
 
-    Its parts are `tx`, `schedule`, `train_step` (pure) and, after `init`, `matrices`
-    and `rule`: arguments of `adaptive`, for loops that need more than this one offers.
+    After `init` its parts are `tx`, `schedule`, `train_step` (pure), `matrices` and
+    `rule`: arguments of `adaptive`, for loops that need more than this one offers.
     On a frozen base `base` has what does not train, and `train_step` takes it after the
     batch.
     """
@@ -131,6 +142,7 @@ class Training:
     def __init__(
         self,
         pure: LossStep,
+        tx: Callable[[Sequence[Matrix]], Any] | None,
         schedule: Schedule,
         choice: Choice,
         frozen: FrozenBase | None,
@@ -139,12 +151,13 @@ class Training:
     ) -> None:
         """Use `training`, which checks its arguments."""
         self.tx = pure.tx
-        self.schedule = schedule
         self.train_step = pure.step
+        self.schedule = schedule
         self.matrices: tuple[Matrix, ...] = ()
         self.rule: RankRule | None = None
         self.base: PyTree = None
         self._pure = pure
+        self._of_matrices = tx
         self._choice = choice
         self._frozen = frozen
         self._layout = layout
@@ -196,6 +209,11 @@ class Training:
         pure.parts(out, state.extra)
         found = find_matrices(pure.loss, params, *args, **kwargs)
         self.matrices = self._choice.matrices(found)
+        if self._of_matrices is not None:
+            tx = self._of_matrices(self.matrices)
+            check_optimizer(tx)
+            self._pure = pure = dataclasses.replace(pure, tx=freeze_bases(tx))
+            self.tx, self.train_step = pure.tx, pure.step
         if self._frozen is None:
             self.rule = self._choice.rule_for(params, self.matrices)
         else:

@@ -139,6 +139,18 @@ def test_its_parts_make_the_same_step_below():
     same(state, below)
 
 
+def test_an_optimizer_of_the_matrices_is_the_one_made_of_them():
+    def muon(matrices):
+        return oialr.orthogonal.core_muon(0.05, matrices)
+
+    run = oialr.training(loss, muon, delay=4)
+    state, _ = advance(run, run.init(weights(), *batch(0)), 7)
+    known = oialr.training(loss, muon(run.matrices), delay=4)
+    desired, _ = advance(known, known.init(weights(), *batch(0)), 7)
+    same(state, desired)
+    assert len(oialr.ranks(state.params)) == 2
+
+
 def test_params_stay_the_callers():
     params = weights()
     schedule_free = optax.contrib.schedule_free_sgd(0.1)  # begins with the params
@@ -473,6 +485,16 @@ def init(loss=loss, params=None, example=None, *, extra=None, tx=None, **options
 X, Y = jax.eval_shape(lambda: batch(0))
 MISTAKES: dict[str, tuple[Any, type[Exception], str]] = {
     "no_optimizer": (lambda: init(tx=1e-3), TypeError, "optax.adamw.*got 0.001"),
+    "not_called": (
+        lambda: init(tx=optax.adamw),
+        TypeError,
+        r"got adamw itself: write adamw\(3e-4\)",
+    ),
+    "no_optimizer_of_matrices": (
+        lambda: init(tx=lambda matrices: matrices),
+        TypeError,
+        "has to be an optimizer of Optax",
+    ),
     "frozen": (
         lambda: init(tx=oialr.freeze_bases(optax.sgd(0.1))),
         ValueError,

@@ -7,7 +7,8 @@ For each budget, a part of all weights, the preset is trained by the plain rule 
 weighed by curvature, and beside them the controls that such a number needs: the dense
 network, the dense network with Muon, and a small dense network, of all widths scaled,
 that stores no more weights. Each of the controls has the best of several rates, chosen
-on a seed that is not reported. Every run is a folder in OUT; the same command goes on
+on a seed that is not reported; so has each of --optimizers, which train the runs of the
+plain rule as well. Every run is a folder in OUT; the same command goes on
 after a kill. OUT/controls.json has what was measured, and the table is printed.
 """
 
@@ -44,6 +45,8 @@ class Settings:
     """Parts of all weights that are stored."""
     options: tuple[str, ...] = ()
     """More settings of the low-rank runs, NAME=VALUE each."""
+    optimizers: tuple[str, ...] = ()
+    """Of train.optimizers: each also trains the plain runs, with the best rate."""
     batches: int = 8
     """Of which curvature is measured before each cut."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -84,6 +87,9 @@ def measured(settings: Settings) -> dict[str, Any]:
                 "options": options,
                 "runs": [run(options, seed) for seed in settings.seeds],
             }
+        for name in settings.optimizers:
+            options = [*given, f"--optimizer {name}"]
+            arms[f"{name}, {budget:.4g}"] = _best(settings, run, options, rates)
     result = {
         "preset": settings.preset,
         "seeds": settings.seeds,
