@@ -19,7 +19,7 @@ import oialr_jax as oialr
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "train" / "results"
-LONGEST = 160  # lines
+LONGEST = 145  # lines
 
 
 def test_is_short_enough_to_be_read():
@@ -157,7 +157,7 @@ SAID = [  # what README says outside of its table, and what its source says
 TIMED = [
     ("takes {} of the dense step at a quarter", ("mini-vit", 0.25, "auto")),
     ("rebuilt, as in the authors' code, {}", ("mini-vit", 0.25, "rebuilt")),
-    ("takes\n  {} times the dense step at full rank", ("mlp", 1, "auto")),
+    ("takes {} times the dense step at full rank", ("mlp", 1, "auto")),
 ]
 
 
