@@ -19,16 +19,13 @@ between them.
 """
 
 import dataclasses
-import json
 import math
 import os
 import pathlib
-import shutil
 import signal
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self
 
@@ -40,11 +37,8 @@ from tqdm import tqdm
 
 import oialr_jax as oialr
 from oialr_jax.reports import Report
+from train import files
 from train.tracking import Tracking
-
-METRICS = "metrics.jsonl"
-SUMMARY = "summary.json"
-CHECKPOINTS = "checkpoints"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +194,9 @@ def train(
 
     def record(kind: str, values: Mapping[str, Any]) -> None:
         seconds = round(time.perf_counter() - started, 3)
-        append(folder / METRICS, {"kind": kind, **values, "seconds": seconds})
+        files.append(
+            folder / files.METRICS, {"kind": kind, **values, "seconds": seconds}
+        )
 
     def record_moved() -> None:
         for done, numbers in moved:
@@ -273,7 +269,7 @@ def train(
                 view |= {goal.metric: f"{evaluation[goal.metric]:.4f}"}
             if saved or stop or (evaluated and hopeless()):
                 progress = Progress(
-                    bytes=_length(folder / METRICS),
+                    bytes=files.length(folder / files.METRICS),
                     seconds=time.perf_counter() - started,
                     window=window,
                     evaluation=evaluation,
@@ -284,7 +280,7 @@ def train(
                 )
                 checkpoints.save(
                     state,
-                    {"progress": _nulled(progress), "settings": settings},
+                    {"progress": files.nulled(progress), "settings": settings},
                     metric=evaluation[goal.metric] if counts else None,
                 )
             bar.set_postfix(view, refresh=False)
@@ -303,91 +299,6 @@ def _anyone(asked: bool, *, at: bool) -> bool:
     if not at:
         return False
     return bool(np.any(multihost_utils.process_allgather(np.array(asked))))
-
-
-def append(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-    """Host side: one JSON line at the end of `path`; process 0 alone writes.
-
-    What is not finite is null: JSON has no such numbers.
-    """
-    if jax.process_index() == 0:
-        with path.open("a") as stream:
-            stream.write(json.dumps(_nulled(values), allow_nan=False) + "\n")
-
-
-def begin(folder: pathlib.Path) -> None:
-    """Host side: an empty record in `folder`, and nothing of an older run.
-
-    Raises:   FileExistsError: a run in there has checkpoints and did not end.
-    """
-    saved = folder / CHECKPOINTS
-    whole = saved.exists() and any(x.name.isdigit() for x in saved.iterdir())
-    if whole and not (folder / SUMMARY).exists():
-        raise FileExistsError(
-            f"{folder} has checkpoints of a run that did not end: go on with it by "
-            "--resume, choose another --name, or delete the folder"
-        )
-    agree(f"begin {folder}")
-    if jax.process_index() == 0:
-        shutil.rmtree(saved, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / METRICS).write_text("")
-        (folder / SUMMARY).unlink(missing_ok=True)
-    agree(f"begun {folder}")
-
-
-def resume(folder: pathlib.Path, progress: Progress) -> None:
-    """Host side: the record as it was at a checkpoint; what was written later goes."""
-    path = folder / METRICS
-    length = _length(path)
-    if length < progress.bytes:
-        warnings.warn(
-            f"{path} has {length} bytes and had {progress.bytes} at the checkpoint: "
-            "lines of its record are lost",
-            stacklevel=2,
-        )
-    elif jax.process_index() == 0:
-        with path.open("r+") as stream:
-            stream.truncate(progress.bytes)
-    if jax.process_index() == 0:
-        (folder / SUMMARY).unlink(missing_ok=True)
-    agree(f"resume {folder}")
-
-
-def agree(where: str) -> None:
-    """Host side: wait for the other processes, if there are any."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(where)
-
-
-def _length(path: pathlib.Path) -> int:
-    """Length of a file, flushed to disk; 0 if it does not exist.
-
-    Process 0 alone writes, the others' number is never used.
-    """
-    if not path.exists():
-        return 0
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-        return stream.seek(0, os.SEEK_END)
-
-
-def finish(folder: pathlib.Path, summary: Mapping[str, Any]) -> None:
-    """Host side: the result of the run, as `summary.json`."""
-    if jax.process_index() == 0:
-        text = json.dumps(_nulled(summary), indent=2, allow_nan=False)
-        (folder / SUMMARY).write_text(text + "\n")
-
-
-def _nulled(x: Any) -> Any:
-    """x with None in the place of every number that is not finite."""
-    if isinstance(x, Progress):
-        x = dataclasses.asdict(x)
-    if isinstance(x, Mapping):
-        return {key: _nulled(value) for key, value in x.items()}
-    if isinstance(x, list | tuple):
-        return [_nulled(value) for value in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def _on_host(

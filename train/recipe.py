@@ -5,6 +5,7 @@ its presets to `command`, and has the rest from here.
 """
 
 import dataclasses
+import functools
 import math
 import pathlib
 import sys
@@ -25,7 +26,7 @@ from oialr_jax.adaptive import Timing
 from oialr_jax.lowrank import without_identity
 from oialr_jax.matrices import Matrices, Matrix
 from oialr_jax.reports import Report
-from train import loop, names, optimizers, rates, report
+from train import files, loop, names, optimizers, rates, report
 from train.tracking import Tracking
 
 
@@ -117,6 +118,8 @@ class Settings:
     """A few steps of a small form on random data: only shows that the program works."""
     resume: bool = False
     """Go on from the last checkpoint, if there is one."""
+    overwrite: bool = False
+    """Delete what an older run of this name has left."""
     mesh: str = "data=-1"
     """Axes and sizes, -1 for the rest of the devices: `data` divides batches, `fsdp`
     batches, weights and optimizer state, `model` the wide side of each block."""
@@ -144,8 +147,8 @@ class Settings:
 
 
 PLACE_ONLY = frozenset(
-    {"data_dir", "out", "name", "compilation_cache", "resume", "mesh", "distributed"}
-    | {"coordinator", "processes", "process_id"}
+    {"data_dir", "out", "name", "compilation_cache", "resume", "overwrite", "mesh"}
+    | {"distributed", "coordinator", "processes", "process_id"}
 )
 """Settings that do not change what a run computes: a resumed one may have others."""
 
@@ -274,117 +277,165 @@ def run(settings: S, build: Callable[[S], Task], *, name: str) -> dict[str, Any]
 
     Raises:   ValueError: a setting out of range, an unknown name, a run too short for
               its schedule. FileNotFoundError: the dataset is not prepared.
+              FileExistsError: `name` is another run's, or of one that goes on now.
               FloatingPointError: the loss is no longer finite.
     """
     started = time.perf_counter()
+    if settings.resume and settings.overwrite:
+        raise ValueError("`resume` goes on and `overwrite` deletes: give one of them")
+    folder = files.writable(settings.out / files.expanded(pathlib.Path(name)))
     if settings.compilation_cache is not None:
         keep_compiled(settings.compilation_cache)
     pace = loop.Pace(
         settings.steps, settings.log_every, settings.eval_every, settings.save_every
     )
-    low_rank = settings.method == "oialr"
-    plan = schedule(settings) if low_rank else None
+    plan = schedule(settings) if settings.method == "oialr" else None
     task = build(settings)
-    layout = task.layout
+    parts = begun(settings, task)
+    rule = rank_rule(settings, parts.weights, parts.matrices)
+    tracking = _tracking(settings, task, parts, plan)
 
     def batch(t: int) -> Any:
-        return layout.put_batch(task.batch(t), settings.batch)
+        return task.layout.put_batch(task.batch(t), settings.batch)
 
-    weights, _, found_matrices, matrices, tx, create, loss, noise, key = begun(
-        settings, task
-    )
-    rule = rank_rule(settings, weights, matrices)
-    due = None
-    if low_rank and settings.settled is not None:
-        due = oialr.stability.when_settled(settings.settled)
+    with files.held(folder):
+        found, progress = _restored(settings, task, parts, folder)
+        started -= progress.seconds
+        saved = folder / files.CHECKPOINTS
+        with (
+            loop.Interrupts() as interrupts,
+            oialr.Checkpoints(saved, best=task.goal.best) as checkpoints,
+        ):
+            state = found
+            if state is None:
+                state = task.layout.initialize(parts.create, parts.key)
+            step: Any = _step(parts)
+            reports: Sequence[Report] = []
+            timings: Sequence[Timing] = []
+            if plan is not None:
+                step = _adaptive(settings, task, parts, plan, rule)
+                reports, timings = step.reports, step.timings
+            else:
+                places = (task.layout(state), None)
+                jitted = jax.jit(step, donate_argnums=0, out_shardings=places)
+                step = jitted.lower(state, batch(0)).compile()  # once, for all
+            since = 0 if plan is None else plan.delay + plan.lag
+            state, progress = loop.train(
+                state,
+                step,
+                batch,
+                task.evaluate,
+                pace=pace,
+                goal=dataclasses.replace(
+                    task.goal, patience=settings.patience, since=since
+                ),
+                folder=folder,
+                checkpoints=checkpoints,
+                settings=_stored(settings),
+                interrupts=interrupts,
+                progress=progress,
+                reports=reports,
+                tracking=tracking,
+                flops=functools.partial(_flops, parts.found),
+            )
+        summary = {
+            **_result(settings, task, parts, state, progress),
+            **_times(time.perf_counter() - started, progress, timings),
+            "compilations": getattr(step, "compilations", 1),
+        }
+        files.finish(folder, summary)
+        if jax.process_index() == 0:
+            report.draw(folder)
+    return summary
 
+
+def _step(parts: Begun) -> Callable[[State, Any], tuple[State, Any]]:
     def train_step(state: State, batch: Any) -> tuple[State, Any]:
-        grad = oialr.value_and_grad(loss, has_aux=True)
-        drawn = jax.random.fold_in(noise, state.step)
+        grad = oialr.value_and_grad(parts.loss, has_aux=True)
+        drawn = jax.random.fold_in(parts.noise, state.step)
         (value, (extra, metrics)), grads = grad(state.params, state.extra, batch, drawn)
         state = state.apply_gradients(grads=grads, extra=extra)
         return state, {"loss": value, **metrics}
 
-    rates = cost.RATES.get(jax.default_backend())
+    return train_step
 
-    def flops(params: Any) -> int:
-        held = oialr.ranks(params)
-        ranks = [held[x.path][2] if x.path in held else None for x in found_matrices]
-        each = zip(found_matrices, ranks, strict=True)
-        return sum(matrix.flops(rank, rates) for matrix, rank in each)
 
-    template = jax.eval_shape(create, key)
-    tracking = None
-    if settings.track_every is not None:
-        tracking = Tracking(
-            found_matrices,
-            every=settings.track_every,
-            steps=settings.steps,
-            epoch=task.epoch,
-            seed=settings.seed,
-            alone=lambda t: plan is not None and plan.acts(t),
-        )
-    folder = settings.out / name
+def _adaptive(
+    settings: Settings,
+    task: Task,
+    parts: Begun,
+    plan: oialr.Schedule,
+    rule: oialr.RankRule,
+) -> Any:
+    due = None
+    if settings.settled is not None:
+        due = oialr.stability.when_settled(settings.settled)
+    return oialr.adaptive(
+        _step(parts),
+        parts.tx,
+        parts.matrices,
+        plan,
+        rule,
+        due=due,
+        weighing=weighing(settings, task, parts.noise),
+        layout=task.layout,
+    )
+
+
+def _tracking(
+    settings: Settings, task: Task, parts: Begun, plan: oialr.Schedule | None
+) -> Tracking | None:
+    if settings.track_every is None:
+        return None
+    return Tracking(
+        parts.found,
+        every=settings.track_every,
+        steps=settings.steps,
+        epoch=task.epoch,
+        seed=settings.seed,
+        alone=lambda t: plan is not None and plan.acts(t),
+    )
+
+
+def _restored(
+    settings: Settings, task: Task, parts: Begun, folder: pathlib.Path
+) -> tuple[State | None, loop.Progress]:
+    """Host side: the state to go on from, if any, with the record as it was then."""
     found = None
     if settings.resume:
-        with oialr.Checkpoints(folder / loop.CHECKPOINTS) as checkpoints:
-            found = checkpoints.restore(template, tx, layout)
+        template = jax.eval_shape(parts.create, parts.key)
+        with oialr.Checkpoints(folder / files.CHECKPOINTS) as checkpoints:
+            found = checkpoints.restore(template, parts.tx, task.layout)
     if found is None:
-        loop.begin(folder)
-        progress = loop.Progress()
-    else:
-        _same(settings, found.extra["settings"], folder)
-        progress = loop.Progress(**found.extra["progress"])
-        loop.resume(folder, progress)
-    before = progress.seconds
-    with (
-        loop.Interrupts() as interrupts,
-        oialr.Checkpoints(
-            folder / loop.CHECKPOINTS, best=task.goal.best
-        ) as checkpoints,
-    ):
-        state = layout.initialize(create, key) if found is None else found.state
-        step: Any
-        reports: Sequence[Report] = []
-        timings: Sequence[Timing] = []
-        if plan is not None:
-            step = oialr.adaptive(
-                train_step,
-                tx,
-                matrices,
-                plan,
-                rule,
-                due=due,
-                weighing=weighing(settings, task, noise),
-                layout=layout,
-            )
-            reports, timings = step.reports, step.timings
-        else:
-            places = (layout(state), None)
-            jitted = jax.jit(train_step, donate_argnums=0, out_shardings=places)
-            step = jitted.lower(state, batch(0)).compile()  # once, for all
-        state, progress = loop.train(
-            state,
-            step,
-            batch,
-            task.evaluate,
-            pace=pace,
-            goal=dataclasses.replace(
-                task.goal,
-                patience=settings.patience,
-                since=0 if plan is None else plan.delay + plan.lag,
-            ),
-            folder=folder,
-            checkpoints=checkpoints,
-            settings=_stored(settings),
-            interrupts=interrupts,
-            progress=progress,
-            reports=reports,
-            tracking=tracking,
-            flops=flops,
+        files.begin(folder, overwrite=settings.overwrite)
+        return None, loop.Progress()
+    known = {x.name for x in dataclasses.fields(loop.Progress)}
+    stored = found.extra.get("progress", {})
+    if stored.keys() != known or "settings" not in found.extra:
+        raise ValueError(
+            f"{folder} is no run of this version: choose another --name, or delete it "
+            "by --overwrite"
         )
+    _same(settings, found.extra["settings"], folder)
+    progress = loop.Progress(**stored)
+    files.resume(folder, progress.bytes)
+    return found.state, progress
+
+
+def _flops(matrices: Sequence[Matrix], params: Any) -> int:
+    """Of a step with these params, in the matrices."""
+    rates, held = cost.RATES.get(jax.default_backend()), oialr.ranks(params)
+    ranks = [held[x.path][2] if x.path in held else None for x in matrices]
+    each = zip(matrices, ranks, strict=True)
+    return sum(matrix.flops(rank, rates) for matrix, rank in each)
+
+
+def _result(
+    settings: Settings, task: Task, parts: Begun, state: Any, progress: loop.Progress
+) -> dict[str, Any]:
+    """What a run came to, for its summary."""
     count = oialr.counts(state.params)
-    summary = {
+    return {
         **task.described,
         "method": settings.method,
         "optimizer": settings.optimizer,
@@ -398,20 +449,23 @@ def run(settings: S, build: Callable[[S], Task], *, name: str) -> dict[str, Any]
         "trainable_weights": count.trainable,
         "stored_fraction": count.stored / count.dense,
         "trainable_fraction": count.trainable / count.dense,
-        "wall_seconds": round(time.perf_counter() - started + before, 2),
+        "train_flops": progress.flops,
+        "dense_flops": _flops(parts.found, parts.weights) * int(state.step),
+        "ranks": oialr.ranks(state.params),
+    }
+
+
+def _times(
+    wall: float, progress: loop.Progress, timings: Sequence[Timing]
+) -> dict[str, float]:
+    """Where the time of a run went, in seconds, for its summary."""
+    return {
+        "wall_seconds": round(wall, 2),
         "event_seconds": round(sum(x.choosing + x.surgery for x in timings), 3),
         "looking_seconds": round(sum(x.looking for x in timings), 3),
         "waiting_seconds": round(sum(x.waiting for x in timings), 3),
         "fetching_seconds": round(progress.fetching, 3),
-        "compilations": getattr(step, "compilations", 1),
-        "train_flops": progress.flops,
-        "dense_flops": flops(weights) * int(state.step),
-        "ranks": oialr.ranks(state.params),
     }
-    loop.finish(folder, summary)
-    if jax.process_index() == 0:
-        report.draw(folder)
-    return summary
 
 
 def weighing(settings: Settings, task: Task, key: Array) -> oialr.Weighing | None:
@@ -580,6 +634,7 @@ def command(
         usual = f"{arguments[0]}-{settings.method}-seed{settings.seed}"
         if settings.optimizer != "adamw":
             usual += f"-{settings.optimizer}"
+        settings = files.with_paths_expanded(settings)
         name = settings.name or usual
         if settings.distributed:
             jax.distributed.initialize(
@@ -596,7 +651,11 @@ def command(
             raise
         sys.exit(f"error: {out_of_memory(settings, error)}")
     if jax.process_index() == 0:
-        results = (f"{k[5:]} {x:.4g}" for k, x in summary.items() if k[:5] == "test_")
+        results = (
+            f"{name[5:]} " + ("not finite" if value is None else f"{value:.4g}")
+            for name, value in files.nulled(summary).items()
+            if name.startswith("test_")
+        )
         print(
             f"{name}: {', '.join(results)} on the test set, "
             f"{summary['stored_fraction']:.1%} of the dense weights stored, "

@@ -11,7 +11,6 @@ Results:   train/results/stability.md
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,9 +21,9 @@ import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from train import images, loop, names, process, report
+from train import files, images, names, process, report
 
-Found = Mapping[Any, Sequence[Sequence[report.Record]]]
+Found = Mapping[Any, Sequence[Sequence[files.Record]]]
 """Lines about stability by learning rate and seed."""
 
 RATES: tuple[Literal["cosine", "constant"], ...] = ("cosine", "constant")
@@ -45,11 +44,11 @@ class Settings:
     """Runs go to folders in here."""
 
 
-def run(settings: Settings, preset: str, rate: Any, seed: int) -> list[report.Record]:
+def run(settings: Settings, preset: str, rate: Any, seed: int) -> list[files.Record]:
     """Host side: the lines about stability of one run, trained if it is not there."""
     name = f"stability-{preset}-{rate}-seed{seed}"
     folder = settings.out / name
-    if not (folder / loop.SUMMARY).exists():
+    if not (folder / files.SUMMARY).exists():
         usual = images.PRESETS[preset][1]
         given = dataclasses.replace(
             usual,
@@ -58,11 +57,12 @@ def run(settings: Settings, preset: str, rate: Any, seed: int) -> list[report.Re
             seed=seed,
             track_every=usual.steps // INTERVALS,
             save_every=usual.steps,
+            resume=True,
             data_dir=settings.data_dir,
             out=settings.out,
         )
         images.run(given, name=name)
-    return [r for r in report.read(folder) if r["kind"] == "stability"]
+    return [r for r in files.read(folder) if r["kind"] == "stability"]
 
 
 def draw(found: Found, preset: str) -> Figure:
@@ -125,8 +125,12 @@ def layers(found: Found) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Host side: train what is missing, draw, print the tables."""
-    settings = tyro.cli(Settings, args=arguments)
+    settings = tyro.cli(
+        Settings, args=arguments, prog="python -m train.stability_curves"
+    )
     try:
+        settings = files.with_paths_expanded(settings)
+        files.writable(settings.out)
         for preset in settings.presets:
             names.find("preset", preset, images.PRESETS)
         for preset in settings.presets:
@@ -138,13 +142,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             FigureCanvasAgg(draw(found, preset)).print_figure(path, dpi=90)
             print(f"\n{path}\n\n{table(found)}\n{layers(found)}")
             for rate in RATES:
-                summaries = [
-                    settings.out / f"stability-{preset}-{rate}-seed{i}" / loop.SUMMARY
+                folders = [
+                    settings.out / f"stability-{preset}-{rate}-seed{i}"
                     for i in range(settings.seeds)
                 ]
-                right = [
-                    100 * json.loads(x.read_text())["test_accuracy"] for x in summaries
-                ]
+                right = [100 * files.summary(x)["test_accuracy"] for x in folders]
                 spread = np.std(right, ddof=1)
                 print(f"{rate}: {np.mean(right):.2f} ± {spread:.2f} % right")
     except (ValueError, OSError, FloatingPointError) as error:

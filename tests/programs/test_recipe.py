@@ -12,7 +12,7 @@ import pytest
 from flax.training.train_state import TrainState
 
 import oialr_jax as oialr
-from train import images, loop, optimizers, recipe
+from train import files, images, loop, optimizers, recipe
 from train.models.resnet import ResNet
 
 STEPS = 12
@@ -182,7 +182,7 @@ def test_a_budget_is_a_part_of_all_weights_that_one_conversion_reaches(tmp_path)
     plan = recipe.schedule(settings)
     assert plan.projections == range(2, 6)
     found = images.run(settings, name="x")
-    lines = (tmp_path / "x" / loop.METRICS).read_text().splitlines()
+    lines = (tmp_path / "x" / files.METRICS).read_text().splitlines()
     events = [x for x in map(json.loads, lines) if x["kind"] == "event"]
     assert [(x["step"], x["event"]["kind"]) for x in events] == [
         (6, "conversion"),
