@@ -4,7 +4,8 @@ Tries cutoffs, delays, intervals, steps over the layers and learning rates of a 
 of train.images, train.forecast or train.text, for the best metric at the fewest stored
 weights, and prints the trials that no other beats in both. It keeps what it knows in
 OUT/PRESET/sweep.db, beside the folders of its runs: the same command goes on after a
-kill, and with more --trials adds to those that are done.
+kill, and with more --trials adds to those that are done. Trials of another length or
+seed, or of small forms, are no trials of the same search.
 
 Choose by validation images where a preset has them, or by other seeds than you report.
 """
@@ -18,7 +19,7 @@ from typing import Any, Literal
 import optuna
 import tyro
 
-from train import forecast, images, names, process, recipe, text
+from train import files, forecast, images, names, process, recipe, text
 
 PROGRAMS: Sequence[tuple[Any, Literal["maximize", "minimize"]]] = (
     (images, "maximize"),
@@ -51,26 +52,17 @@ class Settings:
 def search(settings: Settings) -> optuna.Study:
     """Host side: the study, once it has as many trials as were asked for.
 
-    Raises:   ValueError: an unknown preset, or no trials.
+    Raises:   ValueError: an unknown preset, no trials, or a file that has no study.
     """
     if settings.trials < 1:
         raise ValueError(f"`trials` must be at least 1, got {settings.trials}")
+    settings = files.with_paths_expanded(settings)
     table = {
         name: (program, usual, direction)
         for program, direction in PROGRAMS
         for name, (_, usual) in program.PRESETS.items()
     }
     program, usual, direction = names.find("preset", settings.preset, table)
-    folder = settings.out / settings.preset
-    folder.mkdir(parents=True, exist_ok=True)
-    study = optuna.create_study(
-        storage=f"sqlite:///{folder / 'sweep.db'}",
-        study_name=settings.preset,
-        directions=[direction, "minimize"],
-        load_if_exists=True,
-    )
-    done = sum(x.state.is_finished() for x in study.trials)
-    study.sampler = optuna.samplers.TPESampler(seed=settings.seed + done)
     base = dataclasses.replace(
         usual,
         method="oialr",
@@ -78,8 +70,25 @@ def search(settings: Settings) -> optuna.Study:
         seed=settings.seed,
         smoke=settings.smoke,
         data_dir=settings.data_dir,
-        out=folder,
     )
+    name = comparable(settings.preset, base)
+    folder = files.writable(settings.out / settings.preset)
+    base = dataclasses.replace(base, out=folder / name)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        study = optuna.create_study(
+            storage=f"sqlite:///{folder / 'sweep.db'}",
+            study_name=name,
+            directions=[direction, "minimize"],
+            load_if_exists=True,
+        )
+    except Exception as error:  # whatever a damaged file makes of its readers
+        raise ValueError(
+            f"{folder / 'sweep.db'} cannot be read: delete it or choose another --out "
+            f"({str(error).splitlines()[0]})"
+        ) from None
+    done = sum(x.state.is_finished() for x in study.trials)
+    study.sampler = optuna.samplers.TPESampler(seed=settings.seed + done)
 
     def objective(trial: optuna.Trial) -> tuple[float, float]:
         try:
@@ -95,6 +104,12 @@ def search(settings: Settings) -> optuna.Study:
         objective, n_trials=max(0, settings.trials - done), catch=FloatingPointError
     )
     return study
+
+
+def comparable(preset: str, base: recipe.Settings) -> str:
+    """The name of the study of all trials that compare with these settings."""
+    form = "-smoke" if base.smoke else f"-steps{base.steps}"
+    return f"{preset}{form}-seed{base.seed}"
 
 
 def drawn(trial: optuna.Trial, base: recipe.Settings) -> Any:
