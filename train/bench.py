@@ -45,7 +45,7 @@ from oialr_jax import cost, linalg, surgery
 from oialr_jax.cost import Rates
 from oialr_jax.lowrank import Axes, factor
 from oialr_jax.transform import with_trainable
-from train import images, names, peers, process, recipe
+from train import files, images, names, peers, process, recipe
 from train.models.basic_cnn import BasicCNN
 from train.models.mlp import MLP
 from train.models.resnet import ResNet
@@ -1098,13 +1098,17 @@ def write(
         "date": time.strftime("%Y-%m-%d"),
         "rows": rows,
     }
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(files.nulled(record), indent=1, allow_nan=False) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Host side: read the command line, measure, print a table, write the rows."""
     try:
         settings = tyro.cli(Settings, args=arguments, prog="python -m train.bench")
+        settings = files.with_paths_expanded(settings)
+        if settings.json is not None:
+            files.writable(settings.json.parent)
         if settings.calibrate:
             rates = dataclasses.asdict(calibrate(settings))
             text = json.dumps(rates, indent=2)

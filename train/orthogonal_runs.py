@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 import oialr_jax as oialr
 from oialr_jax.matrices import Matrix
-from train import bench, names, optimizers, process, recipe, selfsup
+from train import bench, files, names, optimizers, process, recipe, selfsup
 from train.models.basic_cnn import BasicCNN
 from train.models.resnet import ResNet
 from train.models.transformer import Transformer
@@ -522,22 +522,35 @@ def as_row(run: Run) -> dict[str, Any]:
     return own | dataclasses.asdict(run.kind)
 
 
+OWN = ("study", "rate", "seed", *(x.name for x in dataclasses.fields(Kind)))
+"""What a line of the record says of the run itself."""
+
+
 def identity(row: Mapping[str, Any]) -> str:
     """The same for lines of the same run."""
-    fields = ["study", "rate", "seed", *(x.name for x in dataclasses.fields(Kind))]
-    return json.dumps([row[x] for x in fields])
+    return json.dumps([row[x] for x in OWN])
 
 
 def read(record: pathlib.Path) -> list[dict[str, Any]]:
     """Host side: the lines of the record, none if there is no file."""
     if not record.exists():
         return []
-    return [json.loads(line) for line in record.read_text().splitlines()]
+    return [
+        {**row, "validation": _or(row["validation"], -np.inf)}
+        | {"loss": _or(row["loss"], np.inf)}
+        for row in files.lines(record, {*OWN, "validation", "accuracy", "loss"})
+    ]
+
+
+def _or(x: float | None, infinite: float) -> float:
+    """What was not finite is null in the record."""
+    return infinite if x is None else x
 
 
 def perform(runs: Sequence[Run], settings: Settings) -> None:
     """Host side: train what is missing; every run is a line when it has ended."""
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    if settings.out.exists():
+        files.mend(settings.out)
     todo = list(missing(settings.out, runs))
     program: Program | Unlabelled | None = None
     for run in tqdm(todo, runs[0].study, leave=False):
@@ -547,8 +560,7 @@ def perform(runs: Sequence[Run], settings: Settings) -> None:
             else:
                 program = Program(run.kind, load(run.kind.data, settings.data_dir))
         row = as_row(run) | program.run(run.rate, run.seed)
-        with settings.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        files.append(settings.out, row)
 
 
 def swept(study: str, seeds: int) -> list[Run]:
@@ -715,25 +727,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Settings, args=arguments, prog="python -m train.orthogonal_runs"
     )
     try:
-        for study in settings.studies or STUDIES:
-            if study == "quadratic":
-                print(f"\n{study}\n\n{quadratic()}", flush=True)
-                continue
-            if study == "cores-time":
-                rows = [x for x in read(settings.out) if x["study"] == "cores"]
-                if not rows:
-                    raise ValueError("`cores-time` needs the runs of `cores` first")
-                took = times(settings.data_dir)
-                print({arm: f"{x:.2f} s" for arm, x in took.items()})
-                runs = as_long(rows, took, settings.seeds)
-            else:
-                runs = swept(study, settings.seeds)
-            perform(runs, settings)
-            wanted = {identity(as_row(x)) for x in runs}
-            rows = [x for x in read(settings.out) if identity(x) in wanted]
-            print(f"\n{study}\n\n{table(rows)}", flush=True)
+        settings = files.with_paths_expanded(settings)
+        with files.held(files.writable(settings.out.parent)):
+            _main(settings)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def _main(settings: Settings) -> None:
+    for study in settings.studies or STUDIES:
+        if study == "quadratic":
+            print(f"\n{study}\n\n{quadratic()}", flush=True)
+            continue
+        if study == "cores-time":
+            rows = [x for x in read(settings.out) if x["study"] == "cores"]
+            if not rows:
+                raise ValueError("`cores-time` needs the runs of `cores` first")
+            took = times(settings.data_dir)
+            print({arm: f"{x:.2f} s" for arm, x in took.items()})
+            runs = as_long(rows, took, settings.seeds)
+        else:
+            runs = swept(study, settings.seeds)
+        perform(runs, settings)
+        wanted = {identity(as_row(x)) for x in runs}
+        rows = [x for x in read(settings.out) if identity(x) in wanted]
+        print(f"\n{study}\n\n{table(rows)}", flush=True)
 
 
 if __name__ == "__main__":

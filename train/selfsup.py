@@ -220,7 +220,12 @@ def every(
 def probe(
     train: np.ndarray, train_label: np.ndarray, test: np.ndarray, label: np.ndarray
 ) -> float:
-    """Host side: test accuracy of logistic regression on standardised features."""
+    """Host side: test accuracy of logistic regression on standardised features.
+
+    NaN where a feature is not finite.
+    """
+    if not (np.isfinite(train).all() and np.isfinite(test).all()):
+        return float("nan")
     mean, deviation = train.mean(0), train.std(0) + 1e-6
     classifier = LogisticRegression(max_iter=2000)
     classifier.fit((train - mean) / deviation, train_label)

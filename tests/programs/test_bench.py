@@ -228,6 +228,13 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
     assert {"device", "cores", "jax", "date", "huge_pages"} <= set(record)
 
 
+def test_a_result_that_cannot_be_written_is_not_measured(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(bench, "SUITES", {"steps": lambda _: pytest.fail("measured")})
+    with pytest.raises(SystemExit, match="file is a file: name another folder"):
+        bench.main(["--json", str(tmp_path / "file" / "x.json")])
+
+
 @pytest.mark.long
 def test_calibration_writes_rates_that_can_be_read(tmp_path, capsys):
     file = tmp_path / "rates.json"

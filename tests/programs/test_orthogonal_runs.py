@@ -132,6 +132,30 @@ def test_what_is_in_the_record_is_not_trained_again(tmp_path, monkeypatch, capsy
         assert printed.count(f"| {arm} | 80.0 | 80.0 | 2 | 0.001 | 80.0 ± 0.0 |") == 2
 
 
+def test_a_record_that_was_cut_goes_on_and_has_what_diverged(tmp_path, capsys):
+    run = program.Run("digits", DENSE, 1e-3, 0)
+    bad = {"validation": -np.inf, "accuracy": 0.0, "loss": np.inf, "ms_per_step": 1.0}
+    record = tmp_path / "record.jsonl"
+    program.files.append(record, program.as_row(run) | bad)
+    assert "Infinity" not in record.read_text()
+    with record.open("a") as stream:
+        stream.write('{"study": "di')
+    (found,) = program.read(record)
+    assert (found["validation"], found["loss"]) == (-np.inf, np.inf)
+    assert "line 2 is no record" in capsys.readouterr().err
+    program.perform([run], program.Settings(out=record))
+    assert "the last line was cut short" in capsys.readouterr().err
+    assert len(record.read_text().splitlines()) == 1
+
+
+def test_a_record_in_use_is_refused(tmp_path):
+    with (
+        program.files.held(tmp_path),
+        pytest.raises(SystemExit, match="writes in"),
+    ):
+        program.main(["--studies", "digits", "--out", str(tmp_path / "x.jsonl")])
+
+
 def test_the_rate_is_chosen_by_validation_and_the_test_reported():
     rows = [
         row("sgd", 1e-3, 0, 0.7, 0.99),

@@ -18,7 +18,7 @@ import tyro
 from jaxtyping import Array
 
 import oialr_jax as oialr
-from train import bench, process
+from train import bench, files, process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Host side: the command."""
     settings = tyro.cli(Settings, args=arguments, prog="train.studies.looking")
     try:
+        settings = files.with_paths_expanded(settings)
+        if settings.json is not None:
+            files.writable(settings.json.parent)
         found = rows(settings)
-    except ValueError as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     print("| model | rank | step, ms | look, ms | ratio | sums over weights |")
     print("|" + " --- |" * 6)
