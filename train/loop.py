@@ -148,6 +148,98 @@ class Interrupts:
         print("\nstopping after this step, with a checkpoint", file=sys.stderr)
 
 
+class _Run:
+    """A run that goes on: what `Progress` saves of it, and what waits to be written."""
+
+    def __init__(
+        self,
+        params: Any,
+        first: int,
+        progress: Progress,
+        record: pathlib.Path,
+        goal: Goal,
+        reports: Sequence[Report],
+        tracking: Tracking | None,
+        flops: Callable[[Any], int],
+    ) -> None:
+        self.path, self.goal, self.flops = record, goal, flops
+        self.started = time.perf_counter() - progress.seconds
+        self.window: list[Mapping[str, Any]] = list(progress.window)
+        self.evaluation, self.best = progress.evaluation, progress.best
+        self.waited, self.fetching = progress.waited, progress.fetching
+        self.work, self.each = progress.flops, flops(params)
+        self.reports, self.written = reports, len(reports)
+        self.tracking = tracking
+        self.followed = None if tracking is None else tracking.start(params, first)
+        self.moved: list[tuple[int, Callable[[], Mapping[str, Any]]]] = []
+        self.view: dict[str, str] = {}
+
+    def record(self, kind: str, values: Mapping[str, Any]) -> None:
+        seconds = round(time.perf_counter() - self.started, 3)
+        files.append(self.path, {"kind": kind, **values, "seconds": seconds})
+
+    def record_moved(self) -> None:
+        for done, numbers in self.moved:
+            self.record("stability", {"step": done, **numbers()})
+        self.moved.clear()
+
+    @property
+    def hopeless(self) -> bool:
+        return self.goal.patience is not None and self.waited >= self.goal.patience
+
+    def stepped(
+        self, t: int, metrics: Mapping[str, Any], params: Any, bar: Any
+    ) -> None:
+        """Steps 2 and 3, with the event of this step if there was one."""
+        self.window.append(metrics)
+        if self.reports[self.written :]:
+            self.each = self.flops(params)
+        self.work += self.each
+        for report in self.reports[self.written :]:
+            now = _fractions(params)
+            self.record("event", {"step": t, **now, "event": report.to_dict()})
+            if jax.process_index() == 0:
+                bar.write(f"{report}\n")
+        self.written = len(self.reports)
+        if self.tracking is not None and (t + 1) % self.tracking.every == 0:
+            self.followed, numbers = self.tracking.compare(self.followed, params, t + 1)
+            self.moved.append((t + 1, numbers))
+
+    def log(self, params: Any, done: int) -> None:
+        """Step 4, of numbers that are on the host."""
+        means, self.window = _means(self.window), []
+        self.record("train", {"step": done, **means, **_fractions(params)})
+        self.view["loss"] = f"{means['loss']:.3f}"
+
+    def evaluated(self, found: Mapping[str, float], done: int, bar: Any) -> None:
+        """Step 5."""
+        self.evaluation = dict(found)
+        if done > self.goal.since:
+            better = self.goal.prefers(found, self.best)
+            self.best = {"step": done, **found} if better else self.best
+            self.waited = 0 if better else self.waited + 1
+        else:
+            self.waited = 0
+        self.record("eval", {"step": done, **found})
+        bad = [name for name, x in found.items() if not math.isfinite(x)]
+        if bad and jax.process_index() == 0:
+            bar.write(f"step {done}: {', '.join(bad)} of the evaluation not finite")
+        self.view[self.goal.metric] = f"{found[self.goal.metric]:.4f}"
+
+    def progress(self) -> Progress:
+        """What step 6 saves."""
+        return Progress(
+            bytes=files.length(self.path),
+            seconds=time.perf_counter() - self.started,
+            window=self.window,
+            evaluation=self.evaluation,
+            best=self.best,
+            waited=self.waited,
+            fetching=self.fetching,
+            flops=self.work,
+        )
+
+
 def train(
     state: TrainState,
     step: Callable[[TrainState, Any], tuple[TrainState, Mapping[str, Any]]],
@@ -169,8 +261,7 @@ def train(
 
     Args:     step: (state, batch) -> (state, metrics), metrics with a "loss".
               batch: the batch of a step.
-              evaluate: state -> numbers over the whole test set.
-              goal: which of them counts.
+              evaluate: state -> numbers over the whole test set; `goal`: the best one.
               folder: where `metrics.jsonl` is written, by process 0 alone.
               checkpoints: every process calls it; `settings` go into each.
               interrupts: of the program, entered before whatever takes time.
@@ -181,115 +272,58 @@ def train(
     Raises:   FloatingPointError: a loss is not finite; names the step, which is the
               number of updates before the bad one. StoppedError: a signal asked for it.
     """
-    first = int(state.step)
-    started = time.perf_counter() - progress.seconds
-    written = len(reports)
-    window: list[Mapping[str, Any]] = list(progress.window)
-    evaluation, best = progress.evaluation, progress.best
-    waited, fetching = progress.waited, progress.fetching
-    work, each = progress.flops, flops(state.params)
-    view: dict[str, str] = {}
-    followed = None if tracking is None else tracking.start(state.params, first)
-    moved: list[tuple[int, Callable[[], Mapping[str, Any]]]] = []
-
-    def record(kind: str, values: Mapping[str, Any]) -> None:
-        seconds = round(time.perf_counter() - started, 3)
-        files.append(
-            folder / files.METRICS, {"kind": kind, **values, "seconds": seconds}
-        )
-
-    def record_moved() -> None:
-        for done, numbers in moved:
-            record("stability", {"step": done, **numbers()})
-        moved.clear()
-
-    def reached(every: int, done: int) -> bool:
-        return done % every == 0 or done == pace.steps
-
-    def hopeless() -> bool:
-        return goal.patience is not None and waited >= goal.patience
-
-    with tqdm(
-        total=pace.steps,
-        initial=first,
-        unit="step",
-        dynamic_ncols=True,
-        mininterval=0.2 if sys.stderr.isatty() else 10,
-        disable=jax.process_index() != 0,
-    ) as bar:
+    first, path = int(state.step), folder / files.METRICS
+    run = _Run(state.params, first, progress, path, goal, reports, tracking, flops)
+    with _bar(first, pace.steps) as bar:
         for t in range(first, pace.steps):
-            if hopeless():
+            if run.hopeless:
                 break
             before = time.perf_counter()
             values = batch(t)
-            fetching += time.perf_counter() - before
+            run.fetching += time.perf_counter() - before
             if tracking is not None and tracking.alone(t):
-                record_moved()
+                run.record_moved()
             state, metrics = step(state, values)
-            window.append(metrics)
-            if reports[written:]:
-                each = flops(state.params)
-            work += each
-            for report in reports[written:]:
-                now = _fractions(state.params)
-                record("event", {"step": t, **now, "event": report.to_dict()})
-                if jax.process_index() == 0:
-                    bar.write(f"{report}\n")
-            written = len(reports)
+            run.stepped(t, metrics, state.params, bar)
             done = t + 1
-            if tracking is not None and done % tracking.every == 0:
-                followed, numbers = tracking.compare(followed, state.params, done)
-                moved.append((done, numbers))
-            stop = _anyone(interrupts.asked, at=reached(pace.log_every, done))
-            evaluated = reached(pace.eval_every, done)
-            logged, saved = (
-                reached(pace.log_every, done),
-                reached(pace.save_every, done),
+            logged, evaluated, saved = (
+                done % every == 0 or done == pace.steps
+                for every in (pace.log_every, pace.eval_every, pace.save_every)
             )
+            stop = _anyone(interrupts.asked, at=logged)
             if logged or evaluated or saved or stop:
-                record_moved()
-                window = _on_host(window, done)
+                run.record_moved()
+                run.window = _on_host(run.window, done)
             if logged:
-                means = _means(window)
-                window = []
-                record("train", {"step": done, **means, **_fractions(state.params)})
-                view |= {"loss": f"{means['loss']:.3f}"}
-            counts = evaluated and done > goal.since
+                run.log(state.params, done)
             if evaluated:
-                evaluation = dict(evaluate(state))
-                better = counts and goal.prefers(evaluation, best)
-                best = {"step": done, **evaluation} if better else best
-                waited = 0 if better or not counts else waited + 1
-                record("eval", {"step": done, **evaluation})
-                bad = [k for k, x in evaluation.items() if not math.isfinite(x)]
-                if bad and jax.process_index() == 0:
-                    bar.write(
-                        f"step {done}: {', '.join(bad)} of the evaluation not finite"
-                    )
-                view |= {goal.metric: f"{evaluation[goal.metric]:.4f}"}
-            if saved or stop or (evaluated and hopeless()):
-                progress = Progress(
-                    bytes=files.length(folder / files.METRICS),
-                    seconds=time.perf_counter() - started,
-                    window=window,
-                    evaluation=evaluation,
-                    best=best,
-                    waited=waited,
-                    fetching=fetching,
-                    flops=work,
-                )
+                run.evaluated(evaluate(state), done, bar)
+            if saved or stop or (evaluated and run.hopeless):
+                progress = run.progress()
+                counts = evaluated and done > goal.since
                 checkpoints.save(
                     state,
                     {"progress": files.nulled(progress), "settings": settings},
-                    metric=evaluation[goal.metric] if counts else None,
+                    metric=run.evaluation[goal.metric] if counts else None,
                 )
-            bar.set_postfix(view, refresh=False)
+            bar.set_postfix(run.view, refresh=False)
             bar.update()
             if stop and done < pace.steps:
                 checkpoints.wait()
                 raise StoppedError(done, pace.steps)
     checkpoints.wait()
     return state, progress
+
+
+def _bar(first: int, steps: int) -> Any:
+    return tqdm(
+        total=steps,
+        initial=first,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=0.2 if sys.stderr.isatty() else 10,
+        disable=jax.process_index() != 0,
+    )
 
 
 def _anyone(asked: bool, *, at: bool) -> bool:
