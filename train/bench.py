@@ -45,7 +45,8 @@ from oialr_jax import cost, linalg, surgery
 from oialr_jax.cost import Rates
 from oialr_jax.lowrank import Axes, factor
 from oialr_jax.transform import with_trainable
-from train import files, images, names, peers, process, recipe
+from train import files, images, names, peers, process
+from train import settings as common
 from train.models.basic_cnn import BasicCNN
 from train.models.mlp import MLP
 from train.models.resnet import ResNet
@@ -912,7 +913,7 @@ def _tracking(settings: Settings, low: bool) -> list[Row]:
     noise = jax.random.key(1)
     params = task.init(jax.random.key(0))["params"]
     found = oialr.find_matrices(task.loss, params, {}, task.batch(0), noise)
-    tx = oialr.freeze_bases(recipe.optimizer(preset, found))
+    tx = oialr.freeze_bases(common.optimizer(preset, found))
     opt_state = tx.init(params)
     if low:
         ranks = {x.path: max(1, min(x.m, x.n) // 4) for x in found}

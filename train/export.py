@@ -22,6 +22,7 @@ import tyro
 import oialr_jax as oialr
 from oialr_jax.export import Exported
 from train import files, forecast, images, recipe, selfsup, text
+from train.settings import PLACE_ONLY
 
 PROGRAMS = (images, text, forecast, selfsup)
 
@@ -89,7 +90,7 @@ def _settings(
     """The program whose settings these are, and the settings."""
     for program in PROGRAMS:
         fields = {x.name for x in dataclasses.fields(program.Settings)}
-        if fields - recipe.PLACE_ONLY == set(stored):
+        if fields - PLACE_ONLY == set(stored):
             return program, program.Settings(**stored, data_dir=data_dir, mesh="data=1")
     raise ValueError(
         f"{folder} was made by another version: its settings are {', '.join(stored)}"

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh, PartitionSpec
@@ -25,9 +24,11 @@ from jaxtyping import Array, Float, Int, UInt8
 
 import oialr_jax as oialr
 from oialr_jax.sharding import Rules
-from train import loop, names, process, recipe
+from train import command, loop, names, process, recipe
+from train import settings as common
 from train.data import augment
 from train.data.arrays import Dataset, Images, drawn, standardize
+from train.evaluate import total
 from train.models.lenet5 import LeNet5
 from train.models.resnet import ResNet
 from train.models.resnet_rs import ResNetRS
@@ -36,7 +37,7 @@ from train.models.vit import VisionTransformer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(recipe.Settings):
+class Settings(common.Settings):
     """One run of an image classifier."""
 
     dataset: str
@@ -339,7 +340,7 @@ def run(settings: Settings, *, name: str) -> dict[str, Any]:
     Raises:   as `recipe.run` and `task`.
     """
     if settings.smoke:
-        settings = recipe.small(settings)
+        settings = common.small(settings)
     return recipe.run(settings, task, name=name)
 
 
@@ -506,23 +507,14 @@ def evaluate(
     split: str = "test",
 ) -> dict[str, float]:
     """Accuracy and mean loss, that of the training, over the whole of a split."""
-    correct, total = 0.0, 0.0
-    count = data.counts[split]
-    size = -(-min(count, EVALUATION_BATCH) // layout.shards) * layout.shards
-    part = layout.rows(size)
-    for start in range(0, count, size):
-        rows = np.arange(start, start + size)[part]
-        inside = rows < count
-        rows = np.where(inside, rows, 0)  # the last piece is filled up
-        local = data.rows(split, rows)
-        image, label, counted = layout.put_batch(
-            (local["image"], local["label"], inside), size
-        )
-        logits = forward(image)
-        right, entropy = _sums(logits, label, counted, smoothing)
-        correct += float(right)
-        total += float(entropy)
-    return {"accuracy": correct / count, "loss": total / count}
+
+    def sums(piece: Mapping[str, Array], counted: Array) -> tuple[Array, Array]:
+        logits = forward(piece["image"])
+        return _sums(logits, piece["label"], counted, smoothing)
+
+    count, rows = data.counts[split], functools.partial(data.rows, split)
+    right, loss = total(sums, rows, count, EVALUATION_BATCH, layout) / count
+    return {"accuracy": float(right), "loss": float(loss)}
 
 
 @functools.partial(jax.jit, static_argnames="smoothing")
@@ -554,7 +546,7 @@ def rules(mesh: Mesh, model: str) -> Rules:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Host side: the command."""
-    recipe.command("python -m train.images", PRESETS, run, arguments)
+    command.main("python -m train.images", PRESETS, run, arguments)
 
 
 if __name__ == "__main__":

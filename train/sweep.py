@@ -19,7 +19,8 @@ from typing import Any, Literal
 import optuna
 import tyro
 
-from train import files, forecast, images, names, process, recipe, text
+from train import files, forecast, images, names, process, text
+from train import settings as common
 
 PROGRAMS: Sequence[tuple[Any, Literal["maximize", "minimize"]]] = (
     (images, "maximize"),
@@ -106,13 +107,13 @@ def search(settings: Settings) -> optuna.Study:
     return study
 
 
-def comparable(preset: str, base: recipe.Settings) -> str:
+def comparable(preset: str, base: common.Settings) -> str:
     """The name of the study of all trials that compare with these settings."""
     form = "-smoke" if base.smoke else f"-steps{base.steps}"
     return f"{preset}{form}-seed{base.seed}"
 
 
-def drawn(trial: optuna.Trial, base: recipe.Settings) -> Any:
+def drawn(trial: optuna.Trial, base: common.Settings) -> Any:
     """Settings of one trial; learning rates up to four times away from the usual."""
     rate = base.learning_rate
     return dataclasses.replace(

@@ -19,7 +19,8 @@ from flax.training.train_state import TrainState
 
 import oialr_jax as oialr
 from oialr_jax.lowrank import Axes, factor
-from train import files, images, loop, recipe, report
+from train import command, files, images, loop, report
+from train import settings as common
 from train.data import digits
 from train.data.arrays import standardize
 from train.models.vit import VisionTransformer
@@ -122,7 +123,7 @@ def test_summary_of_a_low_rank_run(low_rank):
     assert len(summary["ranks"]) == 4 * DEPTH
     for m, n, rank in summary["ranks"].values():
         assert 1 <= rank < min(m, n)
-    events = recipe.schedule(images.PRESETS["digits"][1]).events(1000)
+    events = common.schedule(images.PRESETS["digits"][1]).events(1000)
     assert summary["compilations"] <= 1 + len(events)
 
 
@@ -649,7 +650,7 @@ def test_a_home_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     found = []
     given = ["digits", "--out", "~/x", "--data-dir=~/d"]
-    recipe.command("x", images.PRESETS, _given(found), given)
+    command.main("x", images.PRESETS, _given(found), given)
     assert (found[0].out, found[0].data_dir) == (tmp_path / "x", tmp_path / "d")
 
 
@@ -665,7 +666,7 @@ def _given(found):
 
 
 def test_a_result_that_is_not_finite_is_said(capsys):
-    recipe.command("x", images.PRESETS, _given([]), ["digits"])
+    command.main("x", images.PRESETS, _given([]), ["digits"])
     assert "loss not finite on the test set" in capsys.readouterr().out
 
 
@@ -689,8 +690,8 @@ def test_events_scale_with_the_length_of_the_run():
     settings = images.PRESETS["digits"][1]
     for steps in (30, 300, 3000):
         short = dataclasses.replace(settings, steps=steps)
-        events = np.array(recipe.schedule(short).events(steps))
-        assert len(events) == len(recipe.schedule(settings).events(settings.steps))
+        events = np.array(common.schedule(short).events(steps))
+        assert len(events) == len(common.schedule(settings).events(settings.steps))
         np.testing.assert_allclose(events[0] / steps, settings.delay, atol=0.02)
 
 
@@ -704,7 +705,7 @@ def test_decay_spares_biases_and_scales():
     settings = dataclasses.replace(
         images.PRESETS["digits"][1], learning_rate=0.1, weight_decay=1.0, warmup=0.0
     )
-    tx = recipe.optimizer(settings)
+    tx = common.optimizer(settings)
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
     zeros = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
     updates, _ = tx.update(zeros, tx.init(params), params)
