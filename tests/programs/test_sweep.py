@@ -3,8 +3,9 @@
 import optuna
 import pytest
 
-from train import images, sweep
+from train import images
 from train.models.vit import VisionTransformer
+from train.studies import sweep
 
 FLAGS = ["--steps", "12", "--out"]
 

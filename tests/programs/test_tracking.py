@@ -17,7 +17,9 @@ import oialr_jax as oialr
 from oialr_jax.lowrank import Axes, factor
 from oialr_jax.matrices import Matrix
 from oialr_jax.stability.singular import Spectrum
-from train import bench, files, images, loop
+from train import files, images, loop
+from train.bench.settings import Settings
+from train.studies import following
 from train.tracking import Tracking
 
 SHAPES: Mapping[str, tuple[int, int]] = {"tall": (24, 10), "square": (12, 12)}
@@ -164,7 +166,7 @@ def test_a_run_records_its_bases_across_events(tmp_path):
 
 @pytest.mark.long
 def test_the_benchmark_compares_epochs_with_and_without_a_record():
-    rows = bench.tracking(bench.Settings(suite="tracking", repeats=1))
+    rows = following.tracking(Settings(suite="tracking", repeats=1))
     assert [row["record"] for row in rows] == ["usual", "detailed", "all"] * 2
     for row in rows:
         assert row["share"] == pytest.approx(row["record_ms"] / row["epoch_ms"])

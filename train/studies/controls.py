@@ -25,7 +25,7 @@ import jax
 import tyro
 
 import oialr_jax as oialr
-from train import files, images, names, process, text
+from train import files, images, markdown, names, process, text
 
 PROGRAMS = {"train.images": images, "train.text": text}
 CHOOSING = 100
@@ -166,7 +166,7 @@ def _scale(settings: Settings, program: Any, usual: Any, budget: float) -> float
 
 def table(result: Mapping[str, Any]) -> str:
     """Markdown: mean ± sample deviation over seeds of the metric, and weights."""
-    lines = ["| run | weights | metric | test | seconds |", "|" + " --- |" * 5]
+    lines = []
     for name, arm in result["arms"].items():
         runs = arm["runs"]
         metric = runs[0]["metric"].removeprefix("validation_")
@@ -175,11 +175,9 @@ def table(result: Mapping[str, Any]) -> str:
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         weights = statistics.mean(x["stored_weights"] for x in runs)
         seconds = statistics.mean(x["wall_seconds"] for x in runs)
-        lines.append(
-            f"| {name} | {weights:,.0f} | {metric} | "
-            f"{statistics.mean(values):.4g} ± {spread:.2g} | {seconds:.0f} |"
-        )
-    return "\n".join(lines)
+        test = f"{statistics.mean(values):.4g} ± {spread:.2g}"
+        lines.append([name, f"{weights:,.0f}", metric, test, f"{seconds:.0f}"])
+    return markdown.table(["run", "weights", "metric", "test", "seconds"], lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""When bases settle, with controls: python -m train.stability_curves --data-dir data.
+"""When bases settle, with controls: python -m train.studies.stability --data-dir data.
 
 Trains the dense presets with the learning rate falling and constant, follows every
 matrix over twentieths of a run (the paper's interval: 5 epochs of 100), and draws
@@ -6,7 +6,7 @@ RUNS/stability-PRESET.png: the mean curves of both, over seeds, beside a random 
 as large. Prints a table, and the mean stability of each layer in thirds of the run.
 Runs that are in the folder already are not repeated.
 
-Command:   python -m train.stability_curves --seeds 3 --data-dir data
+Command:   python -m train.studies.stability --seeds 3 --data-dir data
 Results:   train/results/stability.md
 """
 
@@ -21,7 +21,7 @@ import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from train import files, images, names, process, report
+from train import files, images, markdown, names, process, report
 
 Found = Mapping[Any, Sequence[Sequence[files.Record]]]
 """Lines about stability by learning rate and seed."""
@@ -86,22 +86,20 @@ def table(found: Found) -> str:
     """Means over layers and seeds at every other interval; a table for each rate."""
     tables = []
     for rate, runs in found.items():
-        shown = runs[0][::2]
-        lines = [" | ".join([f"| {rate}", *(f"{r['epoch']:.3g}" for r in shown)])]
-        lines.append("| --- " * (1 + len(shown)))
+        rows = []
         for name, title, *_ in report.SERIES:
             values = np.array([[report.run_mean(r, name) for r in run] for run in runs])
-            cells = [f"{x:.3f}" for x in values.mean(0)[::2]]
             spread = np.nanmax(np.nanstd(values, axis=0, ddof=1))
-            lines.append(f"| {title} (sd to {spread:.3f}) | " + " | ".join(cells))
-        tables.append(" |\n".join(lines) + " |\n")
+            cells = [f"{x:.3f}" for x in values.mean(0)[::2]]
+            rows.append([f"{title} (sd to {spread:.3f})", *cells])
+        head = [str(rate), *(f"{r['epoch']:.3g}" for r in runs[0][::2])]
+        tables.append(markdown.table(head, rows) + "\n")
     return "\n".join(tables)
 
 
 def layers(found: Found) -> str:
     """Stability of each layer and, in brackets, of its null in thirds of the runs."""
-    lines = ["| layer, first / middle / last third | " + " | ".join(found)]
-    lines.append("| --- " * (1 + len(found)))
+    rows = []
     for path in next(iter(found.values()))[0][0]["layers"]:
         cells = []
         for runs in found.values():
@@ -119,14 +117,15 @@ def layers(found: Found) -> str:
                 )
                 cell.append("{:.3f} ({:.3f})".format(*both))
             cells.append(" / ".join(cell))
-        lines.append(f"| {path} | " + " | ".join(cells))
-    return " |\n".join(lines) + " |\n"
+        rows.append([path, *cells])
+    head = ["layer, first / middle / last third", *map(str, found)]
+    return markdown.table(head, rows) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Host side: train what is missing, draw, print the tables."""
     settings = tyro.cli(
-        Settings, args=arguments, prog="python -m train.stability_curves"
+        Settings, args=arguments, prog="python -m train.studies.stability"
     )
     try:
         settings = files.with_paths_expanded(settings)

@@ -1,4 +1,4 @@
-"""Search for a recipe of low rank: python -m train.sweep PRESET.
+"""Search for a recipe of low rank: python -m train.studies.sweep PRESET.
 
 Tries cutoffs, delays, intervals, steps over the layers and learning rates of a preset
 of train.images, train.forecast or train.text, for the best metric at the fewest stored
@@ -21,6 +21,7 @@ import tyro
 
 from train import files, forecast, images, names, process, text
 from train import settings as common
+from train.markdown import table
 
 PROGRAMS: Sequence[tuple[Any, Literal["maximize", "minimize"]]] = (
     (images, "maximize"),
@@ -58,12 +59,12 @@ def search(settings: Settings) -> optuna.Study:
     if settings.trials < 1:
         raise ValueError(f"`trials` must be at least 1, got {settings.trials}")
     settings = files.with_paths_expanded(settings)
-    table = {
+    programs = {
         name: (program, usual, direction)
         for program, direction in PROGRAMS
         for name, (_, usual) in program.PRESETS.items()
     }
-    program, usual, direction = names.find("preset", settings.preset, table)
+    program, usual, direction = names.find("preset", settings.preset, programs)
     base = dataclasses.replace(
         usual,
         method="oialr",
@@ -133,17 +134,16 @@ def markdown(study: optuna.Study) -> str:
     best = sorted(study.best_trials, key=lambda x: x.values[1], reverse=True)
     tried = list(best[0].params) if best else []
     head = ["trial", "metric", "stored", *(x.replace("_", " ") for x in tried)]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    rows = []
     for x in best:
-        cells = [str(x.number), f"{x.values[0]:.4g}", f"{x.values[1]:.1%}"]
-        cells += [f"{x.params[name]:.3g}" for name in tried]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        numbers = [str(x.number), f"{x.values[0]:.4g}", f"{x.values[1]:.1%}"]
+        rows.append([*numbers, *(f"{x.params[name]:.3g}" for name in tried)])
+    return table(head, rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Host side: search, and print what was found."""
-    settings = tyro.cli(Settings, args=arguments, prog="python -m train.sweep")
+    settings = tyro.cli(Settings, args=arguments, prog="python -m train.studies.sweep")
     try:
         print(markdown(search(settings)))
     except (ValueError, OSError) as error:
