@@ -24,7 +24,7 @@ import oialr_jax as oialr
 from oialr_jax.matrices import Matrix
 from oialr_jax.surgery import apply_rule
 from oialr_jax.weighted import Statistics
-from train import export, loop, recipe
+from train import export, files, recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +69,9 @@ def run(settings: Settings) -> dict[str, Any]:
             "dense; python -m train.export writes this one"
         )
     summary, state = _compressed(opened, settings)
-    with oialr.Checkpoints(out / loop.CHECKPOINTS) as checkpoints:
+    with oialr.Checkpoints(out / files.CHECKPOINTS) as checkpoints:
         checkpoints.save(state, {"settings": opened.stored})
-    (out / loop.SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+    (out / files.SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 
 

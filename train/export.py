@@ -21,7 +21,8 @@ import tyro
 
 import oialr_jax as oialr
 from oialr_jax.export import Exported
-from train import forecast, images, loop, recipe, selfsup, text
+from train import files, forecast, images, recipe, selfsup, text
+from train.settings import PLACE_ONLY
 
 PROGRAMS = (images, text, forecast, selfsup)
 
@@ -61,12 +62,12 @@ def opened(folder: pathlib.Path, data_dir: pathlib.Path) -> Opened:
     Raises:   FileNotFoundError: there is no run. ValueError: no checkpoint is whole,
               or it is of none of our programs.
     """
-    if not (folder / loop.CHECKPOINTS).is_dir():
+    if not (folder / files.CHECKPOINTS).is_dir():
         raise FileNotFoundError(
-            f"{folder} is no run: it has no {loop.CHECKPOINTS}; name the folder that a "
-            "program wrote, as runs/digits-oialr-seed0"
+            f"{folder} is no run: it has no {files.CHECKPOINTS}; name the folder that "
+            "a program wrote, as runs/digits-oialr-seed0"
         )
-    with oialr.Checkpoints(folder / loop.CHECKPOINTS) as checkpoints:
+    with oialr.Checkpoints(folder / files.CHECKPOINTS) as checkpoints:
         extra = checkpoints.extra()
         if extra is None or "settings" not in extra:
             raise ValueError(f"{folder} has no checkpoint that can be read")
@@ -89,7 +90,7 @@ def _settings(
     """The program whose settings these are, and the settings."""
     for program in PROGRAMS:
         fields = {x.name for x in dataclasses.fields(program.Settings)}
-        if fields - recipe.PLACE_ONLY == set(stored):
+        if fields - PLACE_ONLY == set(stored):
             return program, program.Settings(**stored, data_dir=data_dir, mesh="data=1")
     raise ValueError(
         f"{folder} was made by another version: its settings are {', '.join(stored)}"

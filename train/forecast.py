@@ -21,9 +21,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 import oialr_jax as oialr
-from train import loop, names, process, recipe
+from train import command, loop, names, process, recipe
+from train import settings as common
 from train.data.arrays import read_ahead
 from train.data.series import MONTH, MONTHS, Windows, batches, drawn, splits
+from train.evaluate import total
 from train.models.autoformer import Autoformer
 
 DATASETS: Mapping[str, int] = {"etth1": 24, "etth2": 24, "ettm1": 96, "ettm2": 96}
@@ -34,7 +36,7 @@ EVALUATION_BATCH = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(recipe.Settings):
+class Settings(common.Settings):
     """One run of a forecaster."""
 
     dataset: str
@@ -62,7 +64,7 @@ class Settings(recipe.Settings):
 
 
 SMOKE: Mapping[str, Any] = {
-    **recipe.SMOKE,
+    **common.SMOKE,
     "horizon": 8,
     "history": 16,
     "width": 16,
@@ -135,7 +137,7 @@ def run(settings: Settings, *, name: str) -> dict[str, Any]:
     Raises:   as `recipe.run` and `task`.
     """
     if settings.smoke:
-        settings = recipe.small(settings, SMOKE)
+        settings = common.small(settings, SMOKE)
     return recipe.run(settings, task, name=name)
 
 
@@ -238,20 +240,16 @@ def evaluate(
     forecast: Callable[[Any, Any], Array], layout: oialr.Layout, windows: Windows
 ) -> dict[str, float]:
     """Mean squared and absolute error over all windows, their rows and series."""
-    squared, absolute = 0.0, 0.0
-    count = len(windows)
-    size = -(-min(count, EVALUATION_BATCH) // layout.shards) * layout.shards
-    part = layout.rows(size)
-    for start in range(0, count, size):
-        rows = np.arange(start, start + size)[part]
-        inside = rows < count
-        local = windows.take(np.where(inside, rows, 0))  # the last piece is filled up
-        batch, counted = layout.put_batch((local, inside), size)
-        found = forecast(batch["value"], batch["mark"])
-        sums = jax.device_get(_sums(found, batch["target"], counted))
-        squared, absolute = squared + float(sums[0]), absolute + float(sums[1])
-    numbers = count * windows.horizon * windows.value.shape[1]
-    return {"mse": squared / numbers, "mae": absolute / numbers}
+
+    def sums(piece: Mapping[str, Array], counted: Array) -> tuple[Array, Array]:
+        found = forecast(piece["value"], piece["mark"])
+        return _sums(found, piece["target"], counted)
+
+    found = total(sums, windows.take, len(windows), EVALUATION_BATCH, layout)
+    squared, absolute = found / (
+        len(windows) * windows.horizon * windows.value.shape[1]
+    )
+    return {"mse": float(squared), "mae": float(absolute)}
 
 
 @jax.jit
@@ -267,7 +265,7 @@ def _sums(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Host side: the command."""
-    recipe.command("python -m train.forecast", PRESETS, run, arguments)
+    command.main("python -m train.forecast", PRESETS, run, arguments)
 
 
 if __name__ == "__main__":

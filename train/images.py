@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh, PartitionSpec
@@ -25,18 +24,16 @@ from jaxtyping import Array, Float, Int, UInt8
 
 import oialr_jax as oialr
 from oialr_jax.sharding import Rules
-from train import loop, names, process, recipe
+from train import command, loop, names, process, recipe
+from train import settings as common
 from train.data import augment
 from train.data.arrays import Dataset, Images, drawn, standardize
-from train.models.lenet5 import LeNet5
-from train.models.resnet import ResNet
-from train.models.resnet_rs import ResNetRS
-from train.models.vgg import VGG, VGG16
-from train.models.vit import VisionTransformer
+from train.evaluate import total
+from train.models.table import MODELS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(recipe.Settings):
+class Settings(common.Settings):
     """One run of an image classifier."""
 
     dataset: str
@@ -259,65 +256,6 @@ PRESETS: Mapping[str, tuple[str, Settings]] = {
     ),
 }
 
-MODELS: Mapping[str, tuple[nn.Module, Mapping[str, Any]]] = {
-    "lenet5": (LeNet5(), {}),
-    "vit-digits": (
-        VisionTransformer(patch=2, depth=4, heads=4, width=64, classes=10),
-        {"depth": 1, "width": 16},
-    ),
-    "mini-vit-digits": (
-        VisionTransformer(
-            patch=2, depth=6, heads=6, width=768, classes=10, qkv_bias=False
-        ),
-        {"depth": 1, "width": 24},
-    ),
-    "mini-vit": (
-        VisionTransformer(
-            patch=8, depth=6, heads=6, width=768, classes=10, qkv_bias=False
-        ),
-        {"depth": 1, "width": 24},
-    ),
-    "vit-b16": (
-        VisionTransformer(patch=16, depth=12, heads=12, width=768, classes=1000),
-        {"depth": 1, "width": 24},
-    ),
-    "resnet20": (
-        ResNet((16, 32, 64), (3, 3, 3), classes=10),
-        {"widths": (8, 16), "blocks": (1, 1)},
-    ),
-    "resnet18": (
-        ResNet((64, 128, 256, 512), (2, 2, 2, 2), classes=10),
-        {"widths": (8, 16), "blocks": (1, 1)},
-    ),
-    "resnet50": (
-        ResNet(
-            (64, 128, 256, 512),
-            (3, 4, 6, 3),
-            classes=1000,
-            bottleneck=True,
-            large_stem=True,
-        ),
-        {"widths": (4, 8), "blocks": (1, 1)},
-    ),
-    "resnet-rs101": (
-        ResNetRS((3, 4, 23, 3), classes=1000, dropout=0.25),
-        {"blocks": (1,)},
-    ),
-    "vgg7-bn": (
-        VGG(((16,), (64, 64), (128, 128)), classes=10, hidden=(512,), batch_norm=True),
-        {"groups": ((8,), (8, 8), (16, 16)), "hidden": (128,)},
-    ),
-    "vgg16-bn": (
-        VGG(VGG16, classes=10, batch_norm=True),
-        {"groups": ((8,), (16, 16))},
-    ),
-    "vgg16": (
-        VGG(VGG16, classes=1000, hidden=(4096, 4096)),
-        {"groups": ((8,), (16,)), "hidden": (16, 16)},
-    ),
-}
-"""Each with what makes its small form."""
-
 
 DATASETS: Mapping[str, tuple[tuple[int, int, int], int]] = {
     "digits": ((8, 8, 1), 10),
@@ -339,7 +277,7 @@ def run(settings: Settings, *, name: str) -> dict[str, Any]:
     Raises:   as `recipe.run` and `task`.
     """
     if settings.smoke:
-        settings = recipe.small(settings)
+        settings = common.small(settings)
     return recipe.run(settings, task, name=name)
 
 
@@ -506,23 +444,14 @@ def evaluate(
     split: str = "test",
 ) -> dict[str, float]:
     """Accuracy and mean loss, that of the training, over the whole of a split."""
-    correct, total = 0.0, 0.0
-    count = data.counts[split]
-    size = -(-min(count, EVALUATION_BATCH) // layout.shards) * layout.shards
-    part = layout.rows(size)
-    for start in range(0, count, size):
-        rows = np.arange(start, start + size)[part]
-        inside = rows < count
-        rows = np.where(inside, rows, 0)  # the last piece is filled up
-        local = data.rows(split, rows)
-        image, label, counted = layout.put_batch(
-            (local["image"], local["label"], inside), size
-        )
-        logits = forward(image)
-        right, entropy = _sums(logits, label, counted, smoothing)
-        correct += float(right)
-        total += float(entropy)
-    return {"accuracy": correct / count, "loss": total / count}
+
+    def sums(piece: Mapping[str, Array], counted: Array) -> tuple[Array, Array]:
+        logits = forward(piece["image"])
+        return _sums(logits, piece["label"], counted, smoothing)
+
+    count, rows = data.counts[split], functools.partial(data.rows, split)
+    right, loss = total(sums, rows, count, EVALUATION_BATCH, layout) / count
+    return {"accuracy": float(right), "loss": float(loss)}
 
 
 @functools.partial(jax.jit, static_argnames="smoothing")
@@ -554,7 +483,7 @@ def rules(mesh: Mesh, model: str) -> Rules:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Host side: the command."""
-    recipe.command("python -m train.images", PRESETS, run, arguments)
+    command.main("python -m train.images", PRESETS, run, arguments)
 
 
 if __name__ == "__main__":

@@ -19,16 +19,13 @@ between them.
 """
 
 import dataclasses
-import json
 import math
 import os
 import pathlib
-import shutil
 import signal
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self
 
@@ -40,11 +37,8 @@ from tqdm import tqdm
 
 import oialr_jax as oialr
 from oialr_jax.reports import Report
+from train import files
 from train.tracking import Tracking
-
-METRICS = "metrics.jsonl"
-SUMMARY = "summary.json"
-CHECKPOINTS = "checkpoints"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +148,98 @@ class Interrupts:
         print("\nstopping after this step, with a checkpoint", file=sys.stderr)
 
 
+class _Run:
+    """A run that goes on: what `Progress` saves of it, and what waits to be written."""
+
+    def __init__(
+        self,
+        params: Any,
+        first: int,
+        progress: Progress,
+        record: pathlib.Path,
+        goal: Goal,
+        reports: Sequence[Report],
+        tracking: Tracking | None,
+        flops: Callable[[Any], int],
+    ) -> None:
+        self.path, self.goal, self.flops = record, goal, flops
+        self.started = time.perf_counter() - progress.seconds
+        self.window: list[Mapping[str, Any]] = list(progress.window)
+        self.evaluation, self.best = progress.evaluation, progress.best
+        self.waited, self.fetching = progress.waited, progress.fetching
+        self.work, self.each = progress.flops, flops(params)
+        self.reports, self.written = reports, len(reports)
+        self.tracking = tracking
+        self.followed = None if tracking is None else tracking.start(params, first)
+        self.moved: list[tuple[int, Callable[[], Mapping[str, Any]]]] = []
+        self.view: dict[str, str] = {}
+
+    def record(self, kind: str, values: Mapping[str, Any]) -> None:
+        seconds = round(time.perf_counter() - self.started, 3)
+        files.append(self.path, {"kind": kind, **values, "seconds": seconds})
+
+    def record_moved(self) -> None:
+        for done, numbers in self.moved:
+            self.record("stability", {"step": done, **numbers()})
+        self.moved.clear()
+
+    @property
+    def hopeless(self) -> bool:
+        return self.goal.patience is not None and self.waited >= self.goal.patience
+
+    def stepped(
+        self, t: int, metrics: Mapping[str, Any], params: Any, bar: Any
+    ) -> None:
+        """Steps 2 and 3, with the event of this step if there was one."""
+        self.window.append(metrics)
+        if self.reports[self.written :]:
+            self.each = self.flops(params)
+        self.work += self.each
+        for report in self.reports[self.written :]:
+            now = _fractions(params)
+            self.record("event", {"step": t, **now, "event": report.to_dict()})
+            if jax.process_index() == 0:
+                bar.write(f"{report}\n")
+        self.written = len(self.reports)
+        if self.tracking is not None and (t + 1) % self.tracking.every == 0:
+            self.followed, numbers = self.tracking.compare(self.followed, params, t + 1)
+            self.moved.append((t + 1, numbers))
+
+    def log(self, params: Any, done: int) -> None:
+        """Step 4, of numbers that are on the host."""
+        means, self.window = _means(self.window), []
+        self.record("train", {"step": done, **means, **_fractions(params)})
+        self.view["loss"] = f"{means['loss']:.3f}"
+
+    def evaluated(self, found: Mapping[str, float], done: int, bar: Any) -> None:
+        """Step 5."""
+        self.evaluation = dict(found)
+        if done > self.goal.since:
+            better = self.goal.prefers(found, self.best)
+            self.best = {"step": done, **found} if better else self.best
+            self.waited = 0 if better else self.waited + 1
+        else:
+            self.waited = 0
+        self.record("eval", {"step": done, **found})
+        bad = [name for name, x in found.items() if not math.isfinite(x)]
+        if bad and jax.process_index() == 0:
+            bar.write(f"step {done}: {', '.join(bad)} of the evaluation not finite")
+        self.view[self.goal.metric] = f"{found[self.goal.metric]:.4f}"
+
+    def progress(self) -> Progress:
+        """What step 6 saves."""
+        return Progress(
+            bytes=files.length(self.path),
+            seconds=time.perf_counter() - self.started,
+            window=self.window,
+            evaluation=self.evaluation,
+            best=self.best,
+            waited=self.waited,
+            fetching=self.fetching,
+            flops=self.work,
+        )
+
+
 def train(
     state: TrainState,
     step: Callable[[TrainState, Any], tuple[TrainState, Mapping[str, Any]]],
@@ -175,8 +261,7 @@ def train(
 
     Args:     step: (state, batch) -> (state, metrics), metrics with a "loss".
               batch: the batch of a step.
-              evaluate: state -> numbers over the whole test set.
-              goal: which of them counts.
+              evaluate: state -> numbers over the whole test set; `goal`: the best one.
               folder: where `metrics.jsonl` is written, by process 0 alone.
               checkpoints: every process calls it; `settings` go into each.
               interrupts: of the program, entered before whatever takes time.
@@ -187,113 +272,58 @@ def train(
     Raises:   FloatingPointError: a loss is not finite; names the step, which is the
               number of updates before the bad one. StoppedError: a signal asked for it.
     """
-    first = int(state.step)
-    started = time.perf_counter() - progress.seconds
-    written = len(reports)
-    window: list[Mapping[str, Any]] = list(progress.window)
-    evaluation, best = progress.evaluation, progress.best
-    waited, fetching = progress.waited, progress.fetching
-    work, each = progress.flops, flops(state.params)
-    view: dict[str, str] = {}
-    followed = None if tracking is None else tracking.start(state.params, first)
-    moved: list[tuple[int, Callable[[], Mapping[str, Any]]]] = []
-
-    def record(kind: str, values: Mapping[str, Any]) -> None:
-        seconds = round(time.perf_counter() - started, 3)
-        append(folder / METRICS, {"kind": kind, **values, "seconds": seconds})
-
-    def record_moved() -> None:
-        for done, numbers in moved:
-            record("stability", {"step": done, **numbers()})
-        moved.clear()
-
-    def reached(every: int, done: int) -> bool:
-        return done % every == 0 or done == pace.steps
-
-    def hopeless() -> bool:
-        return goal.patience is not None and waited >= goal.patience
-
-    with tqdm(
-        total=pace.steps,
-        initial=first,
-        unit="step",
-        dynamic_ncols=True,
-        mininterval=0.2 if sys.stderr.isatty() else 10,
-        disable=jax.process_index() != 0,
-    ) as bar:
+    first, path = int(state.step), folder / files.METRICS
+    run = _Run(state.params, first, progress, path, goal, reports, tracking, flops)
+    with _bar(first, pace.steps) as bar:
         for t in range(first, pace.steps):
-            if hopeless():
+            if run.hopeless:
                 break
             before = time.perf_counter()
             values = batch(t)
-            fetching += time.perf_counter() - before
+            run.fetching += time.perf_counter() - before
             if tracking is not None and tracking.alone(t):
-                record_moved()
+                run.record_moved()
             state, metrics = step(state, values)
-            window.append(metrics)
-            if reports[written:]:
-                each = flops(state.params)
-            work += each
-            for report in reports[written:]:
-                now = _fractions(state.params)
-                record("event", {"step": t, **now, "event": report.to_dict()})
-                if jax.process_index() == 0:
-                    bar.write(f"{report}\n")
-            written = len(reports)
+            run.stepped(t, metrics, state.params, bar)
             done = t + 1
-            if tracking is not None and done % tracking.every == 0:
-                followed, numbers = tracking.compare(followed, state.params, done)
-                moved.append((done, numbers))
-            stop = _anyone(interrupts.asked, at=reached(pace.log_every, done))
-            evaluated = reached(pace.eval_every, done)
-            logged, saved = (
-                reached(pace.log_every, done),
-                reached(pace.save_every, done),
+            logged, evaluated, saved = (
+                done % every == 0 or done == pace.steps
+                for every in (pace.log_every, pace.eval_every, pace.save_every)
             )
+            stop = _anyone(interrupts.asked, at=logged)
             if logged or evaluated or saved or stop:
-                record_moved()
-                window = _on_host(window, done)
+                run.record_moved()
+                run.window = _on_host(run.window, done)
             if logged:
-                means = _means(window)
-                window = []
-                record("train", {"step": done, **means, **_fractions(state.params)})
-                view |= {"loss": f"{means['loss']:.3f}"}
-            counts = evaluated and done > goal.since
+                run.log(state.params, done)
             if evaluated:
-                evaluation = dict(evaluate(state))
-                better = counts and goal.prefers(evaluation, best)
-                best = {"step": done, **evaluation} if better else best
-                waited = 0 if better or not counts else waited + 1
-                record("eval", {"step": done, **evaluation})
-                bad = [k for k, x in evaluation.items() if not math.isfinite(x)]
-                if bad and jax.process_index() == 0:
-                    bar.write(
-                        f"step {done}: {', '.join(bad)} of the evaluation not finite"
-                    )
-                view |= {goal.metric: f"{evaluation[goal.metric]:.4f}"}
-            if saved or stop or (evaluated and hopeless()):
-                progress = Progress(
-                    bytes=_length(folder / METRICS),
-                    seconds=time.perf_counter() - started,
-                    window=window,
-                    evaluation=evaluation,
-                    best=best,
-                    waited=waited,
-                    fetching=fetching,
-                    flops=work,
-                )
+                run.evaluated(evaluate(state), done, bar)
+            if saved or stop or (evaluated and run.hopeless):
+                progress = run.progress()
+                counts = evaluated and done > goal.since
                 checkpoints.save(
                     state,
-                    {"progress": _nulled(progress), "settings": settings},
-                    metric=evaluation[goal.metric] if counts else None,
+                    {"progress": files.nulled(progress), "settings": settings},
+                    metric=run.evaluation[goal.metric] if counts else None,
                 )
-            bar.set_postfix(view, refresh=False)
+            bar.set_postfix(run.view, refresh=False)
             bar.update()
             if stop and done < pace.steps:
                 checkpoints.wait()
                 raise StoppedError(done, pace.steps)
     checkpoints.wait()
     return state, progress
+
+
+def _bar(first: int, steps: int) -> Any:
+    return tqdm(
+        total=steps,
+        initial=first,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=0.2 if sys.stderr.isatty() else 10,
+        disable=jax.process_index() != 0,
+    )
 
 
 def _anyone(asked: bool, *, at: bool) -> bool:
@@ -303,91 +333,6 @@ def _anyone(asked: bool, *, at: bool) -> bool:
     if not at:
         return False
     return bool(np.any(multihost_utils.process_allgather(np.array(asked))))
-
-
-def append(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-    """Host side: one JSON line at the end of `path`; process 0 alone writes.
-
-    What is not finite is null: JSON has no such numbers.
-    """
-    if jax.process_index() == 0:
-        with path.open("a") as stream:
-            stream.write(json.dumps(_nulled(values), allow_nan=False) + "\n")
-
-
-def begin(folder: pathlib.Path) -> None:
-    """Host side: an empty record in `folder`, and nothing of an older run.
-
-    Raises:   FileExistsError: a run in there has checkpoints and did not end.
-    """
-    saved = folder / CHECKPOINTS
-    whole = saved.exists() and any(x.name.isdigit() for x in saved.iterdir())
-    if whole and not (folder / SUMMARY).exists():
-        raise FileExistsError(
-            f"{folder} has checkpoints of a run that did not end: go on with it by "
-            "--resume, choose another --name, or delete the folder"
-        )
-    agree(f"begin {folder}")
-    if jax.process_index() == 0:
-        shutil.rmtree(saved, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / METRICS).write_text("")
-        (folder / SUMMARY).unlink(missing_ok=True)
-    agree(f"begun {folder}")
-
-
-def resume(folder: pathlib.Path, progress: Progress) -> None:
-    """Host side: the record as it was at a checkpoint; what was written later goes."""
-    path = folder / METRICS
-    length = _length(path)
-    if length < progress.bytes:
-        warnings.warn(
-            f"{path} has {length} bytes and had {progress.bytes} at the checkpoint: "
-            "lines of its record are lost",
-            stacklevel=2,
-        )
-    elif jax.process_index() == 0:
-        with path.open("r+") as stream:
-            stream.truncate(progress.bytes)
-    if jax.process_index() == 0:
-        (folder / SUMMARY).unlink(missing_ok=True)
-    agree(f"resume {folder}")
-
-
-def agree(where: str) -> None:
-    """Host side: wait for the other processes, if there are any."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(where)
-
-
-def _length(path: pathlib.Path) -> int:
-    """Length of a file, flushed to disk; 0 if it does not exist.
-
-    Process 0 alone writes, the others' number is never used.
-    """
-    if not path.exists():
-        return 0
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-        return stream.seek(0, os.SEEK_END)
-
-
-def finish(folder: pathlib.Path, summary: Mapping[str, Any]) -> None:
-    """Host side: the result of the run, as `summary.json`."""
-    if jax.process_index() == 0:
-        text = json.dumps(_nulled(summary), indent=2, allow_nan=False)
-        (folder / SUMMARY).write_text(text + "\n")
-
-
-def _nulled(x: Any) -> Any:
-    """x with None in the place of every number that is not finite."""
-    if isinstance(x, Progress):
-        x = dataclasses.asdict(x)
-    if isinstance(x, Mapping):
-        return {key: _nulled(value) for key, value in x.items()}
-    if isinstance(x, list | tuple):
-        return [_nulled(value) for value in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def _on_host(

@@ -12,10 +12,9 @@ Of several runs it also prints a table, mean ± deviation over seeds, and draws
 comparison.png beside the first of them: the metric against stored and trained weights.
 """
 
-import json
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,12 +23,11 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from train import loop, table
+from train import files, table
+from train.files import Record
 
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito's palette
 LAYERS = mpl.colormaps["viridis"]  # ordered, and even in lightness
-
-Record = Mapping[str, Any]
 
 
 def draw(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -39,7 +37,7 @@ def draw(folder: pathlib.Path) -> list[pathlib.Path]:
     """
     if jax.process_index() != 0:
         return []
-    records = read(folder)
+    records = files.read(folder)
     events = [record for record in records if record["kind"] == "event"]
     evaluations = [record for record in records if record["kind"] == "eval"]
     evaluated = {name for x in evaluations for name in x} - {"kind", "step", "seconds"}
@@ -54,8 +52,10 @@ def draw(folder: pathlib.Path) -> list[pathlib.Path]:
     tracked = [record for record in records if record["kind"] == "stability"]
     if tracked:
         figures["stability.png"] = _stability(tracked)
-        figures["basis_spectra.png"] = _basis_spectra(tracked)
-        figures["basis_ranks.png"] = _basis_ranks(tracked)
+    known = [r for r in tracked if "sigma" in next(iter(r["layers"].values()))]
+    if known:
+        figures["basis_spectra.png"] = _basis_spectra(known)
+        figures["basis_ranks.png"] = _basis_ranks(known)
     (folder / "plots").mkdir(exist_ok=True)
     paths = []
     for name, figure in figures.items():
@@ -64,30 +64,26 @@ def draw(folder: pathlib.Path) -> list[pathlib.Path]:
     return paths
 
 
-def read(folder: pathlib.Path) -> list[Record]:
-    """The record of a run, one mapping per line of its `metrics.jsonl`."""
-    path = folder / loop.METRICS
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: {folder} is no folder of a run")
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Host side: redraw the plots of these runs, and compare them."""
     folders = sys.argv[1:] if arguments is None else list(arguments)
     if not folders or folders[0].startswith("-"):
         sys.exit("usage: python -m train.report RUN_DIR [RUN_DIR ...]")
-    paths = [pathlib.Path(folder) for folder in folders]
     try:
+        paths = [files.expanded(pathlib.Path(folder)) for folder in folders]
         for folder in paths:
             for path in draw(folder):
                 print(path)
         if len(paths) > 1:
             groups = table.read(paths)
-            path = paths[0].absolute().parent / "comparison.png"
-            FigureCanvasAgg(table.draw(groups)).print_figure(path, dpi=120)
-            print(f"{path}\n\n{table.markdown(groups)}")
-    except FileNotFoundError as error:
+            if table.metrics(groups):
+                path = paths[0].absolute().parent / "comparison.png"
+                FigureCanvasAgg(table.draw(groups)).print_figure(path, dpi=120)
+                print(path)
+            else:
+                files.say("these runs have no metric in common: no comparison is drawn")
+            print(f"\n{table.markdown(groups)}")
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -105,7 +101,8 @@ def _over_steps(records: Sequence[Record], name: str, label: str) -> Figure:
             axes.plot(x, y, style, color=color, label=title, markersize=4)
     _mark_events(axes, records)
     axes.set(xlabel="step", ylabel=label, xlim=(0, None))
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside upper center", ncols=2, frameon=False)
     axes.grid(alpha=0.3)
     return figure
 
@@ -216,7 +213,7 @@ def _stability(tracked: Sequence[Record]) -> Figure:
         np.arange(len(layers) + 1),
         np.ma.masked_invalid(table),
         cmap=LAYERS,
-        vmin=min(0.9, np.floor(10 * np.nanmin(table)) / 10),
+        vmin=min(0.9, np.floor(10 * np.nanmin(table, initial=1)) / 10),
         vmax=1,
     )
     above.set_facecolor("0.88")
@@ -273,9 +270,8 @@ def _epoch(record: Record, name: str) -> float:
     return record["epoch"] * record[name] / record["step"]
 
 
-def _basis_spectra(tracked: Sequence[Record]) -> Figure:
-    """One panel per layer, one line per record that has a spectrum."""
-    known = [r for r in tracked if "sigma" in next(iter(r["layers"].values()))]
+def _basis_spectra(known: Sequence[Record]) -> Figure:
+    """One panel per layer, one line per record, which all have a spectrum."""
     paths = list(known[-1]["layers"])
     figure, panels = _panels(len(paths))
     norm = mpl.colors.Normalize(known[0]["epoch"], known[-1]["epoch"] + 1e-9)
@@ -292,12 +288,11 @@ def _basis_spectra(tracked: Sequence[Record]) -> Figure:
     return figure
 
 
-def _basis_ranks(tracked: Sequence[Record]) -> Figure:
+def _basis_ranks(known: Sequence[Record]) -> Figure:
     """Effective and stable rank of each layer over the epochs, as a share of the full.
 
     A full rank is that of the first spectrum, before any cut.
     """
-    known = [r for r in tracked if "sigma" in next(iter(r["layers"].values()))]
     paths = list(known[-1]["layers"])
     full = {x: np.shape(known[0]["layers"][x]["sigma"])[-1] for x in paths}
     figure = Figure(figsize=(8, 3.6), layout="constrained")

@@ -25,14 +25,16 @@ from jaxtyping import Array, Float, Key, UInt8
 from sklearn.linear_model import LogisticRegression
 
 import oialr_jax as oialr
-from train import images, loop, process, recipe
+from train import command, images, loop, process, recipe
+from train import settings as common
 from train.data import augment
 from train.data.arrays import Images, standardize
+from train.evaluate import pieces
 from train.models.barlow_twins import BarlowTwins
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(recipe.Settings):
+class Settings(common.Settings):
     """One run without labels."""
 
     dataset: str
@@ -92,7 +94,7 @@ def run(settings: Settings, *, name: str) -> dict[str, Any]:
     Raises:   as `recipe.run` and `task`.
     """
     if settings.smoke:
-        settings = recipe.small(settings)
+        settings = common.small(settings)
     return recipe.run(settings, task, name=name)
 
 
@@ -206,21 +208,22 @@ def every(
     features: Callable[[Any], Array], layout: oialr.Layout, image: np.ndarray
 ) -> np.ndarray:
     """Host side: the features of all images, in every process."""
-    count = len(image)
-    size = -(-min(count, EVALUATION_BATCH) // layout.shards) * layout.shards
-    part = layout.rows(size)
-    found = []
-    for start in range(0, count, size):
-        rows = np.minimum(np.arange(start, start + size), count - 1)[part]
-        piece = features(layout.put_batch(image[rows], size))
-        found.append(multihost_utils.process_allgather(piece, tiled=True))
-    return np.concatenate(found)[:count]
+    found = [
+        multihost_utils.process_allgather(features(piece), tiled=True)
+        for piece, _ in pieces(image.__getitem__, len(image), EVALUATION_BATCH, layout)
+    ]
+    return np.concatenate(found)[: len(image)]
 
 
 def probe(
     train: np.ndarray, train_label: np.ndarray, test: np.ndarray, label: np.ndarray
 ) -> float:
-    """Host side: test accuracy of logistic regression on standardised features."""
+    """Host side: test accuracy of logistic regression on standardised features.
+
+    NaN where a feature is not finite.
+    """
+    if not (np.isfinite(train).all() and np.isfinite(test).all()):
+        return float("nan")
     mean, deviation = train.mean(0), train.std(0) + 1e-6
     classifier = LogisticRegression(max_iter=2000)
     classifier.fit((train - mean) / deviation, train_label)
@@ -229,7 +232,7 @@ def probe(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Host side: the command."""
-    recipe.command("python -m train.selfsup", PRESETS, run, arguments)
+    command.main("python -m train.selfsup", PRESETS, run, arguments)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ import tyro
 import oialr_jax as oialr
 from oialr_jax.export import Exported
 from train import process
-from train.bench import Problem, interleaved
+from train.bench.problem import Problem
+from train.bench.timing import interleaved
 
 Row = dict[str, Any]
 

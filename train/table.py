@@ -13,26 +13,44 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from train import loop
+from train import files
+from train.markdown import spread, table
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vP"
 Summary = Mapping[str, Any]
 
 
-def read(folders: Sequence[pathlib.Path]) -> dict[str, list[Summary]]:
-    """Summaries of runs that ended, by the names of their folders without `-seedN`.
+NEEDED = frozenset(
+    {"seed", "stored_fraction", "trainable_fraction", "train_flops", "dense_flops"}
+    | {"ranks", "wall_seconds"}
+)
+"""Of the summary of a training run."""
 
-    Raises:   FileNotFoundError: a folder has none.
+
+def read(folders: Sequence[pathlib.Path]) -> dict[str, list[Summary]]:
+    """Summaries of runs by the names of their folders without `-seedN`.
+
+    A run without a summary that can be read is named and left out.
+
+    Raises:   ValueError: there is no other.
     """
     groups: dict[str, list[Summary]] = {}
     for folder in folders:
-        path = folder / loop.SUMMARY
-        if not path.exists():
-            raise FileNotFoundError(f"{path} is missing: the run in there did not end")
-        summary = json.loads(path.read_text())
-        title = folder.name.replace(f"-seed{summary['seed']}", "")
+        try:
+            summary = files.summary(folder)
+            lacking = NEEDED - summary.keys()
+            if lacking:
+                raise ValueError(
+                    f"{folder} is no training run: no {sorted(lacking)[0]}"
+                )
+        except (ValueError, FileNotFoundError) as error:
+            files.say(f"{error}; left out of the table")
+            continue
+        title = folder.absolute().name.replace(f"-seed{summary['seed']}", "")
         groups.setdefault(title, []).append(summary)
+    if not groups:
+        raise ValueError("none of these runs has a summary to compare")
     return groups
 
 
@@ -52,28 +70,19 @@ def markdown(groups: Mapping[str, Sequence[Summary]]) -> str:
     names = metrics(groups)
     head = ["run", "seeds", *(name[5:] for name in names)]
     head += ["stored", "trained", "FLOPs", "ranks", "wall time, s"]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    rows = []
     for title, runs in groups.items():
         ranks = [rank for x in runs for _, _, rank in x["ranks"].values()]
         cells = [title, ", ".join(str(x["seed"]) for x in runs)]
-        cells += [_spread([x[name] for x in runs], ".4g") for name in names]
+        cells += [spread([x[name] for x in runs], ".4g") for name in names]
         for part in ("stored_fraction", "trainable_fraction"):
-            cells.append(_spread([100 * x[part] for x in runs], ".1f") + " %")
-        work = [100 * x["train_flops"] / x["dense_flops"] for x in runs]
-        cells.append(_spread(work, ".1f") + " %")
+            cells.append(spread([x[part] for x in runs], ".1f", scale=100) + " %")
+        work = [100 * x["train_flops"] / (x["dense_flops"] or np.nan) for x in runs]
+        cells.append(spread(work, ".1f") + " %")
         cells.append(f"{min(ranks)} to {max(ranks)}" if ranks else "dense")
-        cells.append(_spread([x["wall_seconds"] for x in runs], ".0f"))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _spread(values: Sequence[float], form: str) -> str:
-    mean = format(np.mean(values), form)
-    if len(values) == 1:
-        return mean
-    deviation = np.std(values, ddof=1)
-    decimals = len(mean.partition(".")[2])
-    return f"{mean} ± {deviation:.{decimals}f}"
+        cells.append(spread([x["wall_seconds"] for x in runs], ".0f"))
+        rows.append(cells)
+    return table(head, rows)
 
 
 def draw(groups: Mapping[str, Sequence[Summary]]) -> Figure:

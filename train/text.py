@@ -21,14 +21,16 @@ import optax
 from jaxtyping import Array, Int
 
 import oialr_jax as oialr
-from train import loop, names, process, recipe
+from train import command, loop, names, process, recipe
+from train import settings as common
 from train.data import text
 from train.data.arrays import read_ahead
+from train.evaluate import total
 from train.models.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(recipe.Settings):
+class Settings(common.Settings):
     """One run of a language model."""
 
     dataset: str
@@ -100,7 +102,7 @@ def run(settings: Settings, *, name: str) -> dict[str, Any]:
     Raises:   as `recipe.run` and `task`.
     """
     if settings.smoke:
-        settings = recipe.small(settings)
+        settings = common.small(settings)
     return recipe.run(settings, task, name=name)
 
 
@@ -179,20 +181,18 @@ def evaluate(
     forward: Callable[[Any], Array], layout: oialr.Layout, passages: text.Passages
 ) -> dict[str, float]:
     """Mean loss and share of right guesses over all characters of these passages."""
+
+    def rows(numbers: np.ndarray) -> Any:
+        token, target = passages["token"], passages["target"]
+        return {"token": token[numbers], "target": target[numbers]}
+
+    def sums(piece: Mapping[str, Array], counted: Array) -> tuple[Array, Array]:
+        return _sums(forward(piece["token"]), piece["target"], counted)
+
     count, context = passages["target"].shape
-    size = -(-min(count, EVALUATION_BATCH) // layout.shards) * layout.shards
-    part = layout.rows(size)
-    entropy, right = 0.0, 0.0
-    for start in range(0, count, size):
-        rows = np.arange(start, start + size)[part]
-        inside = rows < count
-        rows = np.where(inside, rows, 0)  # the last piece is filled up
-        local = (passages["token"][rows], passages["target"][rows], inside)
-        token, target, counted = layout.put_batch(local, size)
-        sums = _sums(forward(token), target, counted)
-        entropy, right = entropy + float(sums[0]), right + float(sums[1])
-    total = count * context
-    return {"loss": entropy / total, "accuracy": right / total}
+    found = total(sums, rows, count, EVALUATION_BATCH, layout)
+    loss, right = found / (count * context)
+    return {"loss": float(loss), "accuracy": float(right)}
 
 
 @jax.jit
@@ -215,7 +215,7 @@ def _each(logits: Array, target: Int[Array, "b t"]) -> tuple[Array, Array]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Host side: the command."""
-    recipe.command("python -m train.text", PRESETS, run, arguments)
+    command.main("python -m train.text", PRESETS, run, arguments)
 
 
 if __name__ == "__main__":

@@ -8,49 +8,46 @@ import sys
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_close
 
 import oialr_jax as oialr
 from oialr_jax import cost
-from train import bench, peers, process
+from train import process
+from train.bench import __main__ as program
+from train.bench import events, layers, peers, problem, steps, timing, whole_run
+from train.bench.settings import Settings
 from train.models.mlp import MLP
 from train.models.resnet import ResNet
 from train.models.vit import VisionTransformer
+from train.studies import decompositions, polar
 
-TINY_VIT = bench.Case(
-    lambda dtype: VisionTransformer(
-        patch=8, depth=1, heads=2, width=32, classes=10, qkv_bias=False, dtype=dtype
-    ),
+TINY_VIT = (
+    VisionTransformer(patch=8, depth=1, heads=2, width=32, classes=10, qkv_bias=False),
     (16, 16, 3),
 )
-TINY_RESNET = bench.Case(
-    lambda dtype: ResNet(widths=(8, 16), blocks=(1, 1), classes=10, dtype=dtype),
-    (8, 8, 3),
-    train={"train": True, "mutable": ["batch_stats"]},
-)
-TINY_MLP = bench.Case(lambda dtype: MLP((32, 32), classes=10, dtype=dtype), (4, 4, 1))
+TINY_RESNET = (ResNet(widths=(8, 16), blocks=(1, 1), classes=10), (8, 8, 3))
+TINY_MLP = (MLP((32, 32), classes=10), (4, 4, 1))
 LARGE = ("mini-vit", "resnet18")  # and slow to trace
-TINY = bench.Settings(batch=4, fractions=(0.5,), repeats=1)
+TINY = Settings(batch=4, fractions=(0.5,), repeats=1)
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     cases = {"mini-vit": TINY_VIT, "resnet18": TINY_RESNET, "mlp": TINY_MLP}
-    cases["basic-cnn"] = dataclasses.replace(bench.CASES["basic-cnn"], image=(8, 8, 3))
-    monkeypatch.setattr(bench, "CASES", cases)
-    monkeypatch.setattr(bench, "SAMPLE", 1e-4)
-    small = (bench.Layer(8, 12, 16), bench.Layer(32, 36, 8, side=4))
-    monkeypatch.setattr(bench, "LAYERS", small)
+    cases["basic-cnn"] = (problem.CASES["basic-cnn"][0], (8, 8, 3))
+    monkeypatch.setattr(problem, "CASES", cases)
+    monkeypatch.setattr(timing, "SAMPLE", 1e-4)
+    small = (layers.Layer(8, 12, 16), layers.Layer(32, 36, 8, side=4))
+    monkeypatch.setattr(layers, "LAYERS", small)
 
 
 def test_what_is_compared_runs_in_turn_and_once_unmeasured(monkeypatch):
-    monkeypatch.setattr(bench, "SAMPLE", 0.0)
+    monkeypatch.setattr(timing, "SAMPLE", 0.0)
     calls = []
     runs = [lambda: calls.append("a"), lambda: calls.append("b")]
-    times = bench.interleaved(runs, repeats=3)
+    times = timing.interleaved(runs, repeats=3)
     assert (
         "".join(calls) == "aabb" + 3 * "aabb"
     )  # to see how long a run is, then thrice
@@ -58,14 +55,14 @@ def test_what_is_compared_runs_in_turn_and_once_unmeasured(monkeypatch):
 
 
 def test_a_short_run_is_repeated_to_fill_a_sample(monkeypatch):
-    monkeypatch.setattr(bench, "SAMPLE", 0.05)
+    monkeypatch.setattr(timing, "SAMPLE", 0.05)
     calls = []
 
     def run():
         calls.append(0)
         time.sleep(0.005)
 
-    ((middle, *_),) = bench.interleaved([run], repeats=1)
+    ((middle, *_),) = timing.interleaved([run], repeats=1)
     assert 2 + 1 + 5 <= len(calls) <= 2 + 1 + 10
     assert 0.005 <= middle <= 0.05
 
@@ -74,7 +71,7 @@ def test_a_short_run_is_repeated_to_fill_a_sample(monkeypatch):
     "model", [*(pytest.param(x, marks=pytest.mark.long) for x in LARGE), "mlp"]
 )
 def test_steps_has_a_row_for_every_order_and_peer(model):
-    rows = bench.steps(dataclasses.replace(TINY, models=(model,)))
+    rows = steps.steps(dataclasses.replace(TINY, models=(model,)))
     assert [row["order"] for row in rows] == [
         "dense",
         "auto",
@@ -103,14 +100,14 @@ def test_steps_has_a_row_for_every_order_and_peer(model):
 def test_orders_of_the_same_program_are_one_measurement():
     """Here auto picks the chain for every matrix."""
     settings = dataclasses.replace(TINY, models=("mlp",), fractions=(0.1,), peers=())
-    rows = {row["order"]: row for row in bench.steps(settings)}
+    rows = {row["order"]: row for row in steps.steps(settings)}
     assert rows["auto"]["step_ms"] == rows["chain"]["step_ms"]
     assert rows["merged"]["step_ms"] != rows["rebuilt"]["step_ms"]
 
 
 def test_events_tell_what_stalls(monkeypatch):
-    monkeypatch.setattr(bench, "LADDER_EVENTS", 2)
-    rows = bench.events(dataclasses.replace(TINY, lag=4))
+    monkeypatch.setattr(events, "LADDER_EVENTS", 2)
+    rows = events.events(dataclasses.replace(TINY, lag=4))
     assert [(row["lag"], row["step"]) for row in rows] == [
         (0, 10),
         (0, 30),
@@ -126,10 +123,10 @@ def test_events_tell_what_stalls(monkeypatch):
 
 
 def test_layers_compare_every_order_with_the_estimate():
-    rows = bench.layers(dataclasses.replace(TINY, fractions=(1.0, 0.25)))
+    rows = layers.layers(dataclasses.replace(TINY, fractions=(1.0, 0.25)))
     assert len(rows) == 2 * 2 * 4
     for row in rows:
-        layer = next(x for x in bench.LAYERS if x.name == row["model"])
+        layer = next(x for x in layers.LAYERS if x.name == row["model"])
         rank = max(1, int(row["rank_fraction"] * min(layer.m, layer.n)))
         window = 0 if layer.side is None else 9
         load = cost.Workload(layer.rows, layer.m, layer.n, rank, window=window)
@@ -145,10 +142,10 @@ def test_layers_compare_every_order_with_the_estimate():
 @pytest.mark.long
 def test_run_splits_the_wall_time(monkeypatch):
     recipe = dataclasses.replace(
-        bench.RECIPE, model="vit-digits", steps=20, eval_every=20, every=0.25
+        whole_run.RECIPE, model="vit-digits", steps=20, eval_every=20, every=0.25
     )
-    monkeypatch.setattr(bench, "RECIPE", recipe)
-    dense, low = bench.run(dataclasses.replace(TINY, lag=2))
+    monkeypatch.setattr(whole_run, "RECIPE", recipe)
+    dense, low = whole_run.run(dataclasses.replace(TINY, lag=2))
     assert (dense["method"], low["method"]) == ("dense", "oialr")
     assert dense["ratio_to_dense"] == 1
     assert dense["svd_s"] == dense["waiting_s"] == dense["compiling_behind_s"] == 0
@@ -161,10 +158,10 @@ def test_run_splits_the_wall_time(monkeypatch):
 
 
 def test_orthogonal_compares_methods_with_the_svd_and_steps_with_sgd(monkeypatch):
-    monkeypatch.setattr(bench, "SIDES", (8, 16))
-    chosen = {x: bench.POLAR[x] for x in ("svd", "polar_express, 7 steps")}
-    monkeypatch.setattr(bench, "POLAR", chosen)
-    rows = bench.orthogonal(TINY)
+    monkeypatch.setattr(polar, "SIDES", (8, 16))
+    chosen = {x: polar.POLAR[x] for x in ("svd", "polar_express, 7 steps")}
+    monkeypatch.setattr(polar, "POLAR", chosen)
+    rows = polar.orthogonal(TINY)
     whats = ["8x8"] * 2 + ["16x16"] * 2 + ["4 of 8x8"] * 2 + ["4 of 16x16"] * 2
     whats += ["BasicCNN's gradient"] * 2
     whats += ["BasicCNN, batch 4"] * 3
@@ -177,9 +174,9 @@ def test_orthogonal_compares_methods_with_the_svd_and_steps_with_sgd(monkeypatch
 
 
 def test_decompositions_compares_routes_by_time_and_error(monkeypatch):
-    monkeypatch.setattr(bench, "SHAPES", ((2, 16, 40), (1, 24, 12)))
-    monkeypatch.setattr(bench, "SPREAD", 0.1)
-    rows = bench.decompositions(TINY)
+    monkeypatch.setattr(decompositions, "SHAPES", ((2, 16, 40), (1, 24, 12)))
+    monkeypatch.setattr(decompositions, "SPREAD", 0.1)
+    rows = decompositions.decompositions(TINY)
     methods = ["svd", "qdwh", "values: svd", "values: gram"]
     methods += ["gram, 1/2 of the vectors", "gram, 1/8 of the vectors"]
     assert [row["method"] for row in rows] == 2 * methods
@@ -192,15 +189,17 @@ def test_decompositions_compares_routes_by_time_and_error(monkeypatch):
 
 
 def test_decompositions_sees_a_route_that_is_wrong(monkeypatch):
-    monkeypatch.setattr(bench, "SHAPES", ((2, 16, 40),))
-    real = bench.linalg.gram_svd
+    monkeypatch.setattr(decompositions, "SHAPES", ((2, 16, 40),))
+    real = decompositions.linalg.gram_svd
 
     def swapped(matrix, rank):
         left, sigma, right = real(matrix, rank)
         return left[..., ::-1], 1.01 * sigma, right
 
-    monkeypatch.setattr(bench.linalg, "gram_svd", swapped)
-    wrong = [x for x in bench.decompositions(TINY) if x["method"].startswith("gram")]
+    monkeypatch.setattr(decompositions.linalg, "gram_svd", swapped)
+    wrong = [
+        x for x in decompositions.decompositions(TINY) if x["method"].startswith("gram")
+    ]
     assert len(wrong) == 2
     for row in wrong:
         assert row["values_error"] == pytest.approx(0.01, rel=0.01)
@@ -209,17 +208,17 @@ def test_decompositions_sees_a_route_that_is_wrong(monkeypatch):
 
 def test_nested_compilations_count_once():
     spans = [(1.0, 2.0), (1.2, 1.5), (1.8, 2.5), (4.0, 5.0)]
-    log = [bench.Span(*x, main=True) for x in spans]
-    log.append(bench.Span(0.0, 10.0, main=False))
-    assert bench.covered(log, main=True) == pytest.approx(2.5)
-    assert bench.covered(log, main=False) == pytest.approx(10)
+    log = [timing.Span(*x, main=True) for x in spans]
+    log.append(timing.Span(0.0, 10.0, main=False))
+    assert timing.covered(log, main=True) == pytest.approx(2.5)
+    assert timing.covered(log, main=False) == pytest.approx(10)
 
 
 def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
     file = tmp_path / "steps.json"
     command = ["--suite", "steps", "--models", "mlp", "--batch", "4", "--repeats", "1"]
     command += ["--fractions", "0.5", "--peers", "lora", "--json", str(file)]
-    bench.main(command)
+    program.main(command)
     printed = capsys.readouterr().out.splitlines()
     record = json.loads(file.read_text())
     assert printed[0].startswith("| model | batch |")
@@ -228,12 +227,19 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
     assert {"device", "cores", "jax", "date", "huge_pages"} <= set(record)
 
 
+def test_a_result_that_cannot_be_written_is_not_measured(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(program, "SUITES", {"steps": lambda _: pytest.fail("measured")})
+    with pytest.raises(SystemExit, match="file is a file: name another folder"):
+        program.main(["--json", str(tmp_path / "file" / "x.json")])
+
+
 @pytest.mark.long
 def test_calibration_writes_rates_that_can_be_read(tmp_path, capsys):
     file = tmp_path / "rates.json"
-    bench.main(["--suite", "layers", "--calibrate", "--repeats", "1", "--batch", "4",
+    program.main(["--suite", "layers", "--calibrate", "--repeats", "1", "--batch", "4",
                 "--json", str(file)])  # fmt: skip
-    rates = bench.read_rates(file)
+    rates = layers.read_rates(file)
     assert dataclasses.asdict(rates) == json.loads(capsys.readouterr().out)
     assert all(math.isfinite(x) for x in dataclasses.asdict(rates).values())
 
@@ -243,7 +249,7 @@ def test_rates_of_the_wrong_form_are_an_error(text, tmp_path):
     file = tmp_path / "rates.json"
     file.write_text(text)
     with pytest.raises(ValueError, match=r"rates\.json does not hold the rates"):
-        bench.read_rates(file)
+        layers.read_rates(file)
 
 
 @pytest.mark.parametrize(
@@ -261,14 +267,14 @@ def test_rates_of_the_wrong_form_are_an_error(text, tmp_path):
 def test_bad_settings_are_said_in_one_line(command, message):
     tail = ["--batch", "2", "--repeats", "1", "--fractions", "0.5", "--orders", "auto"]
     with pytest.raises(SystemExit, match=message):
-        bench.main([*command, *tail])
+        program.main([*command, *tail])
 
 
 def test_without_pytorch_its_peer_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    problem = bench.Problem("mini-vit", 2, "float32")
+    made = problem.Problem("mini-vit", 2, "float32")
     with pytest.raises(ValueError, match=r'pip install -e "\.\[peers\]"'):
-        bench.PEERS["torch"](problem, 0.5)
+        peers.PEERS["torch"](made, 0.5)
 
 
 # Peers
@@ -277,8 +283,8 @@ def test_without_pytorch_its_peer_says_what_to_install(monkeypatch):
 @pytest.mark.parametrize("case", [TINY_VIT, TINY_RESNET, TINY_MLP])
 def test_an_adapter_adds_its_product_to_the_kernel(case):
     """x W + (x A) B = x (W + A B), for convolutions as well."""
-    model = case.build(jnp.float32)
-    x = jax.random.normal(jax.random.key(0), (2, *case.image))
+    model, image = case
+    x = jax.random.normal(jax.random.key(0), (2, *image))
     variables = model.init(jax.random.key(1), x)
     params = variables["params"]
     rest = {k: v for k, v in variables.items() if k != "params"}

@@ -72,6 +72,33 @@ def test_a_run_that_fails_is_told(tmp_path):
         controls._run(settings(tmp_path, steps=-3), "train.text", ["--method dense"], 0)
 
 
+def test_runs_of_another_length_are_other_runs(tmp_path, monkeypatch):
+    names = []
+
+    def started(command, **options):
+        names.append(command[command.index("--name") + 1])
+        return controls.subprocess.CompletedProcess(command, 1, "", "no")
+
+    monkeypatch.setattr(controls.subprocess, "run", started)
+    for steps in (None, 10, 20):
+        with pytest.raises(RuntimeError, match="failed: no"):
+            controls._run(
+                settings(tmp_path, steps=steps), "train.text", ["--weigh 0"], 0
+            )
+    assert len(set(names)) == 3
+
+
+def test_a_rate_that_was_never_finite_is_not_chosen(tmp_path):
+    def run(options, seed):
+        rate = float(options[-1].split()[1])
+        return {"metric": "loss", "best": {} if rate < 0.15 else {"loss": rate}}
+
+    arm = controls._best(settings(tmp_path), run, ["--method dense"], [0.1, 0.2])
+    assert arm["tried"] == {"0.2": 0.2}
+    with pytest.raises(RuntimeError, match="not finite at any rate"):
+        controls._best(settings(tmp_path), run, ["--method dense"], [0.1])
+
+
 def test_an_unknown_preset_is_told(tmp_path, capsys):
     with pytest.raises(SystemExit, match="sonets"):
         controls.main(["sonets", "--budgets", "0.5", "--out", str(tmp_path)])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import oialr_jax as oialr
-from train import loop
+from train import files
 
 STEPS = 60  # decisions at 20, 32 and 44, their events four steps later
 RUN = [
@@ -99,7 +99,7 @@ def end(process, code=0):
 
 
 def records(folder):
-    lines = (folder / loop.METRICS).read_text().splitlines()
+    lines = (folder / files.METRICS).read_text().splitlines()
     return [
         {k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines
     ]
@@ -107,7 +107,7 @@ def records(folder):
 
 def final(folder):
     """Step, shapes and checksums of every array of the last checkpoint."""
-    with oialr.Checkpoints(folder / loop.CHECKPOINTS) as checkpoints:
+    with oialr.Checkpoints(folder / files.CHECKPOINTS) as checkpoints:
         step = checkpoints.steps[-1]
         return step, checkpoints._contents(step)["arrays"]
 
@@ -169,7 +169,7 @@ def kills(*, full):
         ("oialr_jax.adaptive:apply_ranks", 1, -1),
         ("train.loop:_fractions", 3, 0.0),
         somewhere(),
-        ("train.loop:finish", 1, -1),
+        ("train.files:finish", 1, -1),
     ]
 
 
@@ -180,7 +180,7 @@ def test_after_every_kill_a_run_goes_on_bit_for_bit(full, whole, tmp_path):
     reached = []
     for kill in kills(full=full):
         end(start(KILLED, *kill, *arguments), -signal.SIGKILL)
-        found = [x.name for x in (tmp_path / whole.name / loop.CHECKPOINTS).iterdir()]
+        found = [x.name for x in (tmp_path / whole.name / files.CHECKPOINTS).iterdir()]
         reached.append((kill, sorted(found)))
     end(start(PROGRAM, *arguments))
     print(*reached, sep="\n")
@@ -194,14 +194,14 @@ def test_a_signal_from_outside_saves_and_the_run_goes_on(whole, tmp_path):
     arguments = [*RUN, "--out", tmp_path, "--resume"]
     arguments += ["--compilation-cache", whole.parent / "cache"]
     process = start(PROGRAM, *arguments)
-    record = tmp_path / whole.name / loop.METRICS
+    record = tmp_path / whole.name / files.METRICS
     while not record.exists() or not record.read_text():
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
     process.terminate()
     out, _ = end(process)
     assert "it is saved. Go on with the same command and --resume" in out
-    assert not (record.parent / loop.SUMMARY).exists()
+    assert not (record.parent / files.SUMMARY).exists()
     end(start(PROGRAM, *arguments))
     assert records(record.parent) == records(whole)
     assert final(record.parent) == final(whole)

@@ -8,6 +8,7 @@ import pytest
 
 import oialr_jax as oialr
 from train import export, forecast, images, predict, recipe, selfsup, text
+from train import settings as common
 
 
 def written(folder, program, preset, small, rank=3):
@@ -28,7 +29,7 @@ def written(folder, program, preset, small, rank=3):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "small"
-    written(folder, images, "digits", recipe.small)
+    written(folder, images, "digits", common.small)
     return folder
 
 
@@ -116,9 +117,9 @@ def test_the_settings_name_the_program(run, tmp_path):
 
 
 EVERY = [
-    (text, "sonnets", recipe.small),
-    (selfsup, "digits", recipe.small),
-    (forecast, "etth2-192-short", lambda x: recipe.small(x, forecast.SMOKE)),
+    (text, "sonnets", common.small),
+    (selfsup, "digits", common.small),
+    (forecast, "etth2-192-short", lambda x: common.small(x, forecast.SMOKE)),
 ]
 
 

@@ -12,7 +12,8 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import oialr_jax as oialr
-from train import forecast, loop, recipe
+from train import command, forecast, loop
+from train import settings as common
 from train.data import prepare, series
 from train.models.autoformer import Autoformer
 
@@ -23,7 +24,7 @@ ORIGINALS = pathlib.Path(os.environ.get("OIALR_DATA", ROOT / ".." / "shared" / "
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_once(tmp_path_factory):
     """Runs of the same programs find them again."""
-    recipe.keep_compiled(tmp_path_factory.mktemp("compiled"))
+    command.keep_compiled(tmp_path_factory.mktemp("compiled"))
     yield
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
@@ -67,7 +68,7 @@ def test_a_low_rank_run_converts_and_truncates(low_rank):
     assert any(rank < min(m, n) / 2 for m, n, rank in result["ranks"].values())
     assert result["trainable_weights"] < result["stored_weights"]
     assert result["stored_weights"] < result["dense_weights"]
-    assert result["steps"] == recipe.SMOKE["steps"]
+    assert result["steps"] == common.SMOKE["steps"]
 
 
 def test_a_dense_run_has_the_same_recipe_and_stays_dense(dense, low_rank):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from train import front_door
+from train.studies import front_door
 
 TINY = front_door.Settings(width=32, batch=8, rounds=2, block=1)
 

@@ -9,7 +9,7 @@ import pytest
 
 import oialr_jax as oialr
 from oialr_jax.lowrank import abstract_low_rank
-from train import forecast, images, loop, selfsup, text
+from train import files, forecast, images, loop, selfsup, text
 
 PROGRAMS = {"images": images, "text": text, "selfsup": selfsup, "forecast": forecast}
 PRESETS = [
@@ -34,7 +34,7 @@ def small(program, preset, out, method="oialr"):
 
 
 def records(folder):
-    lines = (folder / loop.METRICS).read_text().splitlines()
+    lines = (folder / files.METRICS).read_text().splitlines()
     lines = [json.loads(x) for x in lines]
     return [{k: v for k, v in x.items() if k != "seconds"} for x in lines]
 

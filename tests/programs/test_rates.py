@@ -1,4 +1,4 @@
-"""Learning rates: timm's formulas, rates that rise, and the way back after events."""
+"""Learning rates: timm's formula, rates that rise, and halvings."""
 
 import importlib
 import math
@@ -12,44 +12,23 @@ from train import rates
 
 CASES = {
     "plain": {"length": 40},
-    "prefix": {"length": 40, "warmup": 7, "warmup_rate": 1e-5, "lowest": 1e-5},
-    "no-prefix": {"length": 40, "warmup": 7, "prefix": False},
+    "warm-up": {"length": 40, "warmup": 7, "lowest": 1e-5},
     "k-decay": {"length": 40, "warmup": 5, "k": 0.34},
-    "restarts": {"length": 12, "cycles": 3, "decay": 0.4, "lowest": 1e-6},
     # The authors' low-rank runs of the mini vision transformer.
-    "rising": {
-        "length": 40,
-        "warmup": 4,
-        "warmup_rate": 1e-4,
-        "lowest": 8e-4,
-        "k": 0.34,
-    },
+    "rising": {"length": 40, "warmup": 4, "lowest": 8e-4, "k": 0.34},
 }
 BASE = 3e-4
 
 
-def timm_rate(
-    t,
-    *,
-    length,
-    lowest=0.0,
-    warmup=0,
-    warmup_rate=0.0,
-    prefix=True,
-    k=1.0,
-    cycles=1,
-    decay=1.0,
-):
+def timm_rate(t, *, length, lowest=0.0, warmup=0, k=1.0):
     """In plain Python, one update at a time."""
     if t < warmup:
-        return warmup_rate + t * (BASE - warmup_rate) / warmup
-    t = t - warmup if prefix else t
-    i = t // length
-    if i >= cycles:
+        return t * BASE / warmup
+    t = t - warmup
+    if t >= length:
         return lowest
-    peak, tau = BASE * decay**i, t - i * length
-    wave = 1 + math.cos(math.pi * tau**k / length**k)
-    return lowest + 0.5 * (peak - lowest) * wave
+    wave = 1 + math.cos(math.pi * t**k / length**k)
+    return lowest + 0.5 * (BASE - lowest) * wave
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -71,11 +50,8 @@ def test_the_cosine_is_what_timm_computes(name):
         torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=BASE),
         t_initial=fields["length"],
         lr_min=fields.get("lowest", 0.0),
-        cycle_limit=fields.get("cycles", 1),
-        cycle_decay=fields.get("decay", 1.0),
         warmup_t=fields.get("warmup", 0),
-        warmup_lr_init=fields.get("warmup_rate", 0.0),
-        warmup_prefix=fields.get("prefix", True),
+        warmup_prefix=True,
         k_decay=fields.get("k", 1.0),
     )
     rate = rates.cosine(BASE, **fields)
@@ -85,8 +61,8 @@ def test_the_cosine_is_what_timm_computes(name):
 
 
 def test_the_cosine_of_one_cycle_is_that_of_optax():
-    ours = rates.cosine(BASE, length=40, warmup=10, warmup_rate=1e-5, lowest=1e-6)
-    theirs = optax.warmup_cosine_decay_schedule(1e-5, BASE, 10, 50, end_value=1e-6)
+    ours = rates.cosine(BASE, length=40, warmup=10, lowest=1e-6)
+    theirs = optax.warmup_cosine_decay_schedule(0.0, BASE, 10, 50, end_value=1e-6)
     for t in range(60):
         np.testing.assert_allclose(ours(t), theirs(t), rtol=1e-5, atol=1e-9)
 
@@ -112,24 +88,13 @@ def test_halving_begins_after_the_second_epoch():
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def test_after_an_event_the_rate_comes_back_in_equal_parts():
-    rate = jax.jit(rates.rewarmed(rates.halving(1.0, every=50), (4, 10, 11), length=3))
-    found = [float(rate(t)) for t in range(15)]
-    third = 1 / 3
-    expected = [1] * 4 + [third, 2 * third] + [1] * 4 + [third, third, 2 * third, 1, 1]
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
-    still = rates.rewarmed(rates.halving(1.0, every=50), (), length=3)
-    assert float(still(5)) == 1
-
-
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: rates.cosine(1.0, length=0), "at least 0, got 0, 1 and 0"),
-        (lambda: rates.cosine(1.0, length=3, warmup=-1), "got 3, 1 and -1"),
-        (lambda: rates.rewarmed(float, (), length=0), "`length` must be at least 1"),
+        (lambda: rates.cosine(1.0, length=0), "at least 0, got 0 and 0"),
+        (lambda: rates.cosine(1.0, length=3, warmup=-1), "got 3 and -1"),
     ],
-    ids=["length", "warmup", "rewarmed"],
+    ids=["length", "warmup"],
 )
 def test_a_rate_that_cannot_be_is_an_error(build, message):
     with pytest.raises(ValueError, match=message):

@@ -76,6 +76,15 @@ def test_the_classifier_is_as_good_as_the_features():
     assert selfsup.probe(0 * noise[train], label[train], noise[test], label[test]) < 0.5
 
 
+def test_features_that_are_not_finite_are_worth_no_number():
+    label, features = np.arange(6) % 3, np.ones((6, 2))
+    for bad in (np.nan, np.inf):
+        broken = features.copy()
+        broken[3, 1] = bad
+        for train, test in ((features, broken), (broken, features)):
+            assert np.isnan(selfsup.probe(train, label, test, label))
+
+
 @pytest.mark.parametrize("mesh", ["data=1", "data=8"])
 def test_features_of_every_image_come_in_order(mesh):
     image = np.arange(selfsup.EVALUATION_BATCH + 37)[:, None]

@@ -42,13 +42,6 @@ def test_rows_are_kinds_of_runs_with_the_spread_over_their_seeds(tmp_path):
     assert cells[1][2:] == ["0.9", "1", "100.0 %", "4.0 %", "75.0 %", "dense", "10"]
 
 
-def test_a_run_that_did_not_end_is_named(tmp_path):
-    done = write(tmp_path, "x-oialr-seed0")
-    (tmp_path / "x-oialr-seed1").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"x-oialr-seed1.* did not end"):
-        table.read([done, tmp_path / "x-oialr-seed1"])
-
-
 def test_the_points_of_the_plot_are_the_runs(tmp_path):
     folders = [
         write(tmp_path, "x-seed0", stored_fraction=0.2),

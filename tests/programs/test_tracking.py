@@ -17,7 +17,9 @@ import oialr_jax as oialr
 from oialr_jax.lowrank import Axes, factor
 from oialr_jax.matrices import Matrix
 from oialr_jax.stability.singular import Spectrum
-from train import bench, images, loop
+from train import files, images, loop
+from train.bench.settings import Settings
+from train.studies import following
 from train.tracking import Tracking
 
 SHAPES: Mapping[str, tuple[int, int]] = {"tall": (24, 10), "square": (12, 12)}
@@ -102,7 +104,7 @@ def trained(tmp_path):
         usual = {"steps": 12, "log_every": 12, "eval_every": 12, "save_every": 12}
         with (
             loop.Interrupts() as interrupts,
-            oialr.Checkpoints(tmp_path / loop.CHECKPOINTS) as checkpoints,
+            oialr.Checkpoints(tmp_path / files.CHECKPOINTS) as checkpoints,
         ):
             loop.train(
                 state,
@@ -116,7 +118,7 @@ def trained(tmp_path):
                 interrupts=interrupts,
                 tracking=tracking,
             )
-        lines = (tmp_path / loop.METRICS).read_text().splitlines()
+        lines = (tmp_path / files.METRICS).read_text().splitlines()
         return order, [json.loads(line) for line in lines]
 
     return run
@@ -154,7 +156,7 @@ def test_a_run_records_its_bases_across_events(tmp_path):
         **{**vars(images.PRESETS["digits"][1]), **settings}
     )
     images.run(preset, name="run")
-    lines = (tmp_path / "run" / loop.METRICS).read_text().splitlines()
+    lines = (tmp_path / "run" / files.METRICS).read_text().splitlines()
     found = [x for x in map(json.loads, lines) if x["kind"] == "stability"]
     assert [(x["since"], x["step"]) for x in found] == [
         (t - 2, t) for t in range(2, 13, 2)
@@ -164,7 +166,7 @@ def test_a_run_records_its_bases_across_events(tmp_path):
 
 @pytest.mark.long
 def test_the_benchmark_compares_epochs_with_and_without_a_record():
-    rows = bench.tracking(bench.Settings(suite="tracking", repeats=1))
+    rows = following.tracking(Settings(suite="tracking", repeats=1))
     assert [row["record"] for row in rows] == ["usual", "detailed", "all"] * 2
     for row in rows:
         assert row["share"] == pytest.approx(row["record_ms"] / row["epoch_ms"])

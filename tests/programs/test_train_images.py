@@ -19,7 +19,8 @@ from flax.training.train_state import TrainState
 
 import oialr_jax as oialr
 from oialr_jax.lowrank import Axes, factor
-from train import images, loop, recipe, report
+from train import command, files, images, loop, report
+from train import settings as common
 from train.data import digits
 from train.data.arrays import standardize
 from train.models.vit import VisionTransformer
@@ -122,7 +123,7 @@ def test_summary_of_a_low_rank_run(low_rank):
     assert len(summary["ranks"]) == 4 * DEPTH
     for m, n, rank in summary["ranks"].values():
         assert 1 <= rank < min(m, n)
-    events = recipe.schedule(images.PRESETS["digits"][1]).events(1000)
+    events = common.schedule(images.PRESETS["digits"][1]).events(1000)
     assert summary["compilations"] <= 1 + len(events)
 
 
@@ -292,7 +293,7 @@ def toy_run(
     with (
         loop.Interrupts() as interrupts,
         oialr.Checkpoints(
-            folder / loop.CHECKPOINTS, keep=keep, best=best
+            folder / files.CHECKPOINTS, keep=keep, best=best
         ) as checkpoints,
     ):
         return loop.train(
@@ -316,16 +317,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
 ):
     losses = [1.0] * 10
     losses[6] = bad
-    loop.begin(tmp_path)
+    files.begin(tmp_path)
     with pytest.raises(FloatingPointError, match=f"the loss is {bad} at step 6;"):
         toy_run(tmp_path, losses, loop.Pace(10, 5, 10, save))
     assert [x["step"] for x in records(tmp_path)] == [5]
-    with oialr.Checkpoints(tmp_path / loop.CHECKPOINTS) as checkpoints:
+    with oialr.Checkpoints(tmp_path / files.CHECKPOINTS) as checkpoints:
         assert checkpoints.steps == ()  # what is broken is not saved
 
 
 def test_records_hold_means_since_the_last_one_and_the_last_step(tmp_path):
-    loop.begin(tmp_path)
+    files.begin(tmp_path)
     state, progress = toy_run(tmp_path, list(range(7)), loop.Pace(7, 3, 5, 7))
     assert int(state.step) == 7
     assert progress.evaluation == {"accuracy": 0.5}
@@ -344,7 +345,7 @@ def test_an_evaluation_that_is_not_finite_is_recorded_saved_and_not_the_best(
     def score(state):
         return {"accuracy": scores[int(state.step)], "other": 1.0}
 
-    loop.begin(tmp_path)
+    files.begin(tmp_path)
     state, progress = toy_run(
         tmp_path, [1.0] * 8, loop.Pace(8, 5, 2, 2), evaluate=score, keep=1, best="max"
     )
@@ -353,11 +354,11 @@ def test_an_evaluation_that_is_not_finite_is_recorded_saved_and_not_the_best(
     lines = [x for x in records(tmp_path) if x["kind"] == "eval"]
     assert [x["accuracy"] for x in lines] == [None, 0.6, None, None]
     assert "step 6: accuracy of the evaluation not finite" in capsys.readouterr().out
-    with oialr.Checkpoints(tmp_path / loop.CHECKPOINTS) as checkpoints:
+    with oialr.Checkpoints(tmp_path / files.CHECKPOINTS) as checkpoints:
         assert checkpoints.steps == (4, 8)
         found = checkpoints.restore(state, state.tx)
     assert found.extra["progress"]["evaluation"] == {"accuracy": None, "other": 1.0}
-    loop.finish(tmp_path, {"test": progress.evaluation})
+    files.finish(tmp_path, {"test": progress.evaluation})
     assert report.draw(tmp_path)
 
 
@@ -368,11 +369,11 @@ def test_a_run_without_progress_ends_early_and_stays_so(tmp_path):
     def score(state):
         return {"accuracy": scores[int(state.step)]}
 
-    loop.begin(tmp_path)
+    files.begin(tmp_path)
     state, progress = toy_run(tmp_path, [1.0] * 10, pace, goal=goal, evaluate=score)
     assert int(state.step) == 8
     assert progress.best == {"step": 4, "accuracy": 0.6}
-    with oialr.Checkpoints(tmp_path / loop.CHECKPOINTS) as checkpoints:
+    with oialr.Checkpoints(tmp_path / files.CHECKPOINTS) as checkpoints:
         assert checkpoints.steps == (8,)
         found = checkpoints.restore(state, state.tx)
     progress = loop.Progress(**found.extra["progress"])
@@ -390,13 +391,13 @@ def test_evaluations_of_the_dense_warm_up_do_not_count(tmp_path):
     def score(state):
         return {"accuracy": scores[int(state.step)]}
 
-    loop.begin(tmp_path)
+    files.begin(tmp_path)
     state, progress = toy_run(
         tmp_path, [1.0] * 16, pace, goal=goal, evaluate=score, keep=2, best="max"
     )
     assert int(state.step) == 14  # two after 10, none of those before 6
     assert progress.best == {"step": 10, "accuracy": 0.6}
-    with oialr.Checkpoints(tmp_path / loop.CHECKPOINTS) as checkpoints:
+    with oialr.Checkpoints(tmp_path / files.CHECKPOINTS) as checkpoints:
         assert checkpoints.steps == (10, 12, 14)
 
 
@@ -418,11 +419,11 @@ def test_flops_are_counted_anew_after_an_event_and_go_on_with_a_resumed_run(tmp_
     def rank(params):
         return params["w"].s.shape[-1]
 
-    loop.begin(tmp_path)
+    files.begin(tmp_path)
     progress = loop.Progress()
     with (
         loop.Interrupts() as interrupts,
-        oialr.Checkpoints(tmp_path / loop.CHECKPOINTS) as checkpoints,
+        oialr.Checkpoints(tmp_path / files.CHECKPOINTS) as checkpoints,
     ):
         for steps, total in ((5, 4 + 4 + 2 + 2 + 2), (6, 16)):
             state, progress = loop.train(
@@ -445,7 +446,7 @@ def test_flops_are_counted_anew_after_an_event_and_go_on_with_a_resumed_run(tmp_
 @pytest.mark.parametrize(("best", "kept"), [("max", 4), ("min", 2)])
 def test_the_best_evaluation_is_kept(tmp_path, best, kept):
     scores = {2: 0.4, 4: 0.6, 6: 0.5}
-    loop.begin(tmp_path)
+    files.begin(tmp_path)
     _, progress = toy_run(
         tmp_path,
         [1.0] * 6,
@@ -461,10 +462,10 @@ def test_the_best_evaluation_is_kept(tmp_path, best, kept):
 def test_a_record_goes_on_where_its_checkpoint_was(tmp_path, save):
     """Whatever was written after it, and between two lines about training."""
     losses, pace = [x / 3 for x in range(8)], loop.Pace(8, 3, 4, save)
-    loop.begin(tmp_path)
+    files.begin(tmp_path)
     toy_run(tmp_path, losses, pace)
     whole = records(tmp_path)
-    path = tmp_path / loop.CHECKPOINTS
+    path = tmp_path / files.CHECKPOINTS
     for step in sorted((int(x.name) for x in path.iterdir()), reverse=True)[:-1]:
         shutil.rmtree(path / str(step))
     _, state = toy(losses)
@@ -472,19 +473,12 @@ def test_a_record_goes_on_where_its_checkpoint_was(tmp_path, save):
         found = checkpoints.restore(state, state.tx)
     assert int(found.state.step) == save
     progress = loop.Progress(**found.extra["progress"])
-    loop.resume(tmp_path, progress)
+    files.resume(tmp_path, progress.bytes)
     assert len(records(tmp_path)) == sum(x["step"] <= save for x in whole)
     toy_run(tmp_path, losses, pace, found.state, progress=progress)
     assert records(tmp_path) == whole
     seconds = [x["seconds"] for x in records(tmp_path, timed=True)]
     assert seconds == sorted(seconds)
-
-
-def test_a_record_that_was_cut_is_said(tmp_path):
-    loop.begin(tmp_path)
-    loop.append(tmp_path / loop.METRICS, {"kind": "train"})
-    with pytest.warns(UserWarning, match="has 18 bytes and had 99 at the checkpoint"):
-        loop.resume(tmp_path, loop.Progress(bytes=99))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -497,10 +491,10 @@ def test_a_signal_saves_and_stops_after_the_step(tmp_path, number, capsys):
             signal.raise_signal(number)
         return step(state, t)
 
-    loop.begin(tmp_path)
+    files.begin(tmp_path)
     with (
         loop.Interrupts() as interrupts,
-        oialr.Checkpoints(tmp_path / loop.CHECKPOINTS) as checkpoints,
+        oialr.Checkpoints(tmp_path / files.CHECKPOINTS) as checkpoints,
         pytest.raises(loop.StoppedError, match="before step 5 of 9; it is saved"),
     ):
         loop.train(
@@ -516,21 +510,10 @@ def test_a_signal_saves_and_stops_after_the_step(tmp_path, number, capsys):
         )
     assert "stopping after this step" in capsys.readouterr().err
     assert signal.getsignal(number) == before
-    with oialr.Checkpoints(tmp_path / loop.CHECKPOINTS) as checkpoints:
+    with oialr.Checkpoints(tmp_path / files.CHECKPOINTS) as checkpoints:
         assert checkpoints.steps == (5,)
         found = checkpoints.restore(state, state.tx)
     assert found.extra["progress"]["window"] == [{"loss": 1.0}] * 2
-
-
-def test_a_run_that_did_not_end_is_not_overwritten(tmp_path):
-    (tmp_path / loop.CHECKPOINTS / "5").mkdir(parents=True)
-    (tmp_path / loop.METRICS).write_text("{}")
-    with pytest.raises(FileExistsError, match="go on with it by --resume, choose"):
-        loop.begin(tmp_path)
-    assert (tmp_path / loop.METRICS).read_text() == "{}"
-    loop.finish(tmp_path, {})
-    loop.begin(tmp_path)
-    assert not (tmp_path / loop.CHECKPOINTS).exists()
 
 
 def stopped(out, at, *arguments):
@@ -582,7 +565,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
 
 def final(folder):
     """The checksums and shapes of every array of the last checkpoint."""
-    with oialr.Checkpoints(folder / loop.CHECKPOINTS) as checkpoints:
+    with oialr.Checkpoints(folder / files.CHECKPOINTS) as checkpoints:
         step = checkpoints.steps[-1]
         return step, checkpoints._contents(step)["arrays"]
 
@@ -613,28 +596,102 @@ def test_resume_without_a_checkpoint_begins(tmp_path):
 def test_only_process_0_writes(tmp_path, monkeypatch):
     monkeypatch.setattr("jax.process_index", lambda: 1)
     folder = tmp_path / "run"
-    loop.begin(folder)
-    loop.append(folder / loop.METRICS, {"kind": "train"})
-    loop.finish(folder, {})
+    files.begin(folder)
+    files.append(folder / files.METRICS, {"kind": "train"})
+    files.finish(folder, {})
     assert report.draw(folder) == []
     assert not folder.exists()
 
 
-def test_a_new_run_forgets_the_record_of_the_old_one(tmp_path):
-    loop.begin(tmp_path)
-    loop.append(tmp_path / loop.METRICS, {"kind": "train"})
-    loop.finish(tmp_path, {"test_accuracy": 1.0})
-    loop.begin(tmp_path)
-    assert records(tmp_path) == []
-    assert not (tmp_path / loop.SUMMARY).exists()
+def test_a_run_that_has_ended_is_not_begun_again(low_rank, tmp_path):
+    copy = shutil.copytree(low_rank, tmp_path / low_rank.name)
+    before = records(copy)
+    for more in ([], ["--weight-decay", "0.5"]):
+        with pytest.raises(SystemExit, match=r"^error: .* has ended: choose another"):
+            start(tmp_path, *LOW_RANK, *more)
+        assert records(copy) == before
+        assert (copy / files.SUMMARY).exists()
+    both = ["--resume", "--overwrite"]
+    with pytest.raises(SystemExit, match="give one of them"):
+        start(tmp_path, *LOW_RANK, *both)
+    start(tmp_path, "--method", "dense", "--name", low_rank.name, "--overwrite")
+    assert records(copy)[-1]["stored_fraction"] == 1
+
+
+def test_a_run_in_a_folder_that_another_one_holds_is_refused(tmp_path):
+    folder = tmp_path / "digits-dense-seed0"
+    with (
+        files.held(folder),
+        pytest.raises(SystemExit, match=rf"^error: process {os.getpid()} writes in"),
+    ):
+        start(tmp_path, "--method", "dense", "--resume")
+    assert [x.name for x in folder.iterdir()] == [files.LOCK]
+
+
+@pytest.mark.parametrize("name", ["--out", "--data-dir", "--compilation-cache"])
+def test_a_url_is_refused_before_anything_is_read(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(images, "task", lambda _: pytest.fail("data was read"))
+    with pytest.raises(SystemExit, match=r"^error: gs:/b/x is a URL: name a folder"):
+        images.main(["digits", name, "gs://b/x"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("given", [["--out", "FILE"], ["--name", "FILE/x"]], ids=str)
+def test_a_file_is_refused_before_anything_is_read(given, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(images, "task", lambda _: pytest.fail("data was read"))
+    given = [x.replace("FILE", str(tmp_path / "file")) for x in given]
+    with pytest.raises(SystemExit, match=r"^error: .*file is a file: name another"):
+        images.main(["digits", *given])
+
+
+def test_a_home_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = []
+    given = ["digits", "--out", "~/x", "--data-dir=~/d"]
+    command.main("x", images.PRESETS, _given(found), given)
+    assert (found[0].out, found[0].data_dir) == (tmp_path / "x", tmp_path / "d")
+
+
+def _given(found):
+    """A program that only remembers its settings."""
+
+    def run(settings, *, name):
+        found.append(settings)
+        fractions = {"stored_fraction": 1.0, "trainable_fraction": 1.0}
+        return {**fractions, "wall_seconds": 0.0, "test_loss": math.nan}
+
+    return run
+
+
+def test_a_result_that_is_not_finite_is_said(capsys):
+    command.main("x", images.PRESETS, _given([]), ["digits"])
+    assert "loss not finite on the test set" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_no_training_run_is_not_resumed(
+    low_rank, tmp_path, monkeypatch
+):
+    """As that which train.compress writes."""
+    shutil.copytree(low_rank, tmp_path / low_rank.name)
+    real = oialr.Checkpoints.restore
+
+    def without(self, *args):
+        found = real(self, *args)
+        return found._replace(extra={"settings": found.extra["settings"]})
+
+    monkeypatch.setattr(oialr.Checkpoints, "restore", without)
+    with pytest.raises(SystemExit, match="is no run of this version: choose"):
+        start(tmp_path, *LOW_RANK, "--resume")
 
 
 def test_events_scale_with_the_length_of_the_run():
     settings = images.PRESETS["digits"][1]
     for steps in (30, 300, 3000):
         short = dataclasses.replace(settings, steps=steps)
-        events = np.array(recipe.schedule(short).events(steps))
-        assert len(events) == len(recipe.schedule(settings).events(settings.steps))
+        events = np.array(common.schedule(short).events(steps))
+        assert len(events) == len(common.schedule(settings).events(settings.steps))
         np.testing.assert_allclose(events[0] / steps, settings.delay, atol=0.02)
 
 
@@ -648,7 +705,7 @@ def test_decay_spares_biases_and_scales():
     settings = dataclasses.replace(
         images.PRESETS["digits"][1], learning_rate=0.1, weight_decay=1.0, warmup=0.0
     )
-    tx = recipe.optimizer(settings)
+    tx = common.optimizer(settings)
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
     zeros = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
     updates, _ = tx.update(zeros, tx.init(params), params)

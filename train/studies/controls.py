@@ -26,7 +26,7 @@ import jax
 import tyro
 
 import oialr_jax as oialr
-from train import images, loop, names, process, text
+from train import files, images, markdown, names, process, text
 
 PROGRAMS = {"train.images": images, "train.text": text}
 CHOOSING = 100
@@ -109,7 +109,10 @@ def _best(
     tried = {}
     for rate in rates:
         found = run([*options, f"--learning-rate {rate:g}"], CHOOSING)
-        tried[f"{rate:g}"] = found["best"][found["metric"]]
+        if found["best"]:  # else no evaluation was finite
+            tried[f"{rate:g}"] = found["best"][found["metric"]]
+    if not tried:
+        raise RuntimeError(f"{' '.join(options)}: not finite at any rate")
     largest = "loss" not in found["metric"] and "mse" not in found["metric"]
     chosen = (max if largest else min)(tried, key=lambda x: tried[x])
     options = [*options, f"--learning-rate {chosen}"]
@@ -126,7 +129,9 @@ def _run(
     """The summary of one run, in a process of its own, or of one that has ended."""
     folder = settings.out / settings.preset
     name = "_".join(x.lstrip("-").replace(" ", "-") for x in options) + f"-seed{seed}"
-    summary = folder / name / loop.SUMMARY
+    if settings.steps is not None:
+        name = f"steps-{settings.steps}_{name}"
+    summary = folder / name / files.SUMMARY
     if not summary.exists():
         words = [word for x in options for word in x.split()]
         if settings.steps is not None:
@@ -136,9 +141,10 @@ def _run(
         command = [sys.executable, "-m", program, settings.preset, *words]
         done = subprocess.run(command, capture_output=True, text=True)
         if not summary.exists():
-            raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-1000:]}")
+            last = done.stderr.strip().rpartition("\n")[2]
+            raise RuntimeError(f"{' '.join(command)} failed: {last}")
     keys = ("metric", "best", "stored_weights", "dense_weights", "wall_seconds")
-    found = json.loads(summary.read_text())
+    found = files.summary(folder / name)
     tests = {k: x for k, x in found.items() if k.startswith("test_")}
     return {"seed": seed, **{k: found[k] for k in keys}, **tests}
 
@@ -166,7 +172,7 @@ def _scale(settings: Settings, program: Any, usual: Any, budget: float) -> float
 
 def table(result: Mapping[str, Any]) -> str:
     """Markdown: mean ± sample deviation over seeds of the metric, and weights."""
-    lines = ["| run | weights | metric | test | seconds |", "|" + " --- |" * 5]
+    lines = []
     for name, arm in result["arms"].items():
         runs = arm["runs"]
         metric = runs[0]["metric"].removeprefix("validation_")
@@ -175,17 +181,17 @@ def table(result: Mapping[str, Any]) -> str:
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         weights = statistics.mean(x["stored_weights"] for x in runs)
         seconds = statistics.mean(x["wall_seconds"] for x in runs)
-        lines.append(
-            f"| {name} | {weights:,.0f} | {metric} | "
-            f"{statistics.mean(values):.4g} ± {spread:.2g} | {seconds:.0f} |"
-        )
-    return "\n".join(lines)
+        test = f"{statistics.mean(values):.4g} ± {spread:.2g}"
+        lines.append([name, f"{weights:,.0f}", metric, test, f"{seconds:.0f}"])
+    return markdown.table(["run", "weights", "metric", "test", "seconds"], lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Host side: the command."""
     settings = tyro.cli(Settings, args=arguments, prog="train.studies.controls")
     try:
+        settings = files.with_paths_expanded(settings)
+        files.writable(settings.out)
         result = measured(settings)
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")

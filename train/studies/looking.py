@@ -18,7 +18,10 @@ import tyro
 from jaxtyping import Array
 
 import oialr_jax as oialr
-from train import bench, process
+from train import files, markdown, process
+from train.bench.problem import Problem, Program
+from train.bench.settings import Row
+from train.bench.timing import interleaved, write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Settings:
     """Where the rows go, with device, versions and date."""
 
 
-def rows(settings: Settings) -> list[bench.Row]:
+def rows(settings: Settings) -> list[Row]:
     """Host side: a row for each model, dense and at each fraction.
 
     Raises:   ValueError: an unknown model.
@@ -52,14 +55,14 @@ def rows(settings: Settings) -> list[bench.Row]:
     ]
 
 
-def _rows(name: str, fraction: float | None, settings: Settings) -> list[bench.Row]:
-    problem = bench.Problem(name, settings.batch, "float32")
+def _rows(name: str, fraction: float | None, settings: Settings) -> list[Row]:
+    problem = Problem(name, settings.batch, "float32")
     params = problem.params if fraction is None else problem.low_rank(fraction)
     tx = oialr.freeze_bases(problem.optimizer)
     batch = (problem.image, problem.label)
     forward = oialr.factored(problem.forward)
     holder = {"state": problem.state(params, tx)}
-    step = bench.Program(problem.train_step(forward), holder, *batch)
+    step = Program(problem.train_step(forward), holder, *batch)
 
     def loss(params: Any, image: Array, rest: Any, key: Array) -> Array:
         logits, _ = problem.forward(params, rest, image)
@@ -77,7 +80,7 @@ def _rows(name: str, fraction: float | None, settings: Settings) -> list[bench.R
         step.run,
         lambda: jax.block_until_ready(compiled(*given)),
     ]
-    (base, *_), (taken, least, most) = bench.interleaved(runs, settings.repeats)
+    (base, *_), (taken, least, most) = interleaved(runs, settings.repeats)
     analysis: Any = compiled.memory_analysis()
     return [
         {
@@ -98,24 +101,32 @@ def _rows(name: str, fraction: float | None, settings: Settings) -> list[bench.R
     ]
 
 
+def table(rows: Sequence[Row]) -> str:
+    """Markdown of the rows."""
+    head = ["model", "rank", "step, ms", "look, ms", "ratio", "sums over weights"]
+    lines = []
+    for row in rows:
+        rank = row["rank_fraction"]
+        cells = [row["model"], "dense" if rank is None else f"{rank:.3g}"]
+        cells += [f"{row[x]:.1f}" for x in ("step_ms", "look_ms")]
+        share = row["sums_bytes"] / row["weights_bytes"]
+        lines.append([*cells, f"{row['ratio']:.2f}", f"{share:.2f}"])
+    return markdown.table(head, lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Host side: the command."""
     settings = tyro.cli(Settings, args=arguments, prog="train.studies.looking")
     try:
+        settings = files.with_paths_expanded(settings)
+        if settings.json is not None:
+            files.writable(settings.json.parent)
         found = rows(settings)
-    except ValueError as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
-    print("| model | rank | step, ms | look, ms | ratio | sums over weights |")
-    print("|" + " --- |" * 6)
-    for row in found:
-        rank = row["rank_fraction"]
-        print(
-            f"| {row['model']} | {'dense' if rank is None else f'{rank:.3g}'} | "
-            f"{row['step_ms']:.1f} | {row['look_ms']:.1f} | {row['ratio']:.2f} | "
-            f"{row['sums_bytes'] / row['weights_bytes']:.2f} |"
-        )
+    print(table(found))
     if settings.json is not None:
-        bench.write("train.studies.looking", arguments, found, settings.json)
+        write("train.studies.looking", arguments, found, settings.json)
 
 
 if __name__ == "__main__":

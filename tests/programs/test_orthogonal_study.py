@@ -9,18 +9,20 @@ import numpy as np
 import pytest
 
 import oialr_jax as oialr
-from train import orthogonal_runs as program
+from train import files, optimizers
 from train.models.mlp import MLP
+from train.models.table import MODELS
+from train.studies import arms, quadratic
+from train.studies import orthogonal as program
 
-DENSE = program.Kind("digits", "mlp", "orthogonal", 32, 12)
+DENSE = arms.Kind("digits", "mlp", "orthogonal", 32, 12)
 LOW = dataclasses.replace(DENSE, arm="muon", named=True, cosine=True, rank=0.25)
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     monkeypatch.setattr(program, "RATES", (1e-3, 1e-2))
-    table = {**program.MODELS, "mlp": lambda: MLP(hidden=(16, 12), classes=10)}
-    monkeypatch.setattr(program, "MODELS", table)
+    monkeypatch.setitem(MODELS, "mlp", (MLP(hidden=(16, 12), classes=10), {}))
 
 
 def row(arm, rate, seed, validation, accuracy, **more):
@@ -30,9 +32,9 @@ def row(arm, rate, seed, validation, accuracy, **more):
 
 
 def test_training_is_compiled_once_and_repeats_bit_for_bit(monkeypatch):
-    data = program.load("digits", None)
+    data = arms.load("digits", None)
     assert [len(x.label) for x in data] == [1149, 288, 360]
-    made = program.Program(DENSE, data)
+    made = arms.Program(DENSE, data)
     first, again, other, faster = (
         made.run(rate, seed)
         for rate, seed in ((0.01, 0), (0.01, 0), (0.01, 1), (0.1, 0))
@@ -43,13 +45,13 @@ def test_training_is_compiled_once_and_repeats_bit_for_bit(monkeypatch):
     assert first["accuracy"] > 0.3
     monkeypatch.setattr(made, "predicted", lambda *_: jnp.full((1, 10), jnp.nan))
     diverged = made.evaluated(
-        None, None, program.Part(data.test.image[:1], jnp.zeros(1, int))
+        None, None, arms.Part(data.test.image[:1], jnp.zeros(1, int))
     )
     assert diverged == (0.0, float("inf"))
 
 
 def test_a_rank_holds_the_matrices_from_a_third_of_the_run_on(monkeypatch):
-    made = program.Program(LOW, program.load("digits", None))
+    made = arms.Program(LOW, arms.load("digits", None))
     phases, phase = [], made.phase
 
     def watched(carry, rate, order):
@@ -71,7 +73,7 @@ def test_a_rank_holds_the_matrices_from_a_third_of_the_run_on(monkeypatch):
 def test_the_rate_warms_up_and_falls_to_zero_where_it_shall():
     """The last step of a run does nothing, the steps of a constant rate are alike."""
     kind = dataclasses.replace(LOW, arm="adamw", rank=None, steps=40)
-    made = program.Program(kind, _flat())
+    made = arms.Program(kind, _flat())
     tx, params = made.optimizer(0.1), {"w": jnp.ones((4, 3))}
     state, steps = tx.init(params), []
     for _ in range(41):
@@ -83,19 +85,19 @@ def test_the_rate_warms_up_and_falls_to_zero_where_it_shall():
 
 
 def _flat():
-    part = program.Part(jnp.zeros((8, 4, 4, 1)), jnp.zeros(8, int))
-    return program.Data(part, part, part)
+    part = arms.Part(jnp.zeros((8, 4, 4, 1)), jnp.zeros(8, int))
+    return arms.Data(part, part, part)
 
 
 def test_every_epoch_is_a_new_order_of_all():
-    order = program.batches(0, 10, 3, 7)
+    order = arms.batches(0, 10, 3, 7)
     assert order.shape == (7, 3)
     for epoch in (order[:3], order[3:6]):
         assert len(set(epoch.ravel())) == 9
     assert not np.array_equal(order[:3], order[3:6])
-    np.testing.assert_array_equal(order, program.batches(0, 10, 3, 7))
+    np.testing.assert_array_equal(order, arms.batches(0, 10, 3, 7))
     with pytest.raises(ValueError, match=r"`batch` must be in \[1, 10\], got 11"):
-        program.batches(0, 10, 11, 7)
+        arms.batches(0, 10, 11, 7)
 
 
 def test_what_is_in_the_record_is_not_trained_again(tmp_path, monkeypatch, capsys):
@@ -130,6 +132,30 @@ def test_what_is_in_the_record_is_not_trained_again(tmp_path, monkeypatch, capsy
     printed = capsys.readouterr().out
     for arm in ("orthogonal", "sgd"):
         assert printed.count(f"| {arm} | 80.0 | 80.0 | 2 | 0.001 | 80.0 ± 0.0 |") == 2
+
+
+def test_a_record_that_was_cut_goes_on_and_has_what_diverged(tmp_path, capsys):
+    run = program.Run("digits", DENSE, 1e-3, 0)
+    bad = {"validation": -np.inf, "accuracy": 0.0, "loss": np.inf, "ms_per_step": 1.0}
+    record = tmp_path / "record.jsonl"
+    files.append(record, program.as_row(run) | bad)
+    assert "Infinity" not in record.read_text()
+    with record.open("a") as stream:
+        stream.write('{"study": "di')
+    (found,) = program.read(record)
+    assert (found["validation"], found["loss"]) == (-np.inf, np.inf)
+    assert "line 2 is no record" in capsys.readouterr().err
+    program.perform([run], program.Settings(out=record))
+    assert "the last line was cut short" in capsys.readouterr().err
+    assert len(record.read_text().splitlines()) == 1
+
+
+def test_a_record_in_use_is_refused(tmp_path):
+    with (
+        files.held(tmp_path),
+        pytest.raises(SystemExit, match="writes in"),
+    ):
+        program.main(["--studies", "digits", "--out", str(tmp_path / "x.jsonl")])
 
 
 def test_the_rate_is_chosen_by_validation_and_the_test_reported():
@@ -176,7 +202,7 @@ def test_times_are_those_of_dense_and_low_rank_steps(monkeypatch):
             ranks.append(len(oialr.ranks(carry[0][0])))
         return [(1.0, 0, 0), (0.25, 0, 0)]
 
-    monkeypatch.setattr(program.bench, "interleaved", interleaved)
+    monkeypatch.setattr(program, "interleaved", interleaved)
     assert program.times(None) == {"muon": pytest.approx(6 * 1.5 / 3)}
     assert ranks == [0, 2]
 
@@ -184,10 +210,10 @@ def test_times_are_those_of_dense_and_low_rank_steps(monkeypatch):
 def test_studies_name_what_exists():
     for study in set(program.STUDIES) - {"quadratic", "cores-time"}:
         for kind in program.kinds(study):
-            table = program.optimizers.OPTIMIZERS if kind.named else program.ARMS
+            table = optimizers.OPTIMIZERS if kind.named else arms.ARMS
             assert kind.arm in table
-            assert kind.model in {*program.MODELS, "barlow-twins"}
-            assert kind.data in {*program.SIZES, "shakespeare"}
+            assert kind.model in {*MODELS, "barlow-twins", "transformer"}
+            assert kind.data in {*arms.SIZES, "shakespeare"}
     with pytest.raises(
         SystemExit, match="unknown study 'digit', did you mean 'digits'"
     ):
@@ -200,10 +226,10 @@ def test_cores_time_needs_the_cores(tmp_path):
 
 
 def test_the_quadratic_is_solved_where_there_is_no_noise(monkeypatch):
-    monkeypatch.setattr(program, "NOISES", (0.0, 1.0))
-    lines = program.quadratic(seeds=2, steps=60, side=4).splitlines()
+    monkeypatch.setattr(quadratic, "NOISES", (0.0, 1.0))
+    lines = quadratic.quadratic(seeds=2, steps=60, side=4).splitlines()
     assert [x.split(" | ")[0] for x in lines[2:]] == [
-        f"| {x}" for x in program.QUADRATIC
+        f"| {x}" for x in quadratic.QUADRATIC
     ]
     for line in lines[2:]:
         quiet, noisy = (float(x.split(" ± ")[0]) for x in line.split(" | ")[1:])

@@ -1,4 +1,4 @@
-"""What the front door costs beside the same parts by hand: python -m train.front_door.
+"""What the front door costs beside the same parts put together by hand.
 
 Each pair is two programs that do the same: a step of `training`, `wrap` or `nnx.wrap`,
 and one put together from the layers below. Both go through the conversion and are timed
@@ -6,6 +6,7 @@ in low rank, in one process, in turn, a block of steps each. The ratio of a roun
 that of two neighbouring blocks, whose order alternates; the median of all rounds is
 reported, with the middle half of them.
 
+Command:   python -m train.studies.front_door
 Hardware:  two CPU cores, float32, no data
 Results:   train/results/front_door.md
 """

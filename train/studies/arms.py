@@ -1,79 +1,27 @@
-"""Orthogonal gradients beside their controls: python -m train.orthogonal_runs.
-
-Every arm has the same grid of learning rates and the same seeds; the rate is chosen by
-the accuracy on held-out training images, reported is that on the test set. Prints one
-Markdown table for each study. Runs that are in the file already are not repeated.
-
-digits      BasicCNN, batch 256, 24 steps, a constant rate: the paper's naive recipe
-cosine      the same for 120 steps, the rate falling to zero: the tuned one
-batch-N     BasicCNN on digits, batches of 4, 16, 64 and 256, the same epochs
-depth-N     ResNet-8 and ResNet-20 on digits, batch 256, 40 steps
-fashion     BasicCNN on 20,000 images of Fashion-MNIST, batch 256, 156 steps
-cores       the vision transformer on digits, 400 steps, after a third in low rank
-dense       the same without low rank
-cores-time  as cores, each optimizer for as long as AdamW takes, at its best rate
-text        a transformer on characters, 200 steps of 16 passages of 64
-selfsup     Barlow Twins on digits, batch 256, 67 steps; `test` is a linear classifier,
-            `loss` that of the last tenth of the training, by which the rate is chosen
-quadratic   momentum before or after, on a noisy quadratic of a 16x16 matrix
+"""What the study of orthogonal gradients trains: kinds of runs, optimizers, data.
 
 A run is a loop around one compiled step with the whole dataset on the device: no
 augmentation, no checkpoints, no schedule of ranks.
-
-Command:   python -m train.orthogonal_runs --data-dir data
-Results:   train/results/orthogonal.md
 """
 
 import dataclasses
 import functools
-import json
 import pathlib
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
-from flax import linen as nn
 from jaxtyping import Array
-from tqdm import tqdm
 
 import oialr_jax as oialr
 from oialr_jax.matrices import Matrix
-from train import bench, names, optimizers, process, recipe, selfsup
-from train.models.basic_cnn import BasicCNN
-from train.models.resnet import ResNet
+from train import names, optimizers, recipe, selfsup
+from train.models.table import MODELS
 from train.models.transformer import Transformer
-from train.models.vit import VisionTransformer
-
-RATES = tuple(float(f"{x:.0e}") for x in np.logspace(-3, 0, 7))
-"""1e-3 to 1 in half decades, the grid of every arm."""
-FEWER = {
-    "selfsup": RATES[:6],
-    "dense": RATES[:5],
-    "fashion": RATES[2:6],
-    "text": RATES[:4],
-    "depth-20": RATES[:5],
-}
-"""The grid of every arm in studies that take long."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Which runs."""
-
-    studies: tuple[str, ...] = ()
-    """Of the list above; by default all."""
-    seeds: int = 3
-    """Runs of each kind, from seed 0 on."""
-    data_dir: pathlib.Path = pathlib.Path("data")
-    """Where `python -m train.data.prepare` put Fashion-MNIST."""
-    out: pathlib.Path = pathlib.Path("runs/orthogonal.jsonl")
-    """The record, one line for each run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,18 +39,6 @@ class Kind:
     """The arm is an optimizer of `train.optimizers`, with gradients clipped."""
     rank: float | None = None
     """Of the small side, in which matrices are held after a third of the run."""
-
-
-class Run(NamedTuple):
-    """One training run."""
-
-    study: str
-    kind: Kind
-    rate: float
-    seed: int
-
-
-# What is trained
 
 
 class Part(NamedTuple):
@@ -165,19 +101,14 @@ def _passages(data_dir: pathlib.Path) -> Data:
 
 
 CONTEXT = 64
-MODELS: Mapping[str, Callable[[], nn.Module]] = {
-    "BasicCNN": BasicCNN,
-    "ResNet-8": lambda: ResNet((16, 32, 64), (1, 1, 1), classes=10),
-    "ResNet-20": lambda: ResNet((16, 32, 64), (3, 3, 3), classes=10),
-    "vit-digits": lambda: VisionTransformer(
-        patch=2, depth=4, heads=4, width=64, classes=10
-    ),
-    "transformer": lambda: Transformer(
-        tokens=65, context=CONTEXT, depth=2, heads=4, width=64
-    ),
-}
+
+
+TEXT = Transformer(tokens=65, context=CONTEXT, depth=2, heads=4, width=64)
+
 
 Matrices = Sequence[Matrix]
+
+
 Arm = Callable[[Any, Matrices], optax.GradientTransformation]
 
 
@@ -244,7 +175,9 @@ class Program:
     def __init__(self, kind: Kind, data: Data) -> None:
         """Find the matrices; compile when first run."""
         self.kind, self.data = kind, data
-        self.model = names.find("model", kind.model, MODELS)()
+        self.model = TEXT
+        if kind.data != "shakespeare":
+            self.model, _ = names.find("model", kind.model, MODELS)
         variables = jax.eval_shape(
             self.model.init, jax.random.key(0), data.train.image[:1]
         )
@@ -369,7 +302,7 @@ class Program:
 
 
 class Unlabelled:
-    """The same for a task of `train.selfsup`."""
+    """A program for a task of `train.selfsup`."""
 
     def __init__(self, kind: Kind, data_dir: pathlib.Path) -> None:
         """Find the convolutions; compile when first run."""
@@ -444,298 +377,3 @@ def batches(seed: int, count: int, batch: int, steps: int) -> np.ndarray:
     orders = [random.permutation(count) for _ in range(-(-steps // whole))]
     rows = [order[: whole * batch].reshape(-1, batch) for order in orders]
     return np.concatenate(rows)[:steps]
-
-
-# Which runs
-
-
-MAIN = ("sgd", "normalize_tensor", "normalize_components", "orthogonal")
-
-
-def kinds(study: str) -> list[Kind]:
-    """What a study compares.
-
-    Raises:   ValueError: there is no study of this name.
-    """
-    cnn = functools.partial(Kind, "digits", "BasicCNN")
-    deep = functools.partial(Kind, "digits", batch=256, steps=40)
-    controlled = ("sgd", "normalize_components", "orthogonal")
-    epochs = {4: 1, 16: 1, 64: 4, 256: 6}
-    table: dict[str, list[Kind]] = {
-        "digits": [cnn(x, 256, 24) for x in ARMS],
-        "cosine": [cnn(x, 256, 120, cosine=True) for x in ARMS],
-        "fashion": [
-            Kind("fashion", "BasicCNN", x, 256, 156)
-            for x in (*MAIN, "orthogonal but the head")
-        ],
-        "cores": [
-            Kind("digits", "vit-digits", x, 64, 400, cosine=True, named=True, rank=0.25)
-            for x in DECAYS
-        ],
-        "dense": [
-            Kind("digits", "vit-digits", x, 64, 400, cosine=True, named=True)
-            for x in ("adamw", "adam", "orthogonal_sgd", "muon")
-        ],
-        "text": [
-            Kind("shakespeare", "transformer", x, 16, 200, cosine=True, named=True)
-            for x in ("adamw", "muon", "swan")
-        ],
-        "selfsup": [Kind("digits", "barlow-twins", x, 256, 67) for x in MAIN],
-    }
-    table |= {
-        f"batch-{b}": [
-            cnn(x, b, n * 1149 // b) for x in (*MAIN, "momentum, then orthogonal")
-        ]
-        for b, n in epochs.items()
-    }
-    table |= {
-        f"depth-{n}": [deep(f"ResNet-{n}", arm=x) for x in controlled] for n in (8, 20)
-    }
-    return names.find("study", study, table)
-
-
-STUDIES = (
-    "digits",
-    *(f"batch-{b}" for b in (4, 16, 64, 256)),
-    "cores",
-    "cores-time",
-    "cosine",
-    "quadratic",
-    "depth-8",
-    "selfsup",
-    "dense",
-    "fashion",
-    "text",
-    "depth-20",
-)
-
-
-def missing(record: pathlib.Path, runs: Iterable[Run]) -> Iterator[Run]:
-    """Host side: those of the runs that the file does not have, kinds together."""
-    done = {identity(row) for row in read(record)}
-    return (x for x in runs if identity(as_row(x)) not in done)
-
-
-def as_row(run: Run) -> dict[str, Any]:
-    """What a line of the record says of the run itself."""
-    own = {"study": run.study, "rate": run.rate, "seed": run.seed}
-    return own | dataclasses.asdict(run.kind)
-
-
-def identity(row: Mapping[str, Any]) -> str:
-    """The same for lines of the same run."""
-    fields = ["study", "rate", "seed", *(x.name for x in dataclasses.fields(Kind))]
-    return json.dumps([row[x] for x in fields])
-
-
-def read(record: pathlib.Path) -> list[dict[str, Any]]:
-    """Host side: the lines of the record, none if there is no file."""
-    if not record.exists():
-        return []
-    return [json.loads(line) for line in record.read_text().splitlines()]
-
-
-def perform(runs: Sequence[Run], settings: Settings) -> None:
-    """Host side: train what is missing; every run is a line when it has ended."""
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    todo = list(missing(settings.out, runs))
-    program: Program | Unlabelled | None = None
-    for run in tqdm(todo, runs[0].study, leave=False):
-        if program is None or program.kind != run.kind:
-            if run.kind.model == "barlow-twins":
-                program = Unlabelled(run.kind, settings.data_dir)
-            else:
-                program = Program(run.kind, load(run.kind.data, settings.data_dir))
-        row = as_row(run) | program.run(run.rate, run.seed)
-        with settings.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-def swept(study: str, seeds: int) -> list[Run]:
-    """Every kind at every rate."""
-    return [
-        Run(study, kind, rate, seed)
-        for kind in kinds(study)
-        for rate in FEWER.get(study, RATES)
-        for seed in range(seeds)
-    ]
-
-
-def as_long(
-    rows: Sequence[Mapping[str, Any]], took: Mapping[str, float], seeds: int
-) -> list[Run]:
-    """The study of cores again, each for as many steps as the time of AdamW allows."""
-    best = chosen(rows)
-    return [
-        Run(
-            "cores-time",
-            dataclasses.replace(x, steps=round(x.steps * took["adamw"] / took[x.arm])),
-            best[x.arm],
-            seed,
-        )
-        for x in kinds("cores")
-        for seed in range(seeds)
-    ]
-
-
-def times(data_dir: pathlib.Path, rounds: int = 15) -> dict[str, float]:
-    """Host side: seconds of the cores' runs by arm, a third of them dense.
-
-    All take five steps in turn, medians over the rounds.
-    """
-    timed: list[Callable[[], Any]] = []
-
-    def add(program: Program, carry: Any) -> None:
-        order = batches(0, len(program.data.train.label), program.kind.batch, 5)
-        holder = [carry]
-
-        def run() -> None:
-            holder[0], _ = program.phase(holder[0], 1e-3, order)
-
-        timed.append(run)
-
-    for kind in kinds("cores"):
-        program = Program(kind, load(kind.data, data_dir))
-        for low in (False, True):
-            carry = program.initial(jax.random.key(0))
-            add(program, program.converted(carry, kind.rank or 1.0) if low else carry)
-    middle = [x for x, *_ in bench.interleaved(timed, rounds)]
-    return {
-        kind.arm: kind.steps / 5 * (dense + 2 * low) / 3
-        for kind, dense, low in zip(
-            kinds("cores"), middle[::2], middle[1::2], strict=True
-        )
-    }
-
-
-# Tables
-
-
-def chosen(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The rate of each arm with the best mean accuracy on held-out training images."""
-    found: dict[str, dict[float, list[float]]] = {}
-    for row in rows:
-        by_rate = found.setdefault(row["arm"], {})
-        by_rate.setdefault(row["rate"], []).append(row["validation"])
-    return {
-        arm: max(by_rate, key=lambda x: float(np.mean(by_rate[x])))
-        for arm, by_rate in found.items()
-    }
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Test accuracy in per cent by arm and rate, mean ± std over seeds; Markdown.
-
-    The column `plateau` counts the rates within one point of the best of the arm.
-    """
-    rates = sorted({row["rate"] for row in rows})
-    best = chosen(rows)
-    head = ["arm", *(f"{x:g}" for x in rates), "plateau", "rate", "test", "loss"]
-    lines = [[*head, "ms a step"], ["---"] * (len(head) + 1)]
-    for arm, rate in best.items():
-        mine = [row for row in rows if row["arm"] == arm]
-
-        def values(x: float, name: str, mine: Any = mine) -> list[float]:
-            return [row[name] for row in mine if row["rate"] == x]
-
-        means = [float(np.mean(values(x, "accuracy") or [np.nan])) for x in rates]
-        wide = sum(x > max(means) - 0.01 for x in means)
-        cells = [arm, *(f"{1e2 * x:.1f}" for x in means), str(wide), f"{rate:g}"]
-        cells.append(_spread(values(rate, "accuracy"), 1e2, 1))
-        cells.append(_spread(values(rate, "loss"), 1, 3))
-        cells.append(f"{min(row['ms_per_step'] for row in mine):.1f}")
-        lines.append(cells)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _spread(values: Sequence[float], scale: float, digits: int) -> str:
-    mean, deviation = scale * np.mean(values), scale * np.std(values)
-    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
-
-
-# The study that trains no network
-
-
-NOISES = (0.1, 0.5, 2.0, 5.0)
-QUADRATIC: Mapping[str, optax.GradientTransformation] = {
-    "sgd": optax.trace(0.9),
-    "normalize_components": optax.chain(
-        oialr.orthogonal.normalize_components(), optax.trace(0.9)
-    ),
-    "orthogonal": optax.chain(oialr.orthogonal.orthogonalize(), optax.trace(0.9)),
-    "momentum, then orthogonal": optax.chain(
-        optax.trace(0.9), oialr.orthogonal.orthogonalize()
-    ),
-}
-
-
-def quadratic(seeds: int = 16, steps: int = 300, side: int = 16) -> str:
-    """The last loss of each order by noise, each at its own rate; Markdown.
-
-    The loss is half the trace of (W - A)ᵀ H (W - A), H with eigenvalues from 0.01 to 1;
-    the entries of a gradient have noise of deviation sigma. The rate falls as a cosine
-    from one of 13 values; the best by the mean over seeds is shown in brackets.
-    """
-    rates = jnp.logspace(-4, 0, 13)
-    h = jnp.logspace(-2, 0, side)[:, None]
-    fall = optax.cosine_decay_schedule(1.0, steps)
-
-    def last(tx: optax.GradientTransformation, sigma: Any, rate: Any, key: Any) -> Any:
-        first, *keys = jax.random.split(key, steps + 1)
-        target = jax.random.normal(first, (side, side))
-
-        def step(carry: Any, x: Any) -> Any:
-            w, state = carry
-            t, key = x
-            g = h * (w - target) + sigma * jax.random.normal(key, w.shape)
-            updates, state = tx.update({"w": g}, state)
-            return (w - rate * fall(t) * updates["w"], state), None
-
-        start = jnp.zeros((side, side))
-        carry = (start, tx.init({"w": start}))
-        (w, _), _ = jax.lax.scan(step, carry, (jnp.arange(steps), jnp.stack(keys)))
-        return 0.5 * jnp.sum(h * (w - target) ** 2)
-
-    lines = [["arm", *(f"sigma {x:g}" for x in NOISES)], ["---"] * (1 + len(NOISES))]
-    for name, tx in QUADRATIC.items():
-        of_seeds = jax.vmap(functools.partial(last, tx), (None, None, 0))
-        run = jax.jit(jax.vmap(of_seeds, (None, 0, None)))
-        cells = [name]
-        for sigma in NOISES:
-            losses = run(sigma, rates, jax.random.split(jax.random.key(0), seeds))
-            best = int(jnp.argmin(jnp.nan_to_num(jnp.mean(losses, 1), nan=jnp.inf)))
-            cells.append(f"{_spread(losses[best], 1, 4)} ({rates[best]:.2g})")
-        lines.append(cells)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Host side: train what is missing, print the tables."""
-    settings = tyro.cli(
-        Settings, args=arguments, prog="python -m train.orthogonal_runs"
-    )
-    try:
-        for study in settings.studies or STUDIES:
-            if study == "quadratic":
-                print(f"\n{study}\n\n{quadratic()}", flush=True)
-                continue
-            if study == "cores-time":
-                rows = [x for x in read(settings.out) if x["study"] == "cores"]
-                if not rows:
-                    raise ValueError("`cores-time` needs the runs of `cores` first")
-                took = times(settings.data_dir)
-                print({arm: f"{x:.2f} s" for arm, x in took.items()})
-                runs = as_long(rows, took, settings.seeds)
-            else:
-                runs = swept(study, settings.seeds)
-            perform(runs, settings)
-            wanted = {identity(as_row(x)) for x in runs}
-            rows = [x for x in read(settings.out) if identity(x) in wanted]
-            print(f"\n{study}\n\n{table(rows)}", flush=True)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    process.use_huge_pages()
-    main()

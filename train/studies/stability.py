@@ -1,4 +1,4 @@
-"""When bases settle, with controls: python -m train.stability_curves --data-dir data.
+"""When bases settle, with controls: python -m train.studies.stability --data-dir data.
 
 Trains the dense presets with the learning rate falling and constant, follows every
 matrix over twentieths of a run (the paper's interval: 5 epochs of 100), and draws
@@ -6,12 +6,11 @@ RUNS/stability-PRESET.png: the mean curves of both, over seeds, beside a random 
 as large. Prints a table, and the mean stability of each layer in thirds of the run.
 Runs that are in the folder already are not repeated.
 
-Command:   python -m train.stability_curves --seeds 3 --data-dir data
+Command:   python -m train.studies.stability --seeds 3 --data-dir data
 Results:   train/results/stability.md
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,9 +21,9 @@ import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from train import images, loop, names, process, report
+from train import files, images, markdown, names, process, report
 
-Found = Mapping[Any, Sequence[Sequence[report.Record]]]
+Found = Mapping[Any, Sequence[Sequence[files.Record]]]
 """Lines about stability by learning rate and seed."""
 
 RATES: tuple[Literal["cosine", "constant"], ...] = ("cosine", "constant")
@@ -45,11 +44,11 @@ class Settings:
     """Runs go to folders in here."""
 
 
-def run(settings: Settings, preset: str, rate: Any, seed: int) -> list[report.Record]:
+def run(settings: Settings, preset: str, rate: Any, seed: int) -> list[files.Record]:
     """Host side: the lines about stability of one run, trained if it is not there."""
     name = f"stability-{preset}-{rate}-seed{seed}"
     folder = settings.out / name
-    if not (folder / loop.SUMMARY).exists():
+    if not (folder / files.SUMMARY).exists():
         usual = images.PRESETS[preset][1]
         given = dataclasses.replace(
             usual,
@@ -58,11 +57,12 @@ def run(settings: Settings, preset: str, rate: Any, seed: int) -> list[report.Re
             seed=seed,
             track_every=usual.steps // INTERVALS,
             save_every=usual.steps,
+            resume=True,
             data_dir=settings.data_dir,
             out=settings.out,
         )
         images.run(given, name=name)
-    return [r for r in report.read(folder) if r["kind"] == "stability"]
+    return [r for r in files.read(folder) if r["kind"] == "stability"]
 
 
 def draw(found: Found, preset: str) -> Figure:
@@ -86,22 +86,20 @@ def table(found: Found) -> str:
     """Means over layers and seeds at every other interval; a table for each rate."""
     tables = []
     for rate, runs in found.items():
-        shown = runs[0][::2]
-        lines = [" | ".join([f"| {rate}", *(f"{r['epoch']:.3g}" for r in shown)])]
-        lines.append("| --- " * (1 + len(shown)))
+        rows = []
         for name, title, *_ in report.SERIES:
             values = np.array([[report.run_mean(r, name) for r in run] for run in runs])
-            cells = [f"{x:.3f}" for x in values.mean(0)[::2]]
             spread = np.nanmax(np.nanstd(values, axis=0, ddof=1))
-            lines.append(f"| {title} (sd to {spread:.3f}) | " + " | ".join(cells))
-        tables.append(" |\n".join(lines) + " |\n")
+            cells = [f"{x:.3f}" for x in values.mean(0)[::2]]
+            rows.append([f"{title} (sd to {spread:.3f})", *cells])
+        head = [str(rate), *(f"{r['epoch']:.3g}" for r in runs[0][::2])]
+        tables.append(markdown.table(head, rows) + "\n")
     return "\n".join(tables)
 
 
 def layers(found: Found) -> str:
     """Stability of each layer and, in brackets, of its null in thirds of the runs."""
-    lines = ["| layer, first / middle / last third | " + " | ".join(found)]
-    lines.append("| --- " * (1 + len(found)))
+    rows = []
     for path in next(iter(found.values()))[0][0]["layers"]:
         cells = []
         for runs in found.values():
@@ -119,14 +117,19 @@ def layers(found: Found) -> str:
                 )
                 cell.append("{:.3f} ({:.3f})".format(*both))
             cells.append(" / ".join(cell))
-        lines.append(f"| {path} | " + " | ".join(cells))
-    return " |\n".join(lines) + " |\n"
+        rows.append([path, *cells])
+    head = ["layer, first / middle / last third", *map(str, found)]
+    return markdown.table(head, rows) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Host side: train what is missing, draw, print the tables."""
-    settings = tyro.cli(Settings, args=arguments)
+    settings = tyro.cli(
+        Settings, args=arguments, prog="python -m train.studies.stability"
+    )
     try:
+        settings = files.with_paths_expanded(settings)
+        files.writable(settings.out)
         for preset in settings.presets:
             names.find("preset", preset, images.PRESETS)
         for preset in settings.presets:
@@ -138,13 +141,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             FigureCanvasAgg(draw(found, preset)).print_figure(path, dpi=90)
             print(f"\n{path}\n\n{table(found)}\n{layers(found)}")
             for rate in RATES:
-                summaries = [
-                    settings.out / f"stability-{preset}-{rate}-seed{i}" / loop.SUMMARY
+                folders = [
+                    settings.out / f"stability-{preset}-{rate}-seed{i}"
                     for i in range(settings.seeds)
                 ]
-                right = [
-                    100 * json.loads(x.read_text())["test_accuracy"] for x in summaries
-                ]
+                right = [100 * files.summary(x)["test_accuracy"] for x in folders]
                 spread = np.std(right, ddof=1)
                 print(f"{rate}: {np.mean(right):.2f} ± {spread:.2f} % right")
     except (ValueError, OSError, FloatingPointError) as error:

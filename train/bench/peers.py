@@ -1,7 +1,4 @@
-"""Other ways to train with less, for the benchmark alone: LoRA, and OIALR in PyTorch.
-
-GaLore needs no code here: Optax has it.
-"""
+"""Other ways to train with less: GaLore, LoRA, and the authors' scheme in PyTorch."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -10,9 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import linen as nn
 from jaxtyping import Array
 
+from train import names
+from train.bench import problem as problems
+from train.bench.problem import Problem, Program, State
 from train.models.vit import VisionTransformer
 
 
@@ -185,3 +186,56 @@ class TorchViT:
     def state_bytes(self) -> int:
         """Memory of the optimizer's state: two moments of what is trained."""
         return sum(2 * 4 * x.numel() for x in self.module.parameters())
+
+
+def _galore(problem: Problem, fraction: float) -> Program:
+    """The dense model under Optax's GaLore, its one rank that of the median layer."""
+    ranks = sorted(problem.ranks(fraction).values())
+    tx = optax.contrib.galore(
+        3e-4,
+        rank=ranks[len(ranks) // 2],
+        update_proj_gap=200,
+        base_optimizer=optax.scale_by_adam(),
+        weight_decay=1e-4,
+    )
+    holder = {"state": problem.state(problem.params, tx)}
+    step = problem.train_step(problem.forward)
+    return Program(step, holder, problem.image, problem.label)
+
+
+def _lora(problem: Problem, fraction: float) -> Program:
+    """The dense model, frozen, with trained adapters of the same ranks."""
+    pairs = adapters(problem.params, problem.ranks(fraction), jax.random.key(1))
+    base = problem.params
+
+    def forward(pairs: Any, rest: Any, image: Array) -> Any:
+        base, rest = rest["base"], rest["rest"]
+        apply = lora(problem.forward, pairs)
+        out, rest = apply(base, rest, image)
+        return out, {"base": base, "rest": rest}
+
+    params, rest = jax.tree.map(
+        jnp.array, (pairs, {"base": base, "rest": problem.rest})
+    )
+    tx = problem.optimizer
+    state = State.create(apply_fn=None, params=params, tx=tx, rest=rest)
+    step = problem.train_step(forward)
+    return Program(step, {"state": state}, problem.image, problem.label)
+
+
+def compares(peer: str, name: str) -> bool:
+    """Whether the peer has this model: PyTorch has the vision transformers."""
+    model, _ = names.find("model", name, problems.CASES)
+    return not peer.startswith("torch") or isinstance(model, VisionTransformer)
+
+
+def _torch(problem: Problem, ranks: Mapping[str, int]) -> Any:
+    return TorchViT(problem.model, ranks, problem.image, problem.label)
+
+
+PEERS: Mapping[str, Callable[[Problem, float], Any]] = {
+    "galore": _galore,
+    "lora": _lora,
+    "torch": lambda problem, fraction: _torch(problem, problem.ranks(fraction)),
+    "torch-dense": lambda problem, fraction: _torch(problem, {}),
+}

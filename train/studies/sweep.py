@@ -1,10 +1,11 @@
-"""Search for a recipe of low rank: python -m train.sweep PRESET.
+"""Search for a recipe of low rank: python -m train.studies.sweep PRESET.
 
 Tries cutoffs, delays, intervals, steps over the layers and learning rates of a preset
 of train.images, train.forecast or train.text, for the best metric at the fewest stored
 weights, and prints the trials that no other beats in both. It keeps what it knows in
 OUT/PRESET/sweep.db, beside the folders of its runs: the same command goes on after a
-kill, and with more --trials adds to those that are done.
+kill, and with more --trials adds to those that are done. Trials of another length or
+seed, or of small forms, are no trials of the same search.
 
 Choose by validation images where a preset has them, or by other seeds than you report.
 """
@@ -18,7 +19,9 @@ from typing import Any, Literal
 import optuna
 import tyro
 
-from train import forecast, images, names, process, recipe, text
+from train import files, forecast, images, names, process, text
+from train import settings as common
+from train.markdown import table
 
 PROGRAMS: Sequence[tuple[Any, Literal["maximize", "minimize"]]] = (
     (images, "maximize"),
@@ -51,26 +54,17 @@ class Settings:
 def search(settings: Settings) -> optuna.Study:
     """Host side: the study, once it has as many trials as were asked for.
 
-    Raises:   ValueError: an unknown preset, or no trials.
+    Raises:   ValueError: an unknown preset, no trials, or a file that has no study.
     """
     if settings.trials < 1:
         raise ValueError(f"`trials` must be at least 1, got {settings.trials}")
-    table = {
+    settings = files.with_paths_expanded(settings)
+    programs = {
         name: (program, usual, direction)
         for program, direction in PROGRAMS
         for name, (_, usual) in program.PRESETS.items()
     }
-    program, usual, direction = names.find("preset", settings.preset, table)
-    folder = settings.out / settings.preset
-    folder.mkdir(parents=True, exist_ok=True)
-    study = optuna.create_study(
-        storage=f"sqlite:///{folder / 'sweep.db'}",
-        study_name=settings.preset,
-        directions=[direction, "minimize"],
-        load_if_exists=True,
-    )
-    done = sum(x.state.is_finished() for x in study.trials)
-    study.sampler = optuna.samplers.TPESampler(seed=settings.seed + done)
+    program, usual, direction = names.find("preset", settings.preset, programs)
     base = dataclasses.replace(
         usual,
         method="oialr",
@@ -78,8 +72,25 @@ def search(settings: Settings) -> optuna.Study:
         seed=settings.seed,
         smoke=settings.smoke,
         data_dir=settings.data_dir,
-        out=folder,
     )
+    name = comparable(settings.preset, base)
+    folder = files.writable(settings.out / settings.preset)
+    base = dataclasses.replace(base, out=folder / name)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        study = optuna.create_study(
+            storage=f"sqlite:///{folder / 'sweep.db'}",
+            study_name=name,
+            directions=[direction, "minimize"],
+            load_if_exists=True,
+        )
+    except Exception as error:  # whatever a damaged file makes of its readers
+        raise ValueError(
+            f"{folder / 'sweep.db'} cannot be read: delete it or choose another --out "
+            f"({str(error).splitlines()[0]})"
+        ) from None
+    done = sum(x.state.is_finished() for x in study.trials)
+    study.sampler = optuna.samplers.TPESampler(seed=settings.seed + done)
 
     def objective(trial: optuna.Trial) -> tuple[float, float]:
         try:
@@ -97,7 +108,13 @@ def search(settings: Settings) -> optuna.Study:
     return study
 
 
-def drawn(trial: optuna.Trial, base: recipe.Settings) -> Any:
+def comparable(preset: str, base: common.Settings) -> str:
+    """The name of the study of all trials that compare with these settings."""
+    form = "-smoke" if base.smoke else f"-steps{base.steps}"
+    return f"{preset}{form}-seed{base.seed}"
+
+
+def drawn(trial: optuna.Trial, base: common.Settings) -> Any:
     """Settings of one trial; learning rates up to four times away from the usual."""
     rate = base.learning_rate
     return dataclasses.replace(
@@ -117,17 +134,16 @@ def markdown(study: optuna.Study) -> str:
     best = sorted(study.best_trials, key=lambda x: x.values[1], reverse=True)
     tried = list(best[0].params) if best else []
     head = ["trial", "metric", "stored", *(x.replace("_", " ") for x in tried)]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    rows = []
     for x in best:
-        cells = [str(x.number), f"{x.values[0]:.4g}", f"{x.values[1]:.1%}"]
-        cells += [f"{x.params[name]:.3g}" for name in tried]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        numbers = [str(x.number), f"{x.values[0]:.4g}", f"{x.values[1]:.1%}"]
+        rows.append([*numbers, *(f"{x.params[name]:.3g}" for name in tried)])
+    return table(head, rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Host side: search, and print what was found."""
-    settings = tyro.cli(Settings, args=arguments, prog="python -m train.sweep")
+    settings = tyro.cli(Settings, args=arguments, prog="python -m train.studies.sweep")
     try:
         print(markdown(search(settings)))
     except (ValueError, OSError) as error:

@@ -1,0 +1,1 @@
+"""What low rank costs and saves, timed: python -m train.bench --suite SUITE."""
