@@ -19,7 +19,7 @@ from oialr_jax.adapters import FrozenBase, adapters, attached, on_base
 from oialr_jax.adaptive import AdaptiveStep, Timing, adaptive
 from oialr_jax.defaults import Choice, Selection, check_params, scheduled
 from oialr_jax.factored import factored
-from oialr_jax.lowrank import PyTree, arrays_only
+from oialr_jax.lowrank import PyTree, arrays_only, materialize
 from oialr_jax.matrices import Matrix, find_matrices
 from oialr_jax.rehearsal import line, shown, traced
 from oialr_jax.reports import Report
@@ -110,6 +110,9 @@ def training(
               they are frozen, and on each matrix a core of zeros trains from the first
               step, W = W0 + U S Vᵀ. There is no conversion; a schedule and a rule, both
               or none, cut the cores' ranks. `run.attached(state)` has the params.
+              With RankRule(raise_by=...) ranks go up too, on a base or without one:
+              into directions of the dense gradient of the batch of the event, the only
+              moment at which one is formed.
               has_aux: the loss returns (value, aux), and so does `run.step`.
               select: options of `select`, as {"exclude": "embed"}, or the matrices.
               follow: copies of the params in `state.beside`, by name, each with the
@@ -326,6 +329,9 @@ class Training:
             seen = (*example, self.base)
             arrays = arrays_only(params)
             state = jax.eval_shape(create, arrays, extra, key)
+        options = self._options
+        if self.rule.raise_by:
+            options = {"directions": self._gradient, **options}
         self._step = adaptive(
             self.train_step,
             self.tx,
@@ -334,7 +340,7 @@ class Training:
             self.rule,
             follow=("beside",) if self._follow else (),
             layout=self._layout,
-            **self._options,
+            **options,
         )
         self._step.check(state.replace(params=_merged(state.params, params)), *seen)
         if self._layout is not None:
@@ -399,6 +405,19 @@ class Training:
         forward, batch = self._on_base(batch)
         args, kwargs = self._arguments(state, batch)
         return self._parts(forward(state.params, *args, **kwargs), state.extra)[0]
+
+    def _gradient(self, state: TrainingState, *batch: Any) -> PyTree:
+        """That of the dense params, for directions of ranks that go up."""
+        params, given = state.params, batch
+        if self._frozen is not None:
+            params, given = attached(params, batch[-1]), batch[:-1]
+        args, kwargs = self._arguments(state, given)
+
+        def value(params: PyTree) -> Any:
+            out = factored(self._loss)(params, *args, **kwargs)
+            return self._parts(out, state.extra)[0]
+
+        return value_and_grad(value)(materialize(params))[1]
 
     def _on_base(
         self, batch: tuple[Any, ...]
