@@ -23,6 +23,7 @@ from oialr_jax.lowrank import (
     Basis,
     LowRank,
     PyTree,
+    check_forms,
     is_low_rank,
     is_node,
     leaf_at,
@@ -106,6 +107,7 @@ def adapters(
     Source:   LoRA-XS (arXiv 2405.17604) for S between frozen factors of W0, which here
               are orthonormal; PiSSA and LoRA-GA for the two other origins.
     """
+    check_forms(params, what="adapters take")
     settings = FrozenBase(rank, train, dtype, of)
     leaves = named_leaves(params)
     known = {x.path: x.axes for x in matrices}

@@ -54,6 +54,7 @@ from oialr_jax.lowrank import (
     PyTree,
     abstract_node,
     arrays_only,
+    check_forms,
     is_low_rank,
     leaf_at,
     leaves_by_path,
@@ -123,6 +124,7 @@ def factorize(
     Source:   OIALR, conversion; the authors' code zeroes the moments and keeps the step
               count, which makes Adam's next steps about three learning rates long.
     """
+    check_forms(params, what="rank events take")
     leaves = named_leaves(params)
     known = {x.path: x.axes for x in matrices}
     given = rank if isinstance(rank, Mapping) else {}
@@ -362,6 +364,7 @@ def densify(
     Raises:   ValueError: `opt_state` without `tx` or the reverse; `tx` as in
               `factorize`.
     """
+    check_forms(params, what="rank events take")
     nodes = {x: leaf for x, leaf in named_leaves(params).items() if is_low_rank(leaf)}
     dense = with_leaves(params, {x: node.materialize() for x, node in nodes.items()})
     _check_wrapped(opt_state, tx)
@@ -401,6 +404,7 @@ def _event(
               matrices: by name, for a rule with a price.
               directions: dense arrays by name; a rank goes up where there is one.
     """
+    check_forms(params, what="rank events take")
     _check_wrapped(opt_state, setup.tx)
     leaves = named_leaves(params)
     old = {x: leaf_at(x, leaves, a.shape) for x, a in axes.items()}
