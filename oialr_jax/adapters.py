@@ -12,19 +12,18 @@ from typing import Any, NamedTuple, final
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array
 
-from oialr_jax import moments, weighted
-from oialr_jax.averages import averages
+from oialr_jax import weighted
 from oialr_jax.factored import factored
 from oialr_jax.forms import Adapted, Frozen, check_stored, frozen
-from oialr_jax.linalg import alone, compute_dtype, svd, token_of
+from oialr_jax.linalg import alone, compute_dtype, svd
 from oialr_jax.lowrank import (
     Axes,
     Basis,
     LowRank,
     PyTree,
+    check_forms,
     is_low_rank,
     is_node,
     leaf_at,
@@ -33,7 +32,6 @@ from oialr_jax.lowrank import (
     path_name,
 )
 from oialr_jax.matrices import Matrix
-from oialr_jax.transform import check_frozen, trainable
 from oialr_jax.weighted import Statistics
 
 
@@ -109,6 +107,7 @@ def adapters(
     Source:   LoRA-XS (arXiv 2405.17604) for S between frozen factors of W0, which here
               are orthonormal; PiSSA and LoRA-GA for the two other origins.
     """
+    check_forms(params, what="adapters take")
     settings = FrozenBase(rank, train, dtype, of)
     leaves = named_leaves(params)
     known = {x.path: x.axes for x in matrices}
@@ -184,12 +183,9 @@ def _origins(of: Any, known: Mapping[str, Axes]) -> dict[str, Any]:
     if of is None:
         return {}
     if isinstance(of, Statistics):
-        return {
-            x: of.covariances(leaf_at(x, of.sides, what="no statistics of"))
-            if False
-            else of.covariances(x)
-            for x in known
-        }
+        for name in known:
+            leaf_at(name, of.sides, what="no statistics of")
+        return {x: of.covariances(x) for x in known}
     trees = named_leaves(of)
     return {x: leaf_at(x, trees, axes.shape) for x, axes in known.items()}
 
@@ -276,102 +272,3 @@ def on_base(fn: Callable[..., Any]) -> Callable[..., Any]:
         return run(attached(cores, base), *args, **kwargs)
 
     return based
-
-
-def raised(
-    cores: PyTree,
-    opt_state: PyTree | None,
-    ranks: Mapping[str, int],
-    of: PyTree,
-    *,
-    tx: optax.GradientTransformation | None = None,
-    moment_rule: moments.MomentRule = moments.MomentRule(),  # noqa: B008 -- frozen
-) -> tuple[PyTree, PyTree]:
-    """Host side: (cores, opt_state) with more directions; W stays what it is.
-
-    A matrix gets the first singular vectors of what `of` has outside of both its bases,
-    (I - U Uᵀ) X (I - V Vᵀ), with zeros in its core. First moments get zeros, which is
-    what they are where no gradient was seen; so do second moments, by which Adam's next
-    step in a new direction is up to (1 - b1) / sqrt(1 - b2) learning rates long. To cut
-    ranks there is `truncate`.
-
-    Args:     ranks: the new rank by path, at least the present one.
-              of: a tree like the dense params: a gradient, or the params.
-    Raises:   ValueError: a path that names no core; a rank outside [the present one,
-              min(m, n)]; the matrix of `of` is not finite; `opt_state` without `tx`.
-    """
-    if (opt_state is None) != (tx is None):
-        raise ValueError("give both `opt_state` and `tx`, or none of them")
-    nodes = {x: leaf for x, leaf in named_leaves(cores).items() if is_low_rank(leaf)}
-    sources = named_leaves(of)
-    new: dict[str, LowRank] = {}
-    for name, rank in ranks.items():
-        node = leaf_at(name, nodes, what="no core at")
-        axes = node.axes
-        if not node.rank <= rank <= min(axes.m, axes.n):
-            raise ValueError(
-                f"`ranks` must be in [{node.rank}, {min(axes.m, axes.n)}] for {name}, "
-                f"got {rank}; `truncate` cuts"
-            )
-        if rank > node.rank:
-            source = axes.to_matrix(leaf_at(name, sources, axes.shape))
-            new[name] = _grown(node, source, rank, name)
-    paths = {path_name(path): path for path in leaves_by_path(cores)}
-    moved = {
-        paths[name]: moments.Move(*(_padding(node.rank, nodes[name]),) * 2)
-        for name, node in new.items()
-    }
-    grown = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: new.get(path_name(path), leaf), cores, is_leaf=is_low_rank
-    )
-    if tx is None:
-        return grown, None
-    check_frozen(tx, grown)
-    trained = trainable(grown)
-    state = moments.carry(
-        opt_state,
-        tx.init(grown),
-        moved,
-        moment_rule,
-        params=trained,
-        averages=averages(tx, trained),
-    )
-    return grown, state
-
-
-def _padding(rank: int, node: LowRank) -> Array:
-    """What takes the old coordinates to the new ones: the identity above zeros."""
-    eye = jnp.eye(rank, node.rank)
-    return jnp.broadcast_to(eye, (*node.axes.l, rank, node.rank))
-
-
-def _grown(node: LowRank, source: Array, rank: int, name: str) -> LowRank:
-    """The node with more directions, orthonormal to those it has."""
-    u, vt, sigma = alone(_beside(node.u, node.vt, source, rank=rank))
-    if not bool(jnp.all(jnp.isfinite(sigma))):
-        raise ValueError(f"{name} of `of` is not finite")
-    more = rank - node.rank
-    s = jnp.pad(node.s, [(0, 0)] * (node.s.ndim - 2) + [(0, more), (0, more)])
-    basis = Basis(node.basis).after(jax.device_get(sigma), rank)
-    return LowRank(
-        u.astype(node.u.dtype), s, vt.astype(node.vt.dtype), node.axes, basis
-    )
-
-
-@functools.partial(jax.jit, static_argnames="rank")
-def _beside(u: Array, vt: Array, source: Array, *, rank: int) -> Any:
-    """U and Vᵀ with more columns and rows, and the singular values of what is left."""
-    wide = compute_dtype(source.dtype)
-    u, vt, source = (x.astype(wide) for x in (u, vt, source))
-    more = rank - u.shape[-1]
-    with jax.default_matmul_precision("highest"):
-        rest = source - u @ (u.mT @ source)
-        rest = rest - (rest @ vt.mT) @ vt
-        left, sigma, right = svd(rest)
-        # once more, as of values near zero the vectors may lie in the bases
-        both = jnp.concatenate([u, left[..., :more]], axis=-1)
-        new_u = jnp.linalg.qr(both)[0][..., u.shape[-1] :]
-        both = jnp.concatenate([vt.mT, right[..., :more, :].mT], axis=-1)
-        new_v = jnp.linalg.qr(both + token_of([new_u]))[0][..., vt.shape[-2] :]
-    u = jnp.concatenate([u, new_u], axis=-1)
-    return u, jnp.concatenate([vt, new_v.mT], axis=-2), sigma

@@ -4,13 +4,14 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import optax
 
+from oialr_jax.bases import shown
 from oialr_jax.checks import check_optimizer
 from oialr_jax.compiling import filters, options_for, shape_of, zeros_of
 from oialr_jax.decompose import AHEAD, NOW, Run
@@ -49,6 +50,7 @@ def adaptive(
     steps_per_call: int = 1,
     follow: Sequence[str] = (),
     weighing: Weighing | None = None,
+    directions: Callable[..., PyTree] | None = None,
     layout: Layout | None = None,
     jit: Callable[..., Any] = jax.jit,
     **jit_options: Any,
@@ -81,10 +83,16 @@ def adaptive(
     batches before they are trained on. Reports then have the rise of the loss, as
     predicted and as measured on the batch of the event.
 
+    A rule with `raise_by` raises ranks too, by the same events. A core gets zeros for
+    the directions in which what `directions` shows of its matrix is largest outside of
+    both bases, so W does not change.
+
     Args:     matrices: in execution order, as `find_matrices` and `select` give them.
               due: which of them an update treats, as `stability.when_settled()`; by
               default all are converted and the last executed are truncated first.
               steps_per_call: the number by which one call raises `state.step`.
+              directions: of (state, *args), a tree like the dense params: a gradient,
+              say. It is computed at events where ranks may go up.
               layout: the sharding of the state, before, after and across events, as
               `layout.initialize` gives it.
               jit: what compiles the step: `jax.jit`, `nnx.jit`, `eqx.filter_jit`,
@@ -105,6 +113,13 @@ def adaptive(
             "a rule with by='loss' weighs directions by curvature: give "
             "adaptive(..., weighing=Weighing(lambda state, *batch: loss(...)))"
         )
+    if bool(rule.raise_by) != (directions is not None):
+        raise ValueError(
+            "to raise ranks give both RankRule(raise_by=...) and adaptive(..., "
+            "directions=lambda state, *batch: ...), which shows where to, or none"
+        )
+    if directions is not None and getattr(jit, "func", jit) is not jax.jit:
+        raise ValueError("`directions` need jit=jax.jit: with others it is not built")
     if weighing is not None and getattr(jit, "func", jit) is jax.pmap:
         raise ValueError("`weighing` needs jit=jax.jit: with jax.pmap it is not built")
     if steps_per_call < 1:
@@ -126,6 +141,7 @@ def adaptive(
         steps_per_call,
         follow,
         weighing,
+        directions,
         jit,
         options_for(jit, jit_options),
     )
@@ -166,6 +182,7 @@ class AdaptiveStep:
         steps_per_call: int,
         follow: tuple[str, ...],
         weighing: Weighing | None,
+        directions: Callable[..., PyTree] | None,
         jit: Callable[..., Any],
         jit_options: dict[str, Any],
     ) -> None:
@@ -196,8 +213,11 @@ class AdaptiveStep:
         self._wants_arrays = filters(jit)  # and takes shapes for static
         self._jitted = jit(counted, **jit_options)
         self._weighing = weighing
+        plain = {k: v for k, v in jit_options.items() if not k.startswith("donate")}
+        self._show: Any = None
+        if directions is not None:
+            self._show = jit(shown(directions, matrices), **plain)
         if weighing is not None:
-            plain = {k: v for k, v in jit_options.items() if not k.startswith("donate")}
             look = functools.partial(weighing.statistics, matrices)
             self._look, self._value = jit(look, **plain), jit(weighing.value, **plain)
 
@@ -386,18 +406,20 @@ class AdaptiveStep:
 
         def compile_all() -> None:
             with contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh):
+                now = without_identity((state, args, kwargs))
+                shows = self._shows(now, ranks, AHEAD)
                 params, opt_state = compile_ahead(
                     state.params,
                     state.opt_state,
                     self._matrices,
                     ranks,
                     statistics=sums,
+                    directions=shows,
                     **self._setup._asdict(),
                 )
                 new = self._after(state, params, opt_state, AHEAD)
                 given = (new, args, kwargs)
                 given = bare(given, new.params, "the event that is due")
-                now = without_identity((state, args, kwargs))
                 if self._wants_arrays:
                     given, now = jax.tree.map(zeros_of, (given, now))
                 _compiled(self._jitted, given)
@@ -412,6 +434,23 @@ class AdaptiveStep:
                 choose(params, self._rule, then, new_sums, AHEAD)
 
         self._ahead = self._thread.submit(compile_all)
+
+    def _shows(
+        self, given: Any, ranks: Mapping[str, int] | None, run: Run = NOW
+    ) -> dict[str, Any]:
+        """What `directions` shows of the cores whose rank goes up, or may: None."""
+        if self._show is None:
+            return {}
+        state, args, kwargs = given
+        nodes = named_leaves(state.params)
+        paths = [x.path for x in self._matrices]
+        cores = {x: nodes[x] for x in paths if is_low_rank(nodes[x])}
+        if ranks is not None:
+            cores = {x: y for x, y in cores.items() if ranks.get(x, 0) > y.rank}
+        if not cores:
+            return {}
+        found = run.call(self._show, state, *args, **kwargs)
+        return {x: found[x] for x in cores}
 
     def _event(
         self,
@@ -433,7 +472,10 @@ class AdaptiveStep:
         waited = time.perf_counter()
         sums = self._statistics(state)
         before = _without_sums(state, sums)
-        setup = {**self._setup._asdict(), "statistics": sums}
+        now = without_identity((before, args, kwargs))
+        shows = self._shows(now, ranks or None)
+        more = {"statistics": sums, "directions": shows}
+        setup = {**self._setup._asdict(), **more}
         params, opt_state = state.params, state.opt_state
         reports: list[Report] = []
         if ranks:

@@ -16,7 +16,14 @@ import numpy as np
 from jaxtyping import Array
 
 from oialr_jax import contract, cost, interpret, tracing, views
-from oialr_jax.lowrank import Axes, PyTree, is_low_rank, path_name, unique_names
+from oialr_jax.lowrank import (
+    Axes,
+    PyTree,
+    check_forms,
+    is_low_rank,
+    path_name,
+    unique_names,
+)
 from oialr_jax.matrices import Matrix
 from oialr_jax.rows import Meeting, sums
 from oialr_jax.views import Use, View, as_array
@@ -82,6 +89,7 @@ def curvature(
     by_path = {x.path: x.axes for x in matrices}
 
     def run(params: PyTree, *batch: Any, **kwargs: Any) -> Statistics:
+        check_forms(params, what="curvature takes")
         traced = tracing.trace(loss, (params, *batch), kwargs, is_low_rank)
         names = unique_names(path for path, _ in traced.leaves)
         of_params = [_in_params(path) for path, _ in traced.leaves]

@@ -9,7 +9,7 @@ from typing import Any, final
 import jax.numpy as jnp
 
 from oialr_jax.adapters import FrozenBase
-from oialr_jax.lowrank import PyTree, counts, is_low_rank, named_leaves
+from oialr_jax.lowrank import PyTree, check_forms, counts, is_low_rank, named_leaves
 from oialr_jax.matrices import Matrices, Matrix, select, skipped_lines
 from oialr_jax.schedule import RankRule, Schedule
 from oialr_jax.transform import FrozenBases
@@ -238,6 +238,7 @@ def check_params(params: PyTree, *, only_arrays: bool) -> None:
             "variables['params'] alone and keep the others apart, "
             f"run.init(variables['params'], *batch, extra={{{extra}}})"
         )
+    check_forms(params, what="training takes")
     for name, leaf in named_leaves(params).items():
         if is_low_rank(leaf):
             raise ValueError(

@@ -9,7 +9,12 @@ import jax
 
 from oialr_jax import cost, tracing
 from oialr_jax.factored import Choice, contracted, picker
-from oialr_jax.lowrank import abstract_low_rank, is_low_rank, named_leaves
+from oialr_jax.lowrank import (
+    abstract_low_rank,
+    check_forms,
+    is_low_rank,
+    named_leaves,
+)
 from oialr_jax.matrices import Skipped, find_matrices, skipped_lines
 
 
@@ -88,8 +93,9 @@ def explain(
 
     Args:     order, rates: as for `factored`. axis_env: as for `find_matrices`.
     Raises:   ValueError: an `order` that is none of a low-rank leaf; a mapped axis that
-              `axis_env` does not name.
+              `axis_env` does not name; params that were merged or stand on a base.
     """
+    check_forms(params, what="explain takes")
     pick = picker(order, rates)
     if rates is None:
         rates = cost.RATES.get(jax.default_backend())

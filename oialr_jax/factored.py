@@ -230,10 +230,11 @@ class _Contraction:
     ) -> cost.Order:
         """In which order a use is contracted.
 
-        Two factors are one chain. On a base W is not rebuilt: the way back would be by
+        Two factors are one chain, which is taken where the number of rows is a symbol,
+        as in `jax.export`, too. On a base W is not rebuilt: the way back would be by
         a gradient of its shape.
         """
-        if factors.core is None:
+        if factors.core is None or not isinstance(use.rows, int):
             return cost.Order.CHAIN
         load = contract.workload(x, factors, use)
         itemsize = jnp.promote_types(x.dtype, view.dtype).itemsize
@@ -254,9 +255,9 @@ class _Contraction:
             return None
         if self.rows is not None:
             use = use._replace(rows=self.rows(use.rows))
-        few = contract.permutes(view, self.axes[view.path], use)
-        if (
-            few and use.rows < factors.first.shape[-1]
+        few = isinstance(use.rows, int) and use.rows < factors.first.shape[-1]
+        if few and contract.permutes(
+            view, self.axes[view.path], use
         ):  # else into a factor, as `turned`
             with context(eqn):
                 return contract.permuted(x, factors, view, use, eqn.params)

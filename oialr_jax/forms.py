@@ -14,12 +14,12 @@ import numpy as np
 from jaxtyping import Array
 
 from oialr_jax.linalg import compute_dtype
-from oialr_jax.lowrank import Axes, LowRank, Parts
+from oialr_jax.lowrank import Axes, LowRank, NoArray, Parts
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class TwoFactors:
+class TwoFactors(NoArray):
     """A matrix W = A B: r (m + n) numbers, one product less than with a core.
 
     Shapes:   a: (*l, m, r); b: (*l, r, n), of any float dtype; `dtype` is that of the
@@ -62,7 +62,7 @@ class TwoFactors:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Identity:
+class Identity(NoArray):
     """A matrix W = C [I Z] Πᵀ: r (m + n - r) numbers, never more than dense.
 
     C are r columns of W, and Z says how the others are made of them. Column j of W is
@@ -110,7 +110,7 @@ class Identity:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Frozen:
+class Frozen(NoArray):
     """A dense array that does not train, in a dtype of its own.
 
     It counts as array times `scale`, in `dtype`. Nothing of it gets a gradient.
@@ -152,7 +152,7 @@ class Frozen:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Adapted:
+class Adapted(NoArray):
     """A matrix W = W0 + U S Vᵀ on a frozen base W0, of which the core S trains.
 
     Source:   LoRA-XS (Bałazy et al. 2024, arXiv 2405.17604), whose factors of W0 are

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from oialr_jax.adapters import on_base
+from oialr_jax.adapters import attached, on_base
 from oialr_jax.factored import factored
-from oialr_jax.lowrank import PyTree, arrays_only
+from oialr_jax.lowrank import PyTree, arrays_only, materialize
 from oialr_jax.rehearsal import shown
 from oialr_jax.transform import FrozenBases, trainable, value_and_grad, with_trainable
 
@@ -110,6 +110,19 @@ class LossStep:
         forward, batch = self._forward(batch)
         args, kwargs = self.arguments(state, batch)
         return self.parts(forward(state.params, *args, **kwargs), state.extra)[0]
+
+    def dense_gradient(self, state: TrainingState, *batch: Any) -> PyTree:
+        """That of the dense params, for directions of ranks that go up."""
+        params = state.params
+        if self.has_base:
+            params, batch = attached(params, batch[-1]), batch[:-1]
+        args, kwargs = self.arguments(state, batch)
+
+        def value(params: PyTree) -> Any:
+            out = factored(self.loss)(params, *args, **kwargs)
+            return self.parts(out, state.extra)[0]
+
+        return value_and_grad(value)(materialize(params))[1]
 
     @functools.cached_property
     def _factored(self) -> Callable[..., Any]:

@@ -66,21 +66,15 @@ class Axes:
         return jnp.transpose(matrix.reshape(sizes), inverse)
 
 
-_NO_ARRAY = (
-    "a LowRank node is no array: call the function as `factored(fn)`, or take the "
-    "dense array, `node.materialize()`"
-)
-
-
 class _NotAnArray(TypeError, AttributeError):
     """An array's attribute that a node has not; `hasattr` says so."""
 
 
-class _NoArray:
+class NoArray:
     """What stands for an array and is none: every use as one says so."""
 
     def _no_array(self, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError(_NO_ARRAY)
+        raise TypeError(_no_array(self))
 
     def __bool__(self) -> bool:  # that of an object, though it has a length
         return True
@@ -89,7 +83,7 @@ class _NoArray:
         if name.startswith("_") or not hasattr(jax.Array, name):
             kind = type(self).__name__
             raise AttributeError(f"{kind!r} object has no attribute {name!r}")
-        raise _NotAnArray(f"`.{name}`: {_NO_ARRAY}")
+        raise _NotAnArray(f"`.{name}`: {_no_array(self)}")
 
     __array__ = __array_ufunc__ = __jax_array__ = _no_array
     __len__ = __getitem__ = _no_array
@@ -99,6 +93,14 @@ class _NoArray:
     __mod__ = __rmod__ = _no_array
     __pow__ = __rpow__ = __lt__ = __le__ = __gt__ = __ge__ = _no_array
     __matmul__ = __rmatmul__ = _no_array
+
+
+def _no_array(node: object) -> str:
+    kind = "LowRank" if isinstance(node, Marked) else type(node).__name__
+    return (
+        f"a {kind} node is no array: call the function as `factored(fn)`, or take the "
+        "dense array, `node.materialize()`"
+    )
 
 
 class Basis(int):
@@ -167,7 +169,7 @@ class Parts(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class LowRank(_NoArray):
+class LowRank(NoArray):
     """A matrix W = U S Vᵀ that stands where its dense array stood in a params tree.
 
     `u` and `vt` are frozen and have orthonormal columns and rows; the core `s` is
@@ -234,7 +236,7 @@ class Calls(list[Any]):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Marked(_NoArray):
+class Marked(NoArray):
     """A dense leaf that has `factored` note the calls in which it is an argument.
 
     A step that is traced on it tells which of its functions run on low-rank params.
@@ -273,6 +275,21 @@ def is_low_rank(x: object) -> bool:
 def is_node(x: object) -> bool:
     """Whether x stands for a dense array in any form: LowRank, or those of forms.py."""
     return hasattr(type(x), "parts")
+
+
+def check_forms(tree: PyTree, *, what: str) -> None:
+    """Raise where a tree has a node of another form than LowRank.
+
+    Args:     what: is asked of the tree, as "rank events take".
+    Raises:   ValueError: it has one; its path, and what to call.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node):
+        if is_node(leaf) and not is_low_rank(leaf):
+            raise ValueError(
+                f"{path_name(path) or 'the tree'} is held as {type(leaf).__name__}, "
+                f"and {what} dense arrays and LowRank nodes alone: give the params "
+                "from before `merge` or `attached`, or oialr_jax.materialize(params)"
+            )
 
 
 def map_low_rank(fn: Callable[[LowRank], Any], tree: PyTree) -> PyTree:
@@ -330,9 +347,11 @@ def unique_names(paths: Iterable[tuple[Any, ...]]) -> list[str]:
     return names
 
 
-def named_leaves(tree: PyTree) -> dict[str, Any]:
+def named_leaves(
+    tree: PyTree, is_leaf: Callable[[Any], bool] = is_low_rank
+) -> dict[str, Any]:
     """Leaves by name, a LowRank node being one leaf, in tree order."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_low_rank)
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
     names = unique_names(path for path, _ in leaves)
     return dict(zip(names, (leaf for _, leaf in leaves), strict=True))
 

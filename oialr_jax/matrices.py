@@ -15,7 +15,7 @@ from oialr_jax import cost, interpret, readers, tracing, views
 from oialr_jax.lowrank import (
     Axes,
     PyTree,
-    is_low_rank,
+    is_node,
     named_leaves,
     path_name,
     unique_names,
@@ -168,7 +168,7 @@ def find_matrices(
     """
     axes = tuple(dict(axis_env).items())
     with tracing.axis_names(axes):
-        traced = tracing.trace(fn, (params, *args), kwargs, is_low_rank, axis_env=axes)
+        traced = tracing.trace(fn, (params, *args), kwargs, is_node, axis_env=axes)
     unique_names(path[2:] for path, _ in traced.leaves if _in_params(path))
     probe = _Probe()
 
@@ -200,7 +200,7 @@ def find_matrices(
 
     abstract = [_abstract(leaf) for _, leaf in traced.leaves]
     walked = jax.make_jaxpr(walk, axis_env=axes)(*abstract)
-    return probe.matrices(named_leaves(params), readers.read_by_others(walked))
+    return probe.matrices(named_leaves(params, is_node), readers.read_by_others(walked))
 
 
 @renamed(

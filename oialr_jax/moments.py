@@ -433,7 +433,10 @@ def _second(
 ) -> Array:
     left, right = move.left, move.right
     if rule.second == "keep" and move.before is None and move.after is None:
-        return v[..., : left.shape[-2], : right.shape[-2]]
+        sides = [x.shape[-2] for x in (left, right)]
+        more = [(0, max(0, r - k)) for r, k in zip(sides, v.shape[-2:], strict=True)]
+        kept = v[..., : sides[0], : sides[1]]
+        return jnp.pad(kept, [(0, 0)] * (v.ndim - 2) + more)
     if rule.second == "variance" and mean is not None:
         mean = mean / c1
         variance = jnp.maximum(v / c2 - mean**2, 0)

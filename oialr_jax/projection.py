@@ -13,6 +13,7 @@ from oialr_jax.decompose import NOW, decomposed, on_host, part
 from oialr_jax.lowrank import (
     Axes,
     PyTree,
+    check_forms,
     is_low_rank,
     leaf_at,
     named_leaves,
@@ -48,6 +49,7 @@ def project_to_rank(
     {'w': Array([[2., 0.],
            [0., 0.]], dtype=float32)}
     """
+    check_forms(params, what="projections take")
     leaves = named_leaves(params)
     dense = {
         matrix.path: matrix.axes

@@ -18,6 +18,7 @@ from oialr_jax.lowrank import (
     PyTree,
     abstract_low_rank,
     arrays_only,
+    check_forms,
     is_low_rank,
     path_name,
 )
@@ -48,6 +49,7 @@ def check_state(state: Any, follow: Sequence[str], trees: Any) -> None:
                 "flax.training.train_state.TrainState; a model and an nnx.Optimizer go "
                 "to oialr_jax.nnx.wrap, params and a loss to oialr_jax.training"
             )
+    check_forms(state.params, what="adaptive takes")
     if np.shape(state.step) != ():
         raise ValueError(
             f"`state.step` has shape {np.shape(state.step)}, but events happen at one "

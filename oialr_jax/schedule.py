@@ -29,6 +29,10 @@ class RankRule:
     the small side of the dense matrix. `multiple` rounds the choice up. A core of zeros
     has no value below its largest and keeps its rank.
 
+    With `raise_by` the rank of a core of which no value is below `cutoff` goes up by so
+    many, up to the small side: it is full. Where new directions come from is said to
+    `adaptive`; a core is cut again where they come to nothing.
+
     With a `budget` the bases and cores of all matrices have at most so many weights,
     and their ranks are chosen together (`choose_all`): singular values are compared by
     σ/σ₀ within their own matrix, and the largest of all stay, up to the budget. This is
@@ -44,10 +48,12 @@ class RankRule:
 
     Raises:   ValueError: `cutoff` or `min_rank_share` outside [0, 1], `max_drop`
               outside (0, 1], `multiple` or `budget` below 1, another `by`, by="loss"
-              without a budget, a `price` without by="loss".
+              without a budget, a `price` without by="loss", `raise_by` below 0, or with
+              a budget.
     Source:   Coquelin et al. 2024 (arXiv 2401.08505), the rule of the authors' code at
               the defaults. Their floor may exceed the present rank, which asks for
-              directions that are gone: here no choice is above the rank or below 1.
+              directions that are gone: here no choice is below 1, and none is above
+              the rank but by `raise_by`.
 
     >>> rule = RankRule(cutoff=0.1)
     >>> rule.choose(np.array([4.0, 2.0, 1.0, 0.3, 0.1]), small_side=5)
@@ -63,6 +69,7 @@ class RankRule:
     budget: float | int | None = None
     by: str = "value"
     price: Callable[..., float | int] | None = None
+    raise_by: int = 0
 
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
@@ -82,6 +89,13 @@ class RankRule:
             raise ValueError(f"`multiple` must be at least 1, got {self.multiple}")
         if self.budget is not None and not self.budget >= (0 if self.price else 1):
             raise ValueError(f"`budget` must be at least 1, got {self.budget}")
+        if self.raise_by < 0:
+            raise ValueError(f"`raise_by` must be at least 0, got {self.raise_by}")
+        if self.raise_by and self.budget is not None:
+            raise ValueError(
+                "`raise_by` is for a rule by `cutoff`: a `budget` only says how many "
+                "of the directions that are there stay"
+            )
 
     def min_rank(self, small_side: int) -> int:
         """The rank below which nothing is dropped, at least 1."""
@@ -89,6 +103,8 @@ class RankRule:
 
     def choose(self, sigma: Float[np.ndarray, "*l k"], small_side: int) -> int:
         """The new rank of a core with the singular values `sigma`, in [1, k].
+
+        With `raise_by` it is in [1, `small_side`].
 
         Shapes:   sigma: (k,), descending; or (l, k), a stack that shares one rank and
                   gets the largest choice of its members.
@@ -183,13 +199,18 @@ class RankRule:
         floor = self.min_rank(small_side)
         least = k - k * self.max_drop  # exact where k * (1 - 0.9) would be a bit less
         below = np.flatnonzero(sigma < self.cutoff * sigma[0])
+        if self.raise_by and not below.size and sigma[0] > 0:
+            return min(small_side, self._rounded(k + self.raise_by))
         # cutoff <= 1, so the largest value stays and every branch gives at least 1
         r = int(below[0]) if below.size else k
         if r < least and least > floor:
             r = int(least)
         elif r < floor:
             r = floor
-        return min(k, -(-r // self.multiple) * self.multiple)
+        return min(k, self._rounded(r))
+
+    def _rounded(self, rank: int) -> int:
+        return -(-rank // self.multiple) * self.multiple
 
 
 def _spectra(
@@ -366,6 +387,8 @@ class Schedule:
         through multiples of `rule.multiple`; a matrix that is not finite at the
         conversion, and so converts later, adds one.
 
+        A rule that raises ranks has no such bound.
+
         Args:     one_by_one: each matrix may be converted at an update of its own, as
                   with `stability.when_settled`.
 
@@ -376,7 +399,7 @@ class Schedule:
         8
         """
         events = len(self.events(steps))
-        if rule is not None:
+        if rule is not None and not rule.raise_by:
             falls = sum(-(-side // rule.multiple) - 1 for side in sides)
             conversions = len(sides) if one_by_one else 1
             events = min(events, conversions + falls)

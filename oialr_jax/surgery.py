@@ -1,4 +1,4 @@
-"""The only place where shapes change: factorize, truncate and densify, host side.
+"""The only place where shapes change: factorize, truncate, widen, densify; host side.
 
 There is one event, `_event`: it decomposes the leaves concerned (one batched, jitted
 call for all matrices of a shape), brings the singular values to the host once, chooses
@@ -17,10 +17,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array
 
-from oialr_jax import moments, weighted
+from oialr_jax import moments
 from oialr_jax.averages import averages
+from oialr_jax.bases import (
+    are_finite,
+    bound,
+    drift_of,
+    of_matrices,
+    rebased,
+    repaired,
+    widened,
+)
 from oialr_jax.decompose import (
     AHEAD,
     NOW,
@@ -32,17 +40,12 @@ from oialr_jax.decompose import (
     is_committed,
     mesh_of,
     on_host,
-    part,
 )
 from oialr_jax.labels import check_labels
 from oialr_jax.linalg import (
     RESOLVED,
     alone,
     compute_dtype,
-    diagonal,
-    orthogonality_error,
-    signed_qr,
-    token_of,
 )
 from oialr_jax.lowrank import (
     Axes,
@@ -51,6 +54,7 @@ from oialr_jax.lowrank import (
     PyTree,
     abstract_node,
     arrays_only,
+    check_forms,
     is_low_rank,
     leaf_at,
     leaves_by_path,
@@ -72,7 +76,10 @@ from oialr_jax.transform import (
     trainable,
     with_pending,
 )
-from oialr_jax.weighted import Directions, Statistics
+from oialr_jax.weighted import Statistics
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+RAISED = "a rank goes up, and no direction was shown for"
 
 
 class Setup(NamedTuple):
@@ -117,6 +124,7 @@ def factorize(
     Source:   OIALR, conversion; the authors' code zeroes the moments and keeps the step
               count, which makes Adam's next steps about three learning rates long.
     """
+    check_forms(params, what="rank events take")
     leaves = named_leaves(params)
     known = {x.path: x.axes for x in matrices}
     given = rank if isinstance(rank, Mapping) else {}
@@ -188,6 +196,41 @@ def truncate(
 
 
 @on_auto_axes
+def widen(
+    params: PyTree,
+    opt_state: PyTree,
+    ranks: Mapping[str, int],
+    directions: PyTree,
+    *,
+    tx: optax.GradientTransformation | None = None,
+    moment_rule: MomentRule = MomentRule(),  # noqa: B008 -- frozen
+    layout: Layout | None = None,
+) -> tuple[PyTree, PyTree, Report]:
+    """Host side: (params, opt_state, report) with ranks raised; W stays what it is.
+
+    A core becomes diagonal, as in `truncate`, and gets zeros; its bases get the first
+    singular vectors of what `directions` has outside of them (`bases.widened`). A leaf
+    stays as it was where it, or its array in `directions`, is not finite.
+
+    Args:     ranks: by path, each in [the present one, min(m, n)].
+              directions: a tree like the dense params: a gradient of them, say.
+    Raises:   ValueError: a path names no LowRank leaf, or nothing in `directions`; a
+              rank out of range; `opt_state` without `tx`, and `tx` as in `factorize`.
+    """
+    nodes = {x: leaf for x, leaf in named_leaves(params).items() if is_low_rank(leaf)}
+    axes = {x: leaf_at(x, nodes, what="no low-rank leaf at").axes for x in ranks}
+    for name, rank in ranks.items():
+        full = min(axes[name].m, axes[name].n)
+        _check_rank(rank, full, name, least=nodes[name].rank)
+    shown = of_matrices(directions, axes, axes)
+    setup = Setup(tx, moment_rule, layout)
+    params, opt_state, (_, report) = _event(
+        params, opt_state, axes, ranks, setup, directions=shown
+    )
+    return params, opt_state, report
+
+
+@on_auto_axes
 def compile_ahead(
     params: PyTree,
     opt_state: PyTree,
@@ -196,6 +239,7 @@ def compile_ahead(
     *,
     tx: optax.GradientTransformation | None,
     statistics: Statistics | None = None,
+    directions: Mapping[str, Any] = NOTHING,
     moment_rule: MomentRule = MomentRule(),  # noqa: B008 -- frozen
     layout: Layout | None = None,
 ) -> tuple[PyTree, PyTree]:
@@ -216,6 +260,7 @@ def compile_ahead(
         ranks,
         setup,
         statistics=statistics,
+        directions=directions,
         run=AHEAD,
     )
     return params, opt_state
@@ -230,11 +275,13 @@ def apply_ranks(
     *,
     tx: optax.GradientTransformation | None,
     statistics: Statistics | None = None,
+    directions: Mapping[str, Any] = NOTHING,
     moment_rule: MomentRule = MomentRule(),  # noqa: B008 -- frozen
     layout: Layout | None = None,
 ) -> tuple[PyTree, PyTree, list[Report]]:
     """Host side: the `matrices` named by `ranks` at these ranks, dense or not before.
 
+    Args:     directions: dense arrays by path, for ranks that go up; see `widen`.
     Raises:   ValueError: what `factorize` and `truncate` raise.
     """
     setup = Setup(tx, moment_rule, layout)
@@ -245,6 +292,7 @@ def apply_ranks(
         ranks,
         setup,
         statistics=statistics,
+        directions=directions,
     )
     return params, opt_state, [x for x in reports if x.layers]
 
@@ -264,6 +312,7 @@ def apply_rule(
     *,
     tx: optax.GradientTransformation | None,
     statistics: Statistics | None = None,
+    directions: Mapping[str, Any] = NOTHING,
     moment_rule: MomentRule = MomentRule(),  # noqa: B008 -- frozen
     layout: Layout | None = None,
 ) -> tuple[PyTree, PyTree, list[Report]]:
@@ -294,6 +343,7 @@ def apply_rule(
         rule=rule,
         matrices={x.path: x for x in matrices},
         statistics=statistics,
+        directions=directions,
     )
     return params, opt_state, [x for x in reports if x.layers]
 
@@ -314,6 +364,7 @@ def densify(
     Raises:   ValueError: `opt_state` without `tx` or the reverse; `tx` as in
               `factorize`.
     """
+    check_forms(params, what="rank events take")
     nodes = {x: leaf for x, leaf in named_leaves(params).items() if is_low_rank(leaf)}
     dense = with_leaves(params, {x: node.materialize() for x, node in nodes.items()})
     _check_wrapped(opt_state, tx)
@@ -338,18 +389,22 @@ def _event(
     setup: Setup,
     *,
     rule: RankRule | None = None,
-    matrices: Mapping[str, Matrix] = MappingProxyType({}),
+    matrices: Mapping[str, Matrix] = NOTHING,
     statistics: Statistics | None = None,
+    directions: Mapping[str, Any] = NOTHING,
     run: Run = NOW,
 ) -> tuple[PyTree, PyTree, tuple[Report, Report]]:
     """The one event: decomposes the leaves of `axes`, chooses ranks, and applies them.
 
-    Dense leaves are converted and LowRank ones truncated, in one pass. The reports are
-    of the conversion and of the truncation; they have no layers where there was none.
+    Dense leaves are converted and LowRank ones truncated, or widened, in one pass. The
+    reports are of the conversion and of the truncation; they have no layers where there
+    was none.
 
     Args:     ranks: by name; a leaf that is not in it gets its rank from the rule.
               matrices: by name, for a rule with a price.
+              directions: dense arrays by name; a rank goes up where there is one.
     """
+    check_forms(params, what="rank events take")
     _check_wrapped(opt_state, setup.tx)
     leaves = named_leaves(params)
     old = {x: leaf_at(x, leaves, a.shape) for x, a in axes.items()}
@@ -358,11 +413,12 @@ def _event(
         x: leaf.rank if is_low_rank(leaf) else min(axes[x].m, axes[x].n)
         for x, leaf in old.items()
     }
-    for name in axes:
-        _check_rank(ranks.get(name, 1), full[name], name)
+    for name, a in axes.items():
+        most = min(a.m, a.n) if name in directions else full[name]
+        _check_rank(ranks.get(name, 1), most, name)
     weights = weights_of(statistics, axes, run)
-    most = {x: ranks.get(x, k) for x, k in full.items()}
-    facts = _facts(old, axes, most, weights, run)
+    wanted = {x: ranks.get(x, k) for x, k in full.items()}
+    facts = _facts(old, axes, wanted, weights, run)
 
     finite = [x for x, fact in facts.items() if fact.is_finite()]
     new = {x: ranks[x] for x in finite if x in ranks}
@@ -372,10 +428,14 @@ def _event(
         named = [matrices.get(x) or unused(x, axes[x]) for x in free]
         chosen = ranks_by(rule, spectra, named, [old[x] for x in free], weights)
         new |= {x: r for x, r in zip(free, chosen, strict=True) if r}
-    params, opt_state, nodes = _after(params, opt_state, facts, new, setup, run)
+    more = {x: leaf_at(x, directions, what=RAISED) for x in new if new[x] > full[x]}
+    good = run.get(run.call(are_finite, more)) if more else {}
+    blind = {x for x in more if not good[x]}
+    new = {x: r for x, r in new.items() if x not in blind}
+    params, opt_state, nodes = _after(params, opt_state, facts, new, more, setup, run)
 
     fresh = [x for x in nodes if not is_low_rank(old[x])]
-    drift = dict(zip(fresh, _drift([nodes[x] for x in fresh], run), strict=True))
+    drift = dict(zip(fresh, drift_of([nodes[x] for x in fresh], run), strict=True))
     reports: dict[str, list[LayerReport]] = {"conversion": [], "truncation": []}
     for name, fact in facts.items():
         before, after = full[name], new.get(name)
@@ -393,7 +453,7 @@ def _event(
                 now,
                 fact.sigma,
                 error,
-                finite=fact.is_finite(),
+                finite=fact.is_finite() and name not in blind,
                 weighted=fact.is_weighted,
             )
             reports[kind].append(row)
@@ -442,7 +502,7 @@ def _facts(
             kept=kept,
             weights=[weights.get(x) for x in leaves],
         )
-        errors = iter(_drift([x for x in items if is_low_rank(x)], run))
+        errors = iter(drift_of([x for x in items if is_low_rank(x)], run))
         return {
             x: _Fact(
                 leaf,
@@ -461,9 +521,9 @@ def _facts(
     again = {}
     for name, (leaf, view, _, sigma, error, is_weighted) in facts.items():
         if is_low_rank(leaf):
-            if np.isfinite(error) and error > _bound(leaf):
+            if np.isfinite(error) and error > bound(leaf):
                 # moves bases by no more than the drift: overlaps stay Us, Vs
-                new = alone(_repaired(without_identity(leaf)))
+                new = alone(repaired(without_identity(leaf)))
                 again[name] = dataclasses.replace(new, basis=leaf.basis)
         elif (
             not is_weighted
@@ -481,6 +541,7 @@ def _after(
     opt_state: PyTree,
     facts: Mapping[str, _Fact],
     ranks: Mapping[str, int],
+    directions: Mapping[str, Any],
     setup: Setup,
     run: Run,
 ) -> tuple[PyTree, PyTree, dict[str, LowRank]]:
@@ -510,17 +571,23 @@ def _after(
     nodes, moves = {}, {}
     for name, rank in ranks.items():
         leaf, axes, (batch, start, stack), *_, is_weighted = facts[name]
-        node, moves[name] = run.call(
-            _rebased,
+        goes_up, where = is_low_rank(leaf) and rank > leaf.rank, places.get(name)
+        node, move = run.call(
+            rebased,
             without_identity(leaf),
             batch,
             run.put(start, batch[0]),
             stack=stack,
-            rank=rank,
+            rank=leaf.rank if goes_up else rank,
             axes=axes,
-            where=places.get(name),
+            where=None if goes_up else where,
             is_weighted=is_weighted,
         )
+        if goes_up:
+            array = directions[name]
+            wide = run.call(widened, node, move, array, rank=rank, where=where)
+            node, move = alone(wide)
+        moves[name] = move
         nodes[name] = dataclasses.replace(node, basis=bases[name])
     params = with_leaves(params, nodes)
     if setup.tx is None:
@@ -557,89 +624,9 @@ def _carried(
     return jax.lax.with_sharding_constraint(new, layout.of_optimizer(new_params, new))
 
 
-def _drift(nodes: Sequence[LowRank], run: Run) -> list[Any]:
-    """How far the bases of each node are from orthonormal, on the host."""
-    return run.get(run.call(_errors, [(x.u, x.vt) for x in nodes])) if nodes else []
-
-
-@jax.jit
-def _errors(bases: list[tuple[Array, Array]]) -> list[Array]:
-    """How far each pair of bases is from orthonormal: not finite where they are not."""
-    return [orthogonality_error(u, vt) for u, vt in bases]
-
-
-@functools.partial(
-    jax.jit, static_argnames=("stack", "rank", "axes", "where", "is_weighted")
-)
-def _rebased(
-    leaf: Any,
-    batch: tuple[Array, Array, Array],
-    start: Any,
-    *,
-    stack: tuple[int, ...],
-    rank: int,
-    axes: Axes,
-    where: tuple[Any, ...] | None,
-    is_weighted: bool,
-) -> tuple[LowRank, Move]:
-    """One leaf on the first `rank` singular vectors, and the move of its moments.
-
-    Of a dense leaf W = U Σ Vᵀ gradients become UᵀGV; of a core S = Us Σ Vsᵀ the bases
-    become U Us and Vsᵀ Vᵀ and moments turn by Us and Vs. Weighted directions are no
-    orthonormal columns: their sum is decomposed anew, by a QR of either side.
-    """
-    left, sigma, right = part(batch, start, stack)
-    if is_weighted:
-        left, core, right = weighted.cut(Directions(left, sigma, right), rank)
-    else:
-        left, core, right = (
-            left[..., :rank],
-            diagonal(sigma[..., :rank]),
-            right[..., :rank, :],
-        )
-    u, vt, old = left, right, (leaf, leaf, leaf)
-    if is_low_rank(leaf):
-        with jax.default_matmul_precision("highest"):
-            u = leaf.u.astype(core.dtype) @ left
-            vt = right @ leaf.vt.astype(core.dtype)
-        old = (leaf.u, leaf.s, leaf.vt)
-    u, core, vt = (x.astype(o.dtype) for x, o in zip((u, core, vt), old, strict=True))
-    if where is not None:
-        u, core, vt = jax.lax.with_sharding_constraint((u, core, vt), where)
-    before = None if is_low_rank(leaf) else axes
-    return LowRank(u, core, vt, axes), Move(
-        jnp.swapaxes(left, -1, -2), right, before=before
-    )
-
-
-ORTHOGONALITY_BOUND = 1e-3
-"""Entry of |UᵀU - I| past which float32 bases are repaired; bfloat16 rounding alone
-gives 4e-3, so narrower bases are repaired past ten times their machine epsilon."""
-
-
-@jax.jit
-def _repaired(node: LowRank) -> LowRank:
-    """Orthonormal bases, the triangular parts in the core: U S Vᵀ does not change."""
-    wide = compute_dtype(node.dtype)
-    u, s, vt = (f.astype(wide) for f in (node.u, node.s, node.vt))
-    qu, ru = signed_qr(u)
-    after = token_of([qu, ru]).astype(wide)  # no two LAPACK calls at once
-    qv, rv = signed_qr(jnp.swapaxes(vt, -1, -2) + after)
-    with jax.default_matmul_precision("highest"):
-        core = ru @ s @ jnp.swapaxes(rv, -1, -2)
-    new = (qu, core, jnp.swapaxes(qv, -1, -2))
-    old = (node.u, node.s, node.vt)
-    u, s, vt = (f.astype(o.dtype) for f, o in zip(new, old, strict=True))
-    return dataclasses.replace(node, u=u, s=s, vt=vt)
-
-
-def _bound(node: LowRank) -> float:
-    return max(ORTHOGONALITY_BOUND, 10 * float(jnp.finfo(node.u.dtype).eps))
-
-
-def _check_rank(rank: int, full: int, path: str) -> None:
-    if not 1 <= rank <= full:
-        raise ValueError(f"`rank` must be in [1, {full}] for {path}, got {rank}")
+def _check_rank(rank: int, full: int, path: str, least: int = 1) -> None:
+    if not least <= rank <= full:
+        raise ValueError(f"`rank` must be in [{least}, {full}] for {path}, got {rank}")
 
 
 def _check_wrapped(opt_state: PyTree, tx: optax.GradientTransformation | None) -> None:

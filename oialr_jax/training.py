@@ -88,6 +88,9 @@ def training(
               they are frozen, and on each matrix a core of zeros trains from the first
               step, W = W0 + U S Vᵀ. There is no conversion; a schedule and a rule, both
               or none, cut the cores' ranks. `run.attached(state)` has the params.
+              With RankRule(raise_by=...) ranks go up too, on a base or without one:
+              into directions of the dense gradient of the batch of the event, the only
+              moment at which one is formed.
               has_aux: the loss returns (value, aux), and so does `run.step`.
               select: options of `select`, as {"exclude": "embed"}, or the matrices.
               follow: copies of the params in `state.beside`, by name, each with the
@@ -221,6 +224,9 @@ class Training:
             params, base = adapters(params, self.matrices, **vars(self._frozen))
             self.base = base if layout is None else jax.device_put(base, layout(base))
             example = (*example, self.base)
+        options = dict(self._options)
+        if self.rule.raise_by:
+            options.setdefault("directions", pure.dense_gradient)
         self._step = adaptive(
             self.train_step,
             self.tx,
@@ -229,7 +235,7 @@ class Training:
             self.rule,
             follow=("beside",) if pure.follow else (),
             layout=layout,
-            **self._options,
+            **options,
         )
         given = arrays_only(params), extra, key
         state = jax.eval_shape(pure.create, *given)

@@ -14,10 +14,11 @@ from flax.training.train_state import TrainState
 from helpers import TOLERANCE, assert_close, scalar_loss
 
 import oialr_jax as oialr
-from oialr_jax.adapters import attached, on_base, raised
+from oialr_jax.adapters import attached, on_base
 from oialr_jax.curvature import of_outputs
 from oialr_jax.linalg import orthogonality_error
 from oialr_jax.lowrank import is_low_rank, is_node, named_leaves
+from oialr_jax.surgery import widen
 
 RANK = 3
 
@@ -231,22 +232,23 @@ def test_ranks_are_raised_and_nothing_changes():
     _, grads = oialr.value_and_grad(forward)(cores, base, x)
     _, opt_state = tx.update(grads, opt_state, cores)
     gradient = jax.grad(loss)(oialr.materialize(attached(cores, base)), x)
-    ranks = {"first/kernel": 5, "second/kernel": RANK}
-    new, state = raised(cores, opt_state, ranks, gradient, tx=tx)
+    ranks = {"first/kernel": 5}
+    new, state, report = widen(cores, opt_state, ranks, gradient, tx=tx)
+    assert [(x.path, x.before, x.after) for x in report.layers] == [
+        ("first/kernel", RANK, 5)
+    ]
     node, old = new["first"]["kernel"], cores["first"]["kernel"]
     assert node.rank == 5
     assert node.basis != old.basis
     assert_close(node.materialize(), old.materialize(), 1e-6)
     assert float(orthogonality_error(node.u, node.vt)) < 1e-5
     assert new["second"]["kernel"] is cores["second"]["kernel"]
-    for name in ("mu", "nu"):
-        before, after = (
-            getattr(s.inner_state[0], name)["first"]["kernel"]
-            for s in (opt_state, state)
-        )
-        assert after.shape == (5, 5)
-        np.testing.assert_allclose(after[:RANK, :RANK], before, rtol=1e-4, atol=1e-9)
-        assert not np.any(after[RANK:])
+    before, after = (x.inner_state[0].mu["first"]["kernel"] for x in (opt_state, state))
+    assert_close(node.u @ after @ node.vt, old.u @ before @ old.vt, 1e-5)
+    squares = state.inner_state[0].nu["first"]["kernel"]
+    assert np.all(squares[:RANK, :RANK] > 0)
+    assert not np.any(squares[RANK:])
+    assert not np.any(squares[:, RANK:])
     # the new directions are those in which the gradient is largest
     g = gradient["first"]["kernel"]
     rest = g - old.u @ (old.u.T @ g)
@@ -256,16 +258,40 @@ def test_ranks_are_raised_and_nothing_changes():
     np.testing.assert_allclose(found, np.linalg.norm(sigma[:2]), rtol=1e-3)
 
 
+def test_moments_that_are_kept_get_zeros_where_a_rank_goes_up():
+    params, _, matrices = model()
+    cores, _ = oialr.adapters(params, matrices, RANK)
+    tx = oialr.freeze_bases(optax.adam(1e-3))
+    ones = jax.tree.map(jnp.ones_like, tx.init(cores))
+    rule = oialr.MomentRule(second="keep")
+    _, state, _ = widen(
+        cores, ones, {"first/kernel": 5}, params, tx=tx, moment_rule=rule
+    )
+    wanted = np.pad(np.ones((RANK, RANK)), (0, 2))
+    np.testing.assert_array_equal(state.inner_state[0].nu["first"]["kernel"], wanted)
+
+
 def test_ranks_are_raised_to_the_full_one():
     """Where the source has nothing left, the directions are orthonormal still."""
     params, _, matrices = model()
     cores, _ = oialr.adapters(params, matrices, 8)
     full = {"first/kernel": 9, "second/kernel": 10}
-    new, _ = raised(cores, None, full, cores and params)
     zeros = jax.tree.map(jnp.zeros_like, params)
-    for tree in (new, raised(cores, None, full, zeros)[0]):
+    for source in (params, zeros):
+        tree, *_ = widen(cores, None, full, source)
         for node in (tree["first"]["kernel"], tree["second"]["kernel"]):
             assert float(orthogonality_error(node.u, node.vt)) < 1e-5
+
+
+def test_a_rank_stays_where_directions_are_not_finite():
+    params, _, matrices = model()
+    cores, _ = oialr.adapters(params, matrices, RANK)
+    source = params | {"first": {"kernel": params["first"]["kernel"] * jnp.nan}}
+    ranks = {"first/kernel": 5, "second/kernel": 5}
+    tree, _, report = widen(cores, None, ranks, source)
+    assert tree["first"]["kernel"] is cores["first"]["kernel"]
+    assert tree["second"]["kernel"].rank == 5
+    assert [x.finite for x in report.layers] == [False, True]
 
 
 def test_ranks_are_cut_by_events_as_ever():
@@ -365,6 +391,122 @@ def test_training_cuts_cores_by_a_schedule():
     assert oialr.ranks(state.params)["second/kernel"][2] < 6  # the last of the two
 
 
+RAISING = {
+    "base": oialr.FrozenBase(rank=2, dtype="bfloat16"),
+    "rule": oialr.RankRule(cutoff=0.0, raise_by=2),
+    "schedule": oialr.Schedule(delay=4, every=4, layer_step=1.0),
+}
+
+
+def steps(run, state, x, count):
+    values = []
+    for _ in range(count):
+        state, value = run.step(state, x)
+        values.append(float(value))
+    return state, values
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+@pytest.mark.parametrize("layout", [None, "fsdp=8"])
+def test_training_raises_ranks_by_a_schedule(lag, layout):
+    """By the one event: averages follow, and a resumed run does the same."""
+    params, x, matrices = model()
+    x = jnp.tile(x, (2, 1))
+    place = None if layout is None else oialr.Layout(oialr.make_mesh(layout))
+    options = RAISING | {
+        "schedule": dataclasses.replace(RAISING["schedule"], lag=lag),
+        "select": matrices,
+        "follow": {"ema": lambda p, e: optax.incremental_update(p, e, 0.5)},
+        "layout": place,
+    }
+    run = oialr.training(loss, optax.adam(3e-2), **options)
+    state, _ = steps(run, run.init(params, x), x, 4 + lag)
+    whole = run.attached(state)
+    before = oialr.factored(fn)(whole, x)
+    copy = jax.tree.map(jnp.array, state)
+    state, values = steps(run, state, x, 6)
+    found = [
+        (x.step, x.kind, [(y.path, y.before, y.after) for y in x.layers])
+        for x in run.reports
+    ]
+    assert found == [
+        (4 + lag, "truncation", [("second/kernel", 2, 4)]),
+        (8 + lag, "truncation", [("first/kernel", 2, 4), ("second/kernel", 4, 6)]),
+    ]
+    assert run.compilations == 3
+    assert state.beside["ema"]["second"]["kernel"].rank == 6
+    assert_close(values[0], jnp.mean(jnp.square(before - 1)), 1e-5)
+    assert np.all(state.params["second"]["kernel"].s != 0)
+    again = oialr.training(loss, optax.adam(3e-2), **options)
+    again.init(params, x)
+    other, others = steps(again, copy, x, 6)
+    assert others == values
+    jax.tree.map(np.testing.assert_array_equal, other, state)
+
+
+def test_a_rank_is_raised_where_the_gradient_is():
+    """What is left of the target lies outside of the bases; the event finds it."""
+    rng = np.random.default_rng(0)
+    u, v = (np.linalg.qr(rng.normal(size=(12, 12)))[0][:, :6] for _ in range(2))
+    start = jnp.asarray(u[:, :2] * [9, 8] @ v[:, :2].T, jnp.float32)
+    target = start + jnp.asarray(u * [5, 4, 3, 2, 0, 0] @ v.T, jnp.float32)
+
+    def distance(params, x):
+        return jnp.mean(jnp.square(x @ params["w"] - x @ target))
+
+    x = jnp.eye(12)
+    values = {}
+    for more in (0, 2):
+        run = oialr.training(
+            distance,
+            optax.sgd(36.0),
+            base=oialr.FrozenBase(rank=2),
+            select=oialr.find_matrices(distance, {"w": start}, x),
+            schedule=oialr.Schedule(delay=30, every=100),
+            rule=oialr.RankRule(raise_by=more),
+        )
+        state = run.init({"w": start}, x)
+        state, found = steps(run, state, x, 60)
+        values[more] = found[-1]
+    np.testing.assert_allclose(values[0], (9 + 4) / 144, rtol=1e-3)
+    assert values[2] < 1e-6
+
+
+def test_a_run_with_raised_ranks_is_restored(tmp_path):
+    params, x, matrices = model()
+    run = oialr.training(loss, optax.adam(3e-2), select=matrices, **RAISING)
+    state, _ = steps(run, run.init(params, x), x, 6)
+    with oialr.Checkpoints(tmp_path / "run") as checkpoints:
+        checkpoints.save(state)
+    state, values = steps(run, state, x, 4)
+    again = oialr.training(loss, optax.adam(3e-2), select=matrices, **RAISING)
+    template = again.init(params, x)
+    with oialr.Checkpoints(tmp_path / "run") as checkpoints:
+        found = checkpoints.restore(template, again.tx)
+    other, others = steps(again, found.state, x, 4)
+    assert others == values
+    jax.tree.map(np.testing.assert_array_equal, other.params, state.params)
+
+
+def test_ranks_are_raised_without_a_base_too():
+    params, x, matrices = model()
+    run = oialr.training(
+        loss,
+        optax.adam(3e-2),
+        select=matrices,
+        schedule=oialr.Schedule(delay=2, every=2, layer_step=1.0),
+        rule=oialr.RankRule(cutoff=0.3, raise_by=1),
+    )
+    _, _ = steps(run, run.init(params, x), x, 8)
+    ways = {
+        np.sign(y.after - y.before)
+        for x in run.reports
+        if x.kind == "truncation"
+        for y in x.layers
+    }
+    assert {-1, 1} <= ways
+
+
 BAD = {
     "rank": ({"rank": 0}, "`rank` must be at least 1, got 0"),
     "rank_by_path": (
@@ -426,10 +568,10 @@ def test_settings_that_say_nothing_on_a_base_are_refused(options, error):
 @pytest.mark.parametrize(
     ("ranks", "options", "error"),
     [
-        ({"first/kernel": 2}, {}, r"in \[3, 9\] for first/kernel, got 2; `truncate`"),
+        ({"first/kernel": 2}, {}, r"in \[3, 9\] for first/kernel, got 2"),
         ({"first/kernel": 10}, {}, r"in \[3, 9\] for first/kernel, got 10"),
-        ({"head": 3}, {}, "no core at head"),
-        ({"first/kernel": 4}, {"tx": optax.sgd(0.1)}, "both `opt_state` and `tx`"),
+        ({"head": 3}, {}, "no low-rank leaf at head"),
+        ({"first/kernel": 4}, {"tx": optax.sgd(0.1)}, "`tx` without `opt_state`"),
     ],
     ids=["below", "above", "path", "tx"],
 )
@@ -437,7 +579,33 @@ def test_bad_ranks_to_raise_are_refused(ranks, options, error):
     params, _, matrices = model()
     cores, _ = oialr.adapters(params, matrices, RANK)
     with pytest.raises(ValueError, match=error):
-        raised(cores, None, ranks, params, **options)
+        widen(cores, None, ranks, params, **options)
+
+
+def test_a_rule_that_raises_needs_directions():
+    params, x, matrices = model()
+    cores, _ = oialr.adapters(params, matrices, RANK)
+    rule = oialr.RankRule(raise_by=1)
+    with pytest.raises(ValueError, match=r"no direction was shown for first/kernel"):
+        oialr.truncate(moved(cores), None, rule)
+    tx = oialr.freeze_bases(optax.sgd(0.1))
+    given = (loss, tx, matrices, RAISING["schedule"])
+    with pytest.raises(ValueError, match=r"both RankRule\(raise_by=...\) and adaptive"):
+        oialr.adaptive(*given, rule)
+    with pytest.raises(ValueError, match=r"both RankRule\(raise_by=...\) and adaptive"):
+        oialr.adaptive(*given, directions=lambda state: state.params)
+    with pytest.raises(ValueError, match=r"`directions` need jit=jax\.jit"):
+        oialr.adaptive(*given, rule, directions=loss, jit=jax.pmap)
+    run = oialr.training(
+        loss,
+        optax.sgd(0.1),
+        select=matrices,
+        directions=lambda state, x, base: {"first": state.params["first"]},
+        **RAISING,
+    )
+    state = run.init(params, x)
+    with pytest.raises(ValueError, match="no leaf at second/kernel"):
+        steps(run, state, x, 6)
 
 
 def test_names_of_leaves_are_those_of_the_params():

@@ -7,15 +7,18 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from cases import BY_NAME, KINDS
 from helpers import TOLERANCE, assert_close, in_low_rank
 
 import oialr_jax as oialr
 from oialr_jax import cost
+from oialr_jax.adapters import attached
 from oialr_jax.export.identity import BOUND, chosen_columns
 from oialr_jax.forms import TwoFactors, narrowed
 from oialr_jax.lowrank import Axes, factor
+from oialr_jax.projection import project_to_rank
 
 SHAPES = {
     "tall": ((12, 7), (), (0,), (1,)),
@@ -263,3 +266,75 @@ def test_what_overflows_is_refused():
     with pytest.raises(ValueError, match="too large for float16"):
         oialr.merge({"w": huge}, form="factors", dtype="float16")
     assert oialr.merge({"w": huge}, form="factors", dtype="bfloat16")
+
+
+def two_layers(params, x):
+    return jnp.tanh(x @ params["a"]) @ params["b"]
+
+
+@pytest.fixture(scope="module")
+def forms():
+    """Dense params, their matrices, and them in every form but LowRank."""
+    params = {"a": drawn(0, 6, 8), "b": drawn(1, 8, 5)}
+    found = oialr.find_matrices(two_layers, params, drawn(2, 3, 6))
+    low = in_low_rank(params, found)
+    trees = {x: oialr.merge(low, form=x) for x in ("factors", "identity")}
+    cores, base = oialr.adapters(params, found, 2)
+    return params, found, trees | {"base": attached(cores, base)}
+
+
+NOT_LOW_RANK = ("factors", "identity", "base")
+
+
+@pytest.mark.parametrize("form", NOT_LOW_RANK)
+def test_matrices_are_found_in_every_form(forms, form):
+    _, found, trees = forms
+    again = oialr.find_matrices(two_layers, trees[form], drawn(2, 3, 6))
+    assert again == found
+    assert again.skipped == ()
+
+
+REFUSING = {
+    "explain": lambda p, m, x: oialr.explain(two_layers, p, x),
+    "curvature": lambda p, m, x: oialr.curvature(lambda *_: 0.0, m)(p, x),
+    "factorize": lambda p, m, x: oialr.factorize(p, None, m),
+    "truncate": lambda p, m, x: oialr.truncate(p, None, oialr.RankRule()),
+    "densify": lambda p, m, x: oialr.densify(p, None),
+    "project": lambda p, m, x: project_to_rank(p, oialr.RankRule(), m),
+    "adapters": lambda p, m, x: oialr.adapters(p, m, 2),
+    "training": lambda p, m, x: oialr.training(
+        lambda p, x: jnp.mean(two_layers(p, x)), optax.sgd(0.1), delay=3
+    ).init(p, x),
+}
+
+
+@pytest.mark.parametrize("call", REFUSING)
+@pytest.mark.parametrize("form", NOT_LOW_RANK)
+def test_what_changes_params_takes_no_other_form(forms, form, call):
+    _, found, trees = forms
+    kind = {"factors": "TwoFactors", "identity": "Identity", "base": "Adapted"}[form]
+    with pytest.raises(ValueError, match=f"^a is held as {kind}, and .* alone: give"):
+        REFUSING[call](trees[form], found, drawn(2, 3, 6))
+
+
+@pytest.mark.parametrize("form", NOT_LOW_RANK)
+def test_a_use_as_an_array_says_what_to_call(forms, form):
+    node = forms[2][form]["a"]
+    with pytest.raises(TypeError, match=rf"^a {type(node).__name__} node is no array"):
+        drawn(2, 3, 6) @ node
+    with pytest.raises(AttributeError, match=r"call the function as `factored\(fn\)`"):
+        node.astype(jnp.float32)
+
+
+@pytest.mark.parametrize("form", ["core", "factors", "identity"])
+def test_every_form_runs_where_the_batch_size_is_a_symbol(forms, form):
+    """As `jax.export` and converters to other formats trace."""
+    params, found, _ = forms
+    merged = oialr.merge(in_low_rank(params, found), form=form)
+    (size,) = jax.export.symbolic_shape("b")
+    spec = jax.ShapeDtypeStruct((size, 6), jnp.float32)
+    run = jax.jit(lambda x: oialr.factored(two_layers)(merged, x))
+    program = jax.export.export(run)(spec)
+    for rows in (1, 20):
+        x = drawn(3, rows, 6)
+        assert worst(program.call(x), two_layers(oialr.materialize(merged), x)) < 1e-5

@@ -609,3 +609,39 @@ def test_a_number_is_no_projections():
 def test_no_projections_by_default():
     schedule = Schedule(delay=10, every=5)
     assert not any(schedule.projected(t) for t in range(30))
+
+
+@pytest.mark.parametrize(
+    ("sigma", "options", "rank"),
+    [
+        ([3, 2, 1], {}, 5),
+        ([3, 2, 1], {"multiple": 4}, 8),
+        ([[3, 2, 1], [3, 2, 0.1]], {}, 5),  # one matrix of the stack is full
+        ([9, 8, 7, 6, 5, 4, 3, 2, 1], {}, 10),  # the small side
+        ([3, 2, 0.1], {}, 2),
+        ([0, 0, 0], {}, 3),
+    ],
+    ids=["full", "multiple", "stack", "small_side", "cut", "zeros"],
+)
+def test_a_full_core_gets_more_directions(sigma, options, rank):
+    rule = RankRule(cutoff=0.1, raise_by=2, **options)
+    assert rule.choose(np.array(sigma, np.float64), small_side=10) == rank
+
+
+def test_a_rule_that_raises_has_no_bound_of_shapes():
+    schedule = Schedule(delay=100, every=50)
+    rule = RankRule(multiple=16, raise_by=2)
+    assert schedule.compilations(1000, rule, sides=[64, 64]) == 19
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"raise_by": -1}, "`raise_by` must be at least 0, got -1"),
+        ({"raise_by": 1, "budget": 10}, "`raise_by` is for a rule by `cutoff`"),
+    ],
+    ids=["below", "budget"],
+)
+def test_bad_raises_are_refused(options, error):
+    with pytest.raises(ValueError, match=error):
+        RankRule(**options)

@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 import oialr_jax as oialr
-from oialr_jax import linalg, surgery
+from oialr_jax import bases, linalg
 from oialr_jax.linalg import singular_values
 from oialr_jax.lowrank import Axes, factor
 from oialr_jax.matrices import Matrix
@@ -474,7 +474,7 @@ def test_no_two_lapack_calls_can_run_at_once(what):
 def test_nor_can_those_of_a_repair_or_an_optimizer(what):
     if what == "repair":
         node = factor(normal(0, 24, 10), Axes((24, 10), (), (0,), (1,)))
-        compiled = surgery._repaired.lower(node).compile()
+        compiled = bases.repaired.lower(node).compile()
     else:
         grads = {"a": normal(0, 24, 10), "b": normal(1, 12, 12), "c": normal(2, 12, 3)}
         tx = oialr.orthogonal.orthogonalize("svd")

@@ -41,6 +41,7 @@ FLOORS = {
     "following": 3,
     "matrices": 3,
     "moments": 3,
+    "bases": 4,
     "checks": 4,
     "due": 4,
     "explain": 4,
