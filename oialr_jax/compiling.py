@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def options_for(jit: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
@@ -45,6 +46,12 @@ def zeros_of(x: Any) -> Any:
     if x.weak_type:  # a Python number makes one
         return jnp.broadcast_to(jnp.asarray(x.dtype.type(0).item()), x.shape)
     return jnp.zeros(x.shape, x.dtype, device=x.sharding)
+
+
+def dtype_of(x: Any) -> Any:
+    """The dtype of an array under `jax.jit`, which has int64 of NumPy only with x64."""
+    of_numpy = isinstance(x, np.ndarray | np.generic)
+    return jax.dtypes.canonicalize_dtype(x.dtype) if of_numpy else x.dtype
 
 
 def shape_of(x: Any) -> Any:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
+from oialr_jax.compiling import dtype_of
 from oialr_jax.views import scan_sizes
 
 # How a value depends on a source, by what lies between, worst last.
@@ -297,8 +298,8 @@ def by_shapes(tree: Any) -> Known:
 
 
 def abstract(x: Any) -> Any:
-    """The shape and dtype of an array."""
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+    """The shape of an array, and its dtype under `jax.jit`."""
+    return jax.ShapeDtypeStruct(x.shape, dtype_of(x))
 
 
 class Update(NamedTuple):

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core as jex
 
 from oialr_jax.rewrites import RULES, cast, cut, reshape, transpose
@@ -48,6 +49,11 @@ def evaluate(
     ]
 
 
+def _of_jax(x: Any) -> Any:
+    """An array of NumPy as `jax.jit` takes it, float64 as float32 unless x64 is on."""
+    return jnp.asarray(x) if isinstance(x, np.ndarray) else x
+
+
 def _environment(
     jaxpr: Any, args: Sequence[Any], handler: Handler, fixed: Sequence[bool] = ()
 ) -> dict[Any, Any]:
@@ -56,7 +62,7 @@ def _environment(
     body = getattr(jaxpr, "jaxpr", jaxpr)
     data = {var for var, is_data in zip(body.invars, fixed, strict=False) if is_data}
     env.update(zip(body.constvars, getattr(jaxpr, "consts", ()), strict=True))
-    env.update(zip(body.invars, args, strict=True))
+    env.update(zip(body.invars, map(_of_jax, args), strict=True))
     for eqn in body.eqns:
         known = [isinstance(x, jex.Literal) or x in data for x in eqn.invars]
         outputs = _apply(eqn, [_read(env, var) for var in eqn.invars], handler, known)

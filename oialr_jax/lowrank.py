@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from oialr_jax.compiling import dtype_of
 from oialr_jax.linalg import compute_dtype, diagonal, svd
 
 PyTree = Any
@@ -419,7 +420,8 @@ def abstract_low_rank(
         if found is None or (is_low_rank(leaf) and rank is None):
             return leaf
         r = leaf.rank if is_low_rank(leaf) else min(found.m, found.n)
-        return abstract_node(found, r if rank is None else min(r, rank), leaf.dtype)
+        r = r if rank is None else min(r, rank)
+        return abstract_node(found, r, dtype_of(leaf))
 
     return jax.tree_util.tree_map_with_path(held, params, is_leaf=is_low_rank)
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from oialr_jax import cost, interpret, readers, tracing, views
+from oialr_jax.compiling import dtype_of
 from oialr_jax.lowrank import (
     Axes,
     PyTree,
@@ -295,7 +296,7 @@ def _groups(matrix: Matrix) -> str:
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    return jax.ShapeDtypeStruct(leaf.shape, dtype_of(leaf))
 
 
 def _in_params(path: tuple[Any, ...]) -> bool:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from oialr_jax.compiling import dtype_of
 from oialr_jax.lowrank import (
     PyTree,
     abstract_low_rank,
@@ -280,7 +281,7 @@ def _is_array(x: Any) -> bool:
 
 def _shape(x: Any) -> jax.ShapeDtypeStruct:
     weak = getattr(x, "weak_type", False)
-    return jax.ShapeDtypeStruct(np.shape(x), x.dtype, weak_type=weak)
+    return jax.ShapeDtypeStruct(np.shape(x), dtype_of(x), weak_type=weak)
 
 
 def shapes(tree: PyTree) -> PyTree:

@@ -23,7 +23,7 @@ from oialr_jax.lowrank import (
     with_leaves,
 )
 from oialr_jax.matrices import Matrices, find_matrices
-from oialr_jax.rehearsal import check_state, line, shown, traced
+from oialr_jax.rehearsal import check_state, line, shapes, shown, traced
 from oialr_jax.schedule import RankRule, Schedule
 from oialr_jax.sharding import Layout
 from oialr_jax.transform import freeze_bases, is_frozen
@@ -131,7 +131,7 @@ def found_in(run: Callable[[PyTree], Any], params: PyTree, hint: str) -> Matrice
     Args:     hint: what to write where there is none.
     Raises:   ValueError: there is none, or one that gets a part of a leaf.
     """
-    calls = Calls()
+    calls, params = Calls(), shapes(params)
     leaves = named_leaves(params)
     marks = {
         name: Marked(leaf, name, calls)

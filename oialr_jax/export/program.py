@@ -11,6 +11,7 @@ import numpy as np
 from jax import export as jax_export
 
 from oialr_jax import cost, tracing
+from oialr_jax.compiling import dtype_of
 from oialr_jax.factored import contracted
 from oialr_jax.forms import Identity, TwoFactors, narrowed
 from oialr_jax.lowrank import LowRank, PyTree, is_node, path_name, unique_names
@@ -152,7 +153,7 @@ def _node(
 
 
 def _shape(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.ShapeDtypeStruct(x.shape, dtype_of(x))
 
 
 class Specs(NamedTuple):
@@ -194,7 +195,7 @@ def specified(example: Sequence[Any], batch_axes: Any) -> Specs:
                 )
             sizes[name] = shape[axis]
             shape[axis] = symbol
-        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+        return jax.ShapeDtypeStruct(shape, dtype_of(leaf))
 
     inputs = tuple(
         jax.tree_util.tree_map_with_path(
