@@ -69,7 +69,7 @@ def pack(params: PyTree, dtype: str | None, names: Names | None = None) -> Packe
     Raises:   TypeError: a leaf that safetensors has no dtype for, as a key. ValueError:
               two arrays have one name; `names` has a path that is no leaf,
               an order that is none of its axes, or one for a factorised leaf; an entry
-              is too large for `dtype`.
+              is too large for `dtype`, or NaN.
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_node)
     known = unique_names(path for path, _ in flat)
@@ -136,6 +136,8 @@ def _node(
         shapes = jax.tree.map(_shape, leaf)
         return Leaf(path, shapes, named), arrays
     array = jnp.asarray(leaf)
+    if jnp.issubdtype(array.dtype, jnp.floating) and bool(jnp.any(jnp.isnan(array))):
+        raise ValueError(f"{path_name(path)} has NaN: restore an older state")
     stored = array
     if dtype not in (None, "int8") and jnp.issubdtype(array.dtype, jnp.floating):
         stored, _ = narrowed(array, dtype, ())
@@ -194,7 +196,10 @@ def specified(example: Sequence[Any], batch_axes: Any) -> Specs:
                 )
             sizes[name] = shape[axis]
             shape[axis] = symbol
-        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+        dtype = leaf.dtype
+        if isinstance(dtype, np.dtype):  # float64 where JAX has float32
+            dtype = jax.dtypes.canonicalize_dtype(dtype)
+        return jax.ShapeDtypeStruct(shape, dtype)
 
     inputs = tuple(
         jax.tree_util.tree_map_with_path(
