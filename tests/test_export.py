@@ -292,6 +292,21 @@ def test_a_leaf_that_cannot_be_stored_is_named(tmp_path, leaf):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_example_of_numpy_has_the_dtypes_that_jax_has(tmp_path):
+    x = np.ones((2, 6))
+    found = oialr.export(tmp_path / "net", linear, linear_params(), x)
+    assert found.manifest["inputs"][0]["dtype"] == "float32"
+    assert found(jnp.asarray(x)).shape == (2, 3)
+
+
+def test_a_leaf_with_nan_is_named(tmp_path):
+    params = linear_params()
+    params["last"]["kernel"] = params["last"]["kernel"].at[0, 0].set(jnp.nan)
+    with pytest.raises(ValueError, match="last/kernel has NaN: restore"):
+        oialr.export(tmp_path / "net", linear, params, jnp.ones((2, 6)))
+    assert list(tmp_path.iterdir()) == []
+
+
 # What is refused
 
 
@@ -327,6 +342,13 @@ def flip(name):
     return damage
 
 
+def of_another_version(place):
+    program = b"what no JAX reads"
+    (place / manifest.PROGRAM).write_bytes(program)
+    entry = {"bytes": len(program), "sha256": manifest.sum_of(program)}
+    rewritten(place, lambda x: x["files"].update({manifest.PROGRAM: entry}))
+
+
 def other_shape(content):
     entry = next(x for x in content["leaves"] if x["form"] == "factors")
     entry["rank"] += 1
@@ -355,6 +377,14 @@ DAMAGES = {
     "newer": (
         lambda place: rewritten(place, lambda x: x.update(version=2)),
         "has version 2, expected 1",
+    ),
+    "weights_empty": (
+        lambda place: (place / manifest.WEIGHTS).write_bytes(b""),
+        "weights.safetensors is damaged",
+    ),
+    "program_of_another_version": (
+        of_another_version,
+        rf"expected a program that jax {re.escape(jax.__version__)} reads, found one",
     ),
     "missing_factor": (
         lambda place: arrays_changed(place, lambda x: x.pop("Dense_0/kernel.a")),

@@ -2,7 +2,8 @@
 
 Command:   python -m train.compress minilm --keep 0.5 --out DIR --data-dir data
            (the extra `compress` has the encoder; the text is tiny Shakespeare, from
-           train.data.prepare or as its publisher has it)
+           train.data.prepare or as its publisher has it; --export FOLDER writes the
+           tuned encoder as a program, see `oialr_jax.export`)
            python -m train.compress run RUN --keep 0.4     see train/compress_run.py
 
 The encoder all-MiniLM-L6-v2 has 36 matrices in its blocks, 10.6 M weights. They are cut
@@ -54,6 +55,9 @@ class Settings:
     """Part of the block matrices' weights that two factors of them have."""
     out: pathlib.Path = pathlib.Path("runs/compress-minilm")
     """Where summary.json goes."""
+    export: pathlib.Path | None = None
+    """A new folder for the tuned encoder: a program of tokens and mask, both of 128
+    columns, that gives vectors."""
     data_dir: pathlib.Path = pathlib.Path("data")
     """Has the text: input.txt, or what `python -m train.data.prepare` made."""
     model: pathlib.Path | None = None
@@ -290,7 +294,12 @@ def run(settings: Settings) -> dict[str, Any]:
 def compressed(
     model: SentenceEncoder, params: Any, tokens: Tokens, settings: Settings
 ) -> dict[str, Any]:
-    """Host side: the summary of all four ways, each said as it is done."""
+    """Host side: the summary of all four ways, each said as it is done.
+
+    Raises:   FileExistsError: the folder for the program is there.
+    """
+    if settings.export is not None and settings.export.exists():
+        raise FileExistsError(f"{settings.export} exists: name another --export")
     start = time.perf_counter()
     passed: dict[str, float] = {}
 
@@ -355,10 +364,26 @@ def compressed(
         low = jax.block_until_ready(tuned(encode, low, params, tokens.train, settings))
         done("tuned")
     measure("tuned", low)
+    if settings.export is not None:
+        summary["export_mb"] = exported(model, low, settings.export) / 1e6
+        done("export")
     return summary | {
         "seconds": time.perf_counter() - start,
         "seconds_of": passed,
     }
+
+
+def exported(model: SentenceEncoder, params: Any, folder: pathlib.Path) -> int:
+    """Host side: write an encoder as a program of tokens and mask; its bytes."""
+
+    def vectors(params: Any, tokens: Array, mask: Array) -> Array:
+        return model.apply({"params": params}, tokens, mask)[0]
+
+    shape = (BATCH, min(passages.LONGEST, model.places))
+    tokens, mask = (jax.ShapeDtypeStruct(shape, x) for x in (jnp.int32, jnp.bool_))
+    found = oialr.export(folder, vectors, params, tokens, mask)
+    print(f"{folder}: python -m train.predict {folder} INPUT.npz", flush=True)
+    return sum(x["bytes"] for x in found.manifest["files"].values())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -379,7 +404,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             dict(PRESETS), args=arguments, prog="python -m train.compress"
         )
         summary = run(settings)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     print(
         f"kept {settings.keep:.0%} of {summary['block_weights']} weights in "

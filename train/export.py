@@ -116,28 +116,34 @@ def run(settings: Settings) -> tuple[Exported, dict[str, dict[str, float]]]:
 
     Raises:   as `opened` and `oialr_jax.export`.
     """
-    _, task, _, variables = opened(settings.run, settings.data_dir)
+    found = opened(settings.run, settings.data_dir)
+    out = settings.out or settings.run / "export"
+    program = written(found, out, settings.form, settings.dtype, settings.batch)
+    if not settings.evaluate:
+        return program, {}
+    each = {"run": found.variables, "export": program.params}
+    return program, {name: evaluated(found.task, x) for name, x in each.items()}
+
+
+def written(
+    run: Opened, folder: pathlib.Path, form: str, dtype: str | None, batch: int
+) -> Exported:
+    """Host side: a run as a program in a new folder.
+
+    Raises:   ValueError: `batch` below 1. As `oialr_jax.export`.
+    """
+    if batch < 1:
+        raise ValueError(f"`batch` must be at least 1, got {batch}")
+    task = run.task
 
     def fn(variables: Mapping[str, Any], *inputs: Any) -> Any:
         extra = {name: x for name, x in variables.items() if name != "params"}
         return task.forward(variables["params"], extra, *inputs)
 
     example = [
-        jax.ShapeDtypeStruct((settings.batch, *x.shape[1:]), x.dtype)
-        for x in task.inputs
+        jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in task.inputs
     ]
-    found = oialr.export(
-        settings.out or settings.run / "export",
-        fn,
-        variables,
-        *example,
-        form=settings.form,
-        dtype=settings.dtype,
-    )
-    if not settings.evaluate:
-        return found, {}
-    each = {"run": variables, "export": found.params}
-    return found, {name: evaluated(task, x) for name, x in each.items()}
+    return oialr.export(folder, fn, run.variables, *example, form=form, dtype=dtype)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

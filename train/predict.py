@@ -8,9 +8,12 @@ of a function is called "output".
 """
 
 import dataclasses
+import os
 import pathlib
 import sys
 import time
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,12 +46,13 @@ def read(path: pathlib.Path, names: Sequence[str]) -> list[np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: name a .npy or .npz file")
     try:
-        found = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        with path.open("rb") as file:  # np.load leaves a damaged one open
+            found = np.load(file, allow_pickle=False)
+            if isinstance(found, np.ndarray):
+                found = {names[0]: found} if len(names) == 1 else {"array": found}
+            arrays: Mapping[str, np.ndarray] = {name: found[name] for name in found}
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is no .npy or .npz file: {error}") from error
-    if isinstance(found, np.ndarray):
-        found = {names[0]: found} if len(names) == 1 else {"array": found}
-    arrays: Mapping[str, np.ndarray] = {name: found[name] for name in found}
     if set(arrays) != set(names):
         raise ValueError(
             f"{path}: expected the arrays {', '.join(names)}, found {', '.join(arrays)}"
@@ -59,15 +63,23 @@ def read(path: pathlib.Path, names: Sequence[str]) -> list[np.ndarray]:
 def run(settings: Settings) -> dict[str, np.ndarray]:
     """Host side: the outputs by name, which are in the file now.
 
-    Raises:   as `oialr_jax.load`, its result, and `read`.
+    Raises:   ValueError: OUT has another ending. As `oialr_jax.load`, its result, and
+              `read`.
     """
+    if settings.out.suffix != ".npz":
+        raise ValueError(f"`out` must end in .npz, got {settings.out}")
     program = oialr.load(settings.export)
     names = [x["path"] for x in program.manifest["inputs"]]
     arrays = read(settings.input, names)
     outputs = jax.device_get(program(*program.arranged(arrays)))
     flat = jax.tree_util.tree_leaves_with_path(outputs)
     named = {path_name(path) or "output": np.asarray(x) for path, x in flat}
-    np.savez(settings.out, **_storable(named))
+    part = settings.out.with_name(f".{settings.out.stem}.part.npz")
+    try:
+        np.savez(part, **_storable(named))
+        os.replace(part, settings.out)
+    finally:
+        part.unlink(missing_ok=True)
     return named
 
 

@@ -45,7 +45,8 @@ def export(
     ".z" and ".order" of the identity form, ".u", ".s" and ".vt" of a core, and "PATH"
     of a dense leaf. program.stablehlo takes them and inputs of any batch size, as
     `jax.export` serialises it, in StableHLO. manifest.json has ranks, axes, dtypes and
-    checksums. Nothing is pickled. The folder appears when it is whole.
+    checksums. Nothing is pickled. The folder appears when it is whole. ONNX is not
+    written; what converts `factored(fn)` is in train/results/README.md.
 
     Args:     params: dense, in low rank, on a frozen base, merged or mixed.
               example: the inputs, shapes suffice. By their batch it is decided which
@@ -136,7 +137,8 @@ def load(folder: str | os.PathLike[str]) -> "Exported":
 
     Raises:   FileNotFoundError: the folder, or a file of it, is missing. ValueError: a
               file is damaged; the manifest is another program's; an array is missing,
-              or of another shape or dtype than the manifest says; a rank does not fit.
+              or of another shape or dtype than the manifest says; a rank does not fit;
+              the program is of a version that this JAX does not read.
     """
     _readers()
     from safetensors import SafetensorError
@@ -163,7 +165,14 @@ def load(folder: str | os.PathLike[str]) -> "Exported":
                 f"checksum {entry['sha256'][:12]}, found {found['bytes']} with "
                 f"{str(found['sha256'])[:12]}"
             )
-    program = jax_export.deserialize(bytearray(data[manifest.PROGRAM]))
+    try:
+        program = jax_export.deserialize(bytearray(data[manifest.PROGRAM]))
+    except Exception as error:  # of any kind: it reads another version's bytes
+        raise ValueError(
+            f"{place / manifest.PROGRAM}: expected a program that jax "
+            f"{jax.__version__} reads, found one of jax {content['made_with']['jax']} "
+            f"({type(error).__name__}: {error})"
+        ) from error
     return Exported(place, content, arrays, program)
 
 

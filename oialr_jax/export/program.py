@@ -70,7 +70,7 @@ def pack(params: PyTree, dtype: str | None, names: Names | None = None) -> Packe
     Raises:   TypeError: a leaf that safetensors has no dtype for, as a key. ValueError:
               two arrays have one name; `names` has a path that is no leaf,
               an order that is none of its axes, or one for a factorised leaf; an entry
-              is too large for `dtype`.
+              is too large for `dtype`, or NaN.
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_node)
     known = unique_names(path for path, _ in flat)
@@ -137,6 +137,8 @@ def _node(
         shapes = jax.tree.map(_shape, leaf)
         return Leaf(path, shapes, named), arrays
     array = jnp.asarray(leaf)
+    if jnp.issubdtype(array.dtype, jnp.floating) and bool(jnp.any(jnp.isnan(array))):
+        raise ValueError(f"{path_name(path)} has NaN: restore an older state")
     stored = array
     if dtype not in (None, "int8") and jnp.issubdtype(array.dtype, jnp.floating):
         stored, _ = narrowed(array, dtype, ())

@@ -25,9 +25,10 @@ def drawn(count, seed):
     return [rng.integers(1, 50, rng.integers(3, 30)).tolist() for _ in range(count)]
 
 
-def test_a_tiny_encoder_is_compressed_in_every_way():
+def test_a_tiny_encoder_is_compressed_in_every_way(tmp_path):
     tokens = program.Tokens(drawn(40, 0), drawn(40, 1), drawn(200, 2))
-    settings = program.Settings(keep=0.5, steps=20, batch=16)
+    folder = tmp_path / "export"
+    settings = program.Settings(keep=0.5, steps=20, batch=16, export=folder)
     found = program.compressed(TINY, tiny(), tokens, settings)
     assert found["keep"] == 0.5
     assert found["block_weights"] == 2 * (4 * 16 * 16 + 2 * 16 * 32)
@@ -42,6 +43,20 @@ def test_a_tiny_encoder_is_compressed_in_every_way():
         for x in ("query", "key", "value", "attention_out", "mlp_in", "mlp_out")
     }
     json.dumps(found)
+    # and what was written is what was measured
+    written = oialr.load(folder)
+    held = tokens.held_out
+    mask = np.arange(32)[None] < np.array([[len(x)] for x in held])
+    padded = np.zeros(mask.shape, np.int32)
+    padded[mask] = np.concatenate(held)
+    apply = jax.jit(lambda p, *x: TINY.apply({"params": p}, *x)[0])
+    original = np.asarray(apply(tiny(), padded, mask))
+    again = program.compared(np.asarray(written(padded, mask)), original)
+    assert again["cosine"] == pytest.approx(found["tuned"]["cosine"], abs=1e-5)
+    size = sum(x.stat().st_size for x in folder.iterdir() if x.suffix != ".json")
+    assert found["export_mb"] == pytest.approx(size / 1e6)
+    with pytest.raises(FileExistsError, match="name another --export"):
+        program.compressed(TINY, tiny(), tokens, settings)
 
 
 def test_padding_changes_no_vector():

@@ -1,6 +1,8 @@
 """A run is exported by its folder alone, and what was exported predicts from files."""
 
 import dataclasses
+import json
+import pickle
 
 import jax
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import oialr_jax as oialr
 from train import export, forecast, images, predict, recipe, selfsup, text
 from train import settings as common
+from train.studies import storage
 
 
 def written(folder, program, preset, small, rank=3):
@@ -81,8 +84,11 @@ def test_names_of_several_inputs_are_those_of_the_manifest(exported, tmp_path):
         (np.zeros((2, 8, 8, 1)), r"expected uint8\[b, 8, 8, 1\], found float64\[2, 8"),
         (np.zeros((2, 8), np.uint8), r"found uint8\[2, 8\]"),
         (np.array([None]), "is no .npy or .npz file"),  # would be unpickled
+        (pickle.dumps([1]), "is no .npy or .npz file"),
+        (b"", "is no .npy or .npz file"),
+        (b"PK\x03\x04 cut off", "is no .npy or .npz file"),
     ],
-    ids=["missing", "bytes", "dtype", "shape", "objects"],
+    ids=["missing", "bytes", "dtype", "shape", "objects", "pickle", "empty", "zip"],
 )
 def test_an_input_that_does_not_fit_is_one_line(exported, tmp_path, content, error):
     if isinstance(content, bytes):
@@ -91,6 +97,17 @@ def test_an_input_that_does_not_fit_is_one_line(exported, tmp_path, content, err
         np.save(tmp_path / "x.npy", content)
     with pytest.raises(SystemExit, match=f"^error: .*{error}"):
         predict.main([str(exported), str(tmp_path / "x.npy")])
+
+
+def test_outputs_go_to_the_file_that_is_named(exported, tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((2, 8, 8, 1), np.uint8))
+    given = [str(exported), str(tmp_path / "x.npy"), "--out"]
+    with pytest.raises(SystemExit, match=r"`out` must end in \.npz, got .*y\.npy"):
+        predict.main([*given, str(tmp_path / "y.npy")])
+    with pytest.raises(SystemExit, match="No such file or directory"):
+        predict.main([*given, str(tmp_path / "nowhere" / "y.npz")])
+    predict.main([*given, str(tmp_path / "y.npz")])
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["x.npy", "y.npz"]
 
 
 def test_other_names_than_the_inputs_are_one_line(exported, tmp_path):
@@ -104,6 +121,8 @@ def test_what_is_no_run_is_one_line(run, exported, tmp_path):
         export.main([str(tmp_path)])
     with pytest.raises(SystemExit, match="exists: name a new folder"):
         export.main([str(run)])
+    with pytest.raises(SystemExit, match="`batch` must be at least 1, got 0"):
+        export.main([str(run), "--batch", "0", "--out", str(tmp_path / "new")])
     empty = tmp_path / "empty"
     (empty / "checkpoints").mkdir(parents=True)
     with pytest.raises(SystemExit, match="no checkpoint that can be read"):
@@ -137,3 +156,24 @@ def test_every_program_is_exported(program, preset, small, tmp_path):
     found = oialr.load(tmp_path / "small" / "export")(*inputs)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(desired), strict=True):
         assert np.max(np.abs(a - b)) <= 1e-4 * np.max(np.abs(b))
+
+
+def test_what_storage_costs_is_said_for_each_run(run, tmp_path, capsys):
+    out = tmp_path / "storage.json"
+    forms = ["--forms", "factors/float32", "core/int8"]
+    storage.main([str(run), str(run), *forms, "--json", str(out)])
+    rows = json.loads(out.read_text())["rows"]
+    assert [(x["form"], x["dtype"]) for x in rows] == 2 * [
+        ("factors", "float32"),
+        ("core", "int8"),
+    ]
+    exact, narrow = rows[:2]
+    assert exact["lost"] == pytest.approx(0, abs=1e-6)
+    assert narrow["of_run"] == exact["of_run"]
+    assert narrow["lost"] == pytest.approx(narrow["of_run"] - narrow["of_export"])
+    assert narrow["weights_bytes"] < exact["weights_bytes"] < exact["bytes"]
+    assert "| core, int8 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="is no run"):
+        storage.main([str(tmp_path)])
+    with pytest.raises(SystemExit, match="name the folders of finished runs"):
+        storage.main([])

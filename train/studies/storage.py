@@ -1,0 +1,127 @@
+"""What storage dtypes cost in accuracy: python -m train.studies.storage RUN...
+
+Command:   python -m train.studies.storage runs/digits-oialr-* --json storage.json
+
+Each finished run is written in every form asked for and read back. The numbers are of
+the test set: of what the file holds, beside those of the run. `lost` is by how much the
+run's own metric is worse, in its unit.
+"""
+
+import dataclasses
+import json
+import pathlib
+import platform
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+
+import oialr_jax as oialr
+from oialr_jax.export.manifest import WEIGHTS
+from train import export
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Which runs are written, and how."""
+
+    runs: tyro.conf.Positional[tuple[pathlib.Path, ...]]
+    """Folders of finished runs."""
+    forms: tuple[str, ...] = (
+        "dense/float32",
+        "factors/float32",
+        "factors/bfloat16",
+        "factors/float16",
+        "core/int8",
+    )
+    """FORM/DTYPE each, as of `python -m train.export`."""
+    batch: int = 64
+    """Of the example by which orders are chosen."""
+    data_dir: pathlib.Path = pathlib.Path("data")
+    """Where `python -m train.data.prepare` put the datasets."""
+    json: pathlib.Path | None = None
+    """Where the rows go."""
+
+
+def run(settings: Settings) -> list[Row]:
+    """Host side: a row for each run and form.
+
+    Raises:   ValueError: no runs, or what `train.export` raises.
+    """
+    if not settings.runs:
+        raise ValueError("name the folders of finished runs, as runs/digits-oialr-*")
+    rows: list[Row] = []
+    for folder in settings.runs:
+        found = export.opened(folder, settings.data_dir)
+        goal = found.task.goal
+        before = export.evaluated(found.task, found.variables)[goal.metric]
+        for entry in settings.forms:
+            form, _, dtype = entry.partition("/")
+            with tempfile.TemporaryDirectory() as place:
+                new = pathlib.Path(place, "export")
+                written = export.written(found, new, form, dtype, settings.batch)
+                after = export.evaluated(found.task, written.params)[goal.metric]
+                size = sum(x.stat().st_size for x in new.iterdir())
+            counts = written.manifest["numbers"]
+            rows.append(
+                {
+                    "run": folder.name,
+                    "form": form,
+                    "dtype": dtype,
+                    "metric": goal.metric,
+                    "of_run": before,
+                    "of_export": after,
+                    "lost": before - after if goal.best == "max" else after - before,
+                    "bytes": size,
+                    "weights_bytes": written.manifest["files"][WEIGHTS]["bytes"],
+                    "stored_weights": counts["stored"],
+                    "dense_weights": counts["dense"],
+                }
+            )
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    """In Markdown: for each form the mean and the most that is lost over the runs."""
+    lines = ["| form | lost, mean | lost, most | runs | bytes, mean |"]
+    lines += ["| --- | --- | --- | --- | --- |"]
+    for form, dtype in dict.fromkeys((x["form"], x["dtype"]) for x in rows):
+        mine = [x for x in rows if (x["form"], x["dtype"]) == (form, dtype)]
+        lost, sizes = ([x[name] for x in mine] for name in ("lost", "bytes"))
+        lines.append(
+            f"| {form}, {dtype} | {np.mean(lost):.4f} | {max(lost):.4f} | {len(mine)} "
+            f"| {np.mean(sizes):,.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Host side: the command."""
+    settings = tyro.cli(
+        Settings, args=arguments, prog="python -m train.studies.storage"
+    )
+    try:
+        rows = run(settings)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    if settings.json is not None:
+        result = {
+            "command": " ".join(["python -m train.studies.storage", *sys.argv[1:]]),
+            "jax": jax.__version__,
+            "oialr_jax": oialr.__version__,
+            "python": platform.python_version(),
+            "rows": rows,
+        }
+        settings.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
