@@ -15,6 +15,7 @@ from cases import normal
 from flax.training.train_state import TrainState
 
 import oialr_jax as oialr
+from train.results import __main__ as results
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -230,6 +231,16 @@ def test_the_table_of_steps_is_that_of_its_json():
         assert ratio == f"{row['ratio_to_dense']:.3f}"
         values = (row[f"step_ms{x}"] for x in ("", "_min", "_max"))
         assert times == "{:.1f} ({:.1f}-{:.1f})".format(*values)
+
+
+def test_tables_are_those_that_are_printed_from_the_json():
+    """`python -m train.results --write` changes nothing."""
+    texts = [path.read_text() for path in RESULTS.glob("*.md")]
+    assert [results.marked(text) for text in texts] == texts
+    names = re.findall(r"<!-- (\S+)\.json -->\n\|", "".join(texts))
+    assert sorted(names) == sorted(results.TABLES)
+    plain = {x.stem for x in RESULTS.glob("*.json")} - results.TABLES.keys()
+    assert plain == {"rates-cpu"}  # what a benchmark reads
 
 
 MEASURED = re.compile(r"\d ?(?:%|m?s\b|min\b)|± ?\.?\d")

@@ -96,81 +96,13 @@ class TorchViT:
             ) from None
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         torch.manual_seed(0)
-        nn, functional = torch.nn, torch.nn.functional
-        width, heads = model.width, model.heads
-        hidden = int(width * model.mlp_ratio)
-
-        def basis(side: int, rank: int) -> Any:
-            return torch.linalg.qr(torch.randn(side, rank))[0]
-
-        class Linear(nn.Module):
-            def __init__(self, m: int, n: int, name: str, bias: bool = True) -> None:
-                super().__init__()
-                rank = ranks.get(f"{name}/kernel")
-                self.bias = nn.Parameter(torch.zeros(n)) if bias else None
-                if rank is None:
-                    self.weight = nn.Parameter(0.02 * torch.randn(n, m))
-                    return
-                self.weight = None
-                self.core = nn.Parameter(0.5 * torch.eye(rank))
-                self.register_buffer("u", basis(n, rank))
-                self.register_buffer("v", basis(m, rank))
-
-            def forward(self, x: Any) -> Any:
-                weight = self.weight
-                if weight is None:
-                    weight = torch.linalg.multi_dot([self.u, self.core, self.v.T])
-                return functional.linear(x, weight, self.bias)
-
-        class Block(nn.Module):
-            def __init__(self, name: str) -> None:
-                super().__init__()
-                self.norm1 = nn.LayerNorm(width, eps=1e-6)
-                self.norm2 = nn.LayerNorm(width, eps=1e-6)
-                bias = model.qkv_bias
-                self.qkv = Linear(width, 3 * width, f"{name}/attention_in", bias)
-                self.out = Linear(width, width, f"{name}/attention_out")
-                self.mlp_in = Linear(width, hidden, f"{name}/mlp_in")
-                self.mlp_out = Linear(hidden, width, f"{name}/mlp_out")
-
-            def forward(self, x: Any) -> Any:
-                b, t, _ = x.shape
-                qkv = self.qkv(self.norm1(x)).reshape(b, t, 3, heads, -1)
-                query, key, value = qkv.permute(2, 0, 3, 1, 4)
-                y = functional.scaled_dot_product_attention(query, key, value)
-                x = x + self.out(y.transpose(1, 2).reshape(b, t, width))
-                y = functional.gelu(self.mlp_in(self.norm2(x)))
-                return x + self.mlp_out(y)
-
-        class Transformer(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                size = model.patch**2 * image.shape[-1]
-                self.patch = Linear(size, width, "patch")
-                self.token = nn.Parameter(torch.zeros(1, 1, width))
-                tokens = image.shape[1] * image.shape[2] // model.patch**2 + 1
-                self.position = nn.Parameter(0.02 * torch.randn(1, tokens, width))
-                self.blocks = nn.Sequential(
-                    *(Block(f"block{i}") for i in range(model.depth))
-                )
-                self.norm = nn.LayerNorm(width, eps=1e-6)
-                self.head = Linear(width, model.classes, "head")
-
-            def forward(self, x: Any) -> Any:
-                b, h, w, c = x.shape
-                p = model.patch
-                x = x.reshape(b, h // p, p, w // p, p, c).permute(0, 1, 3, 2, 4, 5)
-                x = self.patch(x.reshape(b, -1, p * p * c))
-                x = torch.cat([self.token.expand(b, -1, -1), x], 1) + self.position
-                return self.head(self.norm(self.blocks(x))[:, 0])
-
-        self.module = Transformer()
+        self.module = _transformer(torch, model, ranks, image.shape)
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=3e-4)
         self.batch = (
             torch.from_numpy(np.array(image)),
             torch.from_numpy(np.array(label)).long(),
         )
-        self.loss = functional.cross_entropy
+        self.loss = torch.nn.functional.cross_entropy
 
     def run(self) -> None:
         """Host side: one step."""
@@ -186,6 +118,81 @@ class TorchViT:
     def state_bytes(self) -> int:
         """Memory of the optimizer's state: two moments of what is trained."""
         return sum(2 * 4 * x.numel() for x in self.module.parameters())
+
+
+def _transformer(
+    torch: Any, model: VisionTransformer, ranks: Mapping[str, int], shape: Any
+) -> Any:
+    """The module; images are of this shape."""
+    nn, functional = torch.nn, torch.nn.functional
+    width, heads = model.width, model.heads
+    hidden = int(width * model.mlp_ratio)
+
+    def basis(side: int, rank: int) -> Any:
+        return torch.linalg.qr(torch.randn(side, rank))[0]
+
+    class Linear(nn.Module):
+        def __init__(self, m: int, n: int, name: str, bias: bool = True) -> None:
+            super().__init__()
+            rank = ranks.get(f"{name}/kernel")
+            self.bias = nn.Parameter(torch.zeros(n)) if bias else None
+            if rank is None:
+                self.weight = nn.Parameter(0.02 * torch.randn(n, m))
+                return
+            self.weight = None
+            self.core = nn.Parameter(0.5 * torch.eye(rank))
+            self.register_buffer("u", basis(n, rank))
+            self.register_buffer("v", basis(m, rank))
+
+        def forward(self, x: Any) -> Any:
+            weight = self.weight
+            if weight is None:
+                weight = torch.linalg.multi_dot([self.u, self.core, self.v.T])
+            return functional.linear(x, weight, self.bias)
+
+    class Block(nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.norm1 = nn.LayerNorm(width, eps=1e-6)
+            self.norm2 = nn.LayerNorm(width, eps=1e-6)
+            bias = model.qkv_bias
+            self.qkv = Linear(width, 3 * width, f"{name}/attention_in", bias)
+            self.out = Linear(width, width, f"{name}/attention_out")
+            self.mlp_in = Linear(width, hidden, f"{name}/mlp_in")
+            self.mlp_out = Linear(hidden, width, f"{name}/mlp_out")
+
+        def forward(self, x: Any) -> Any:
+            b, t, _ = x.shape
+            qkv = self.qkv(self.norm1(x)).reshape(b, t, 3, heads, -1)
+            query, key, value = qkv.permute(2, 0, 3, 1, 4)
+            y = functional.scaled_dot_product_attention(query, key, value)
+            x = x + self.out(y.transpose(1, 2).reshape(b, t, width))
+            y = functional.gelu(self.mlp_in(self.norm2(x)))
+            return x + self.mlp_out(y)
+
+    class Transformer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            size = model.patch**2 * shape[-1]
+            self.patch = Linear(size, width, "patch")
+            self.token = nn.Parameter(torch.zeros(1, 1, width))
+            tokens = shape[1] * shape[2] // model.patch**2 + 1
+            self.position = nn.Parameter(0.02 * torch.randn(1, tokens, width))
+            self.blocks = nn.Sequential(
+                *(Block(f"block{i}") for i in range(model.depth))
+            )
+            self.norm = nn.LayerNorm(width, eps=1e-6)
+            self.head = Linear(width, model.classes, "head")
+
+        def forward(self, x: Any) -> Any:
+            b, h, w, c = x.shape
+            p = model.patch
+            x = x.reshape(b, h // p, p, w // p, p, c).permute(0, 1, 3, 2, 4, 5)
+            x = self.patch(x.reshape(b, -1, p * p * c))
+            x = torch.cat([self.token.expand(b, -1, -1), x], 1) + self.position
+            return self.head(self.norm(self.blocks(x))[:, 0])
+
+    return Transformer()
 
 
 def _galore(problem: Problem, fraction: float) -> Program:

@@ -1,0 +1,211 @@
+"""The tables of the results, from the JSON beside them: python -m train.results.
+
+In the Markdown files a table stands below a comment with the name of its JSON. All are
+printed; `--write` puts them into the files, in the place of those there.
+"""
+
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+from train import finetune, serve
+from train.markdown import table
+from train.studies import looking
+
+FOLDER = pathlib.Path(__file__).parent
+Rows = Sequence[Mapping[str, Any]]
+
+
+def _rank(row: Mapping[str, Any]) -> str:
+    return str(Fraction(row["rank_fraction"]).limit_denominator(100))
+
+
+def steps(rows: Rows) -> str:
+    """Steps, their least and most, memory, beside the dense step of the model."""
+    head = ["model", "rank", "order", "step ms (least-most)", "over dense"]
+    head += ["least over least", "FLOPs over dense", "temporary MB"]
+    dense = {x["model"]: x["step_ms_min"] for x in rows if x["order"] == "dense"}
+    lines = []
+    for x in rows:
+        times = (x[f"step_ms{part}"] for part in ("", "_min", "_max"))
+        share, temporary = x["flops_ratio"], x["temp_bytes"]
+        lines.append(
+            [
+                *(x["model"], _rank(x), x["order"]),
+                "{:.1f} ({:.1f}-{:.1f})".format(*times),
+                f"{x['ratio_to_dense']:.3f}",
+                f"{x['step_ms_min'] / dense[x['model']]:.3f}",
+                "" if share is None else f"{share:.3f}",
+                "" if temporary is None else f"{temporary / 1e6:.0f}",
+                f"{x['state_bytes'] / 1e6:.2f}",
+            ]
+        )
+    return table([*head, "optimizer state MB"], lines)
+
+
+def layers(rows: Rows) -> str:
+    """The time of every order over dense, and in brackets the estimate of the model."""
+    orders = ("chain", "merged", "rebuilt")
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for x in rows:
+        found.setdefault((x["model"], _rank(x)), {})[x["order"]] = x
+    lines = []
+    for (layer, rank), by_order in found.items():
+        each = (by_order[x] for x in orders)
+        cells = [
+            f"{x['ratio_to_dense']:.2f} ({x['estimated_ratio']:.2f})" for x in each
+        ]
+        picked = by_order["auto"]
+        cells += [picked["picked"], f"{picked['step_ms']:.2f}"]
+        lines.append([layer, rank, *cells])
+    return table(["layer", "rank", *orders, "auto", "auto, ms"], lines)
+
+
+def events(rows: Rows) -> str:
+    """What every event of a ladder of ranks cost."""
+    head = ["lag", "event at step", "step before", "step after", "host part", "stall"]
+    lines = [
+        [
+            *(f"{x['lag']}", f"{x['step']}"),
+            *(f"{x[name]:.0f} ms" for name in ("step_ms", "step_after_ms")),
+            f"{x['event_ms'] / 1e3:.2f} s",
+            f"{x['stall_ms'] / 1e3:.1f} s",
+            f"{x['stall_steps']:.1f}",
+        ]
+        for x in rows
+    ]
+    return table([*head, "stall in steps before"], lines)
+
+
+def decompositions(rows: Rows) -> str:
+    """Time and error of every route."""
+    head = ["matrices", "route", "ms (least-most)", "over svd", "error of values"]
+    lines = [
+        [
+            *(x["what"], x["method"]),
+            f"{x['ms']:.0f} ({x['ms_min']:.0f}-{x['ms_max']:.0f})",
+            f"{x['ratio']:.2f}",
+            f"{x['values_error']:.0e}",
+            f"{x['excess']:.0e}" if "excess" in x else "",
+        ]
+        for x in rows
+    ]
+    return table([*head, "excess"], lines)
+
+
+def run(rows: Rows) -> str:
+    """The wall time of both methods in its parts."""
+    head = ["method", "wall", "of it steps and data", "compiling (blocking)"]
+    head += ["SVD and surgery", "waiting", "compiled behind", "test accuracy", "stored"]
+    parts = ("compiling_s", "svd_s", "waiting_s", "compiling_behind_s")
+    lines = [
+        [
+            x["method"],
+            *(f"{x[name]:.0f} s" for name in ("wall_s", "steps_s")),
+            *(f"{x[name]:.1f} s" for name in parts),
+            f"{x['test_accuracy']:.2%}",
+            f"{x['stored_fraction']:.1%}",
+        ]
+        for x in rows
+    ]
+    return table(head, lines)
+
+
+def compression(runs: Rows) -> str:
+    """Cosine / neighbours of every way, without the runs that were tuned."""
+    head = ["keep", "plain SVD", "activations", "curvature, ranks by loss"]
+    ways = ("plain", "activations", "curvature")
+    lines = [
+        [
+            f"{x['keep']:.2f}",
+            *(f"{x[way]['cosine']:.3f} / {x[way]['neighbours']:.2f}" for way in ways),
+            f"{x['predicted']:.3f}",
+            f"{x['stored_weights'] / 1e6:.1f} M",
+            f"{x['seconds']:.0f} s",
+        ]
+        for x in runs
+        if "tuned" not in x
+    ]
+    return table([*head, "predicted", "stored", "time of all"], lines)
+
+
+def orthogonal(rows: Rows) -> str:
+    """Milliseconds of every method, and how many times faster than the SVD two are."""
+    methods = list(dict.fromkeys(x["method"] for x in rows))
+    found: dict[str, dict[str, float]] = {}
+    for x in rows:
+        found.setdefault(x["what"], {})[x["method"]] = x["ms"]
+    lines = []
+    for what, ms in found.items():
+        fast = ("polar_express, 3 steps", "newton_schulz, 5 steps")
+        faster = ", ".join(f"{ms['svd'] / ms[x]:.1f}" for x in fast)
+        cells = [f"{ms[x]:.3g}" if x in ms else "" for x in methods]
+        lines.append([what, *cells, "" if "sgd" in ms else faster])
+    return table(["", *methods, "times faster"], lines)
+
+
+def tracking(rows: Rows) -> str:
+    """What a record of the bases costs beside an epoch."""
+    head = ["run", "an epoch", "a record", "with null and spectra"]
+    found: dict[str, dict[str, Any]] = {}
+    for x in rows:
+        found.setdefault(x["what"], {})[x["record"]] = x
+    lines = []
+    for what, x in found.items():
+        usual, detailed = x["usual"], x["detailed"]
+        cells = [what, f"{usual['epoch_ms']:.0f} ms"]
+        cells += [f"{usual['record_ms']:.1f} ms ({usual['share']:.1%})"]
+        cells += [f"{detailed['record_ms']:.2g} ms", f"{x['all']['share']:.1%}"]
+        lines.append(cells)
+    return table([*head, "share of training, all"], lines)
+
+
+TABLES: Mapping[str, tuple[str, Callable[[Any], str]]] = {
+    "steps-cpu": ("rows", steps),
+    "events-cpu": ("rows", events),
+    "decompositions-cpu": ("rows", decompositions),
+    "run-cpu": ("rows", run),
+    "layers-cpu": ("rows", layers),
+    "compress-minilm-cpu": ("runs", compression),
+    "looking-cpu": ("rows", looking.table),
+    "serve-cpu": ("rows", serve.table),
+    "finetune-mnist-cpu": ("ways", finetune.table),
+    "orthogonal-cpu": ("rows", orthogonal),
+    "tracking-cpu": ("rows", tracking),
+}
+"""By the name of a JSON file: what of it is printed, and how."""
+
+
+def printed(name: str) -> str:
+    """Host side: the table of a JSON file."""
+    part, form = TABLES[name]
+    return form(json.loads((FOLDER / f"{name}.json").read_text())[part])
+
+
+def marked(text: str) -> str:
+    """Host side: a Markdown text with its tables printed anew."""
+    return re.sub(
+        r"(<!-- (\S+)\.json -->\n)(?:\|.*\n)*",
+        lambda found: f"{found[1]}{printed(found[2])}\n",
+        text,
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Host side: print every table, or write them."""
+    if list(arguments) not in ([], ["--write"]):
+        sys.exit("usage: python -m train.results [--write]")
+    if arguments:
+        for path in FOLDER.glob("*.md"):
+            path.write_text(marked(path.read_text()))
+        return
+    for name in TABLES:
+        print(f"{name}.json\n\n{printed(name)}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
