@@ -1,15 +1,15 @@
 """Public names of oialr_jax: low-rank training of any JAX model.
 
-What is needed to train, to convert and to measure stands here; orthogonal gradients and
-the stability of bases have namespaces of their own, and results their rooms, such as
-`oialr_jax.reports`.
+What is needed to train, to convert and to measure stands here; orthogonal gradients,
+the stability of bases, meshes and Flax NNX have namespaces of their own, and results
+and helpers their rooms, such as `oialr_jax.reports`.
 """
 
 import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from oialr_jax import nnx, orthogonal, stability
+from oialr_jax import nnx, orthogonal, sharding, stability
 from oialr_jax.adapters import FrozenBase, adapters
 from oialr_jax.adaptive import adaptive
 from oialr_jax.checkpoint import Checkpoints
@@ -18,16 +18,14 @@ from oialr_jax.curvature import curvature
 from oialr_jax.explain import explain
 from oialr_jax.export import export, load, merge
 from oialr_jax.factored import factored
-from oialr_jax.following import rebase
-from oialr_jax.lowrank import LowRank, counts, global_norm, materialize, ranks
+from oialr_jax.lowrank import LowRank, counts, materialize, ranks
 from oialr_jax.matrices import find_matrices, select
 from oialr_jax.moments import MomentRule
 from oialr_jax.schedule import RankRule, Schedule
 from oialr_jax.serialization import register
-from oialr_jax.sharding import Layout, make_mesh
 from oialr_jax.surgery import densify, factorize, truncate
 from oialr_jax.training import training
-from oialr_jax.transform import freeze_bases, trainable, value_and_grad
+from oialr_jax.transform import freeze_bases, value_and_grad
 from oialr_jax.versions import warn_of_faults as _warn_of_faults
 from oialr_jax.weighing import Weighing
 from oialr_jax.wrapping import wrap
@@ -39,7 +37,6 @@ __version__ = "0.1.0"
 __all__ = [
     "Checkpoints",
     "FrozenBase",
-    "Layout",
     "LowRank",
     "MomentRule",
     "RankRule",
@@ -57,18 +54,15 @@ __all__ = [
     "factorize",
     "find_matrices",
     "freeze_bases",
-    "global_norm",
     "load",
-    "make_mesh",
     "materialize",
     "merge",
     "nnx",
     "orthogonal",
     "ranks",
-    "rebase",
     "select",
+    "sharding",
     "stability",
-    "trainable",
     "training",
     "truncate",
     "value_and_grad",
@@ -83,18 +77,25 @@ _MOVED = {
     "curvature": ("of_outputs",),
     "explain": ("Explanation",),
     "linalg": ("orthogonality_error",),
-    "lowrank": ("Axes", "Counts", "factor", "is_low_rank", "without_identity"),
+    "following": ("rebase",),
+    "lowrank": (
+        *("Axes", "Counts", "factor", "global_norm", "is_low_rank"),
+        "without_identity",
+    ),
     "matrices": ("Matrices", "Matrix", "Skipped"),
     "orthogonal": tuple(orthogonal.__all__),
     "projection": ("project",),
     "reports": ("LayerReport", "Report"),
-    "sharding": ("Rules",),
+    "sharding": ("Layout", "Rules", "make_mesh"),
     "stability": ("spectra", "subspaces", "tracker"),
     "stability.comparison": ("Portrait", "Stability", "Tracker"),
     "stability.singular": ("Spectrum", "Subspaces"),
     "training": ("Training", "TrainingState"),
     "weighted": ("Statistics",),
-    "transform": ("FreezeBasesState", "value_and_grad_from_state", "with_trainable"),
+    "transform": (
+        *("FreezeBasesState", "trainable", "value_and_grad_from_state"),
+        "with_trainable",
+    ),
 }
 """Names that stood here, by the module that has them now."""
 _RENAMED = {"project": "project_to_rank"}

@@ -119,7 +119,7 @@ def followed(
             raise ValueError(
                 f"{path_name(path)} of `follow` looks like the core of "
                 f"{path_name(place)}, whose bases it does not have: keep a copy of the "
-                "params there, not of oialr_jax.trainable(params)"
+                "params there, not of oialr_jax.transform.trainable(params)"
             )
     moving = [
         i
@@ -244,7 +244,7 @@ def _stale(path: Path, event: str) -> str:
         return (
             f"state.{name} is in bases from "
             f"before {event}: give adaptive(..., follow=({field!r},)), or bring it "
-            f"along: state.replace({field}=oialr_jax.rebase(state.{field}, "
+            f"along: state.replace({field}=oialr_jax.following.rebase(state.{field}, "
             "state.params))"
         )
     what = f"argument {rest[0].idx + 2}" if part == 1 else f"`{rest[0].key}`"
@@ -252,5 +252,5 @@ def _stale(path: Path, event: str) -> str:
         f"{what} has {path_name(rest[1:])} in bases from before {event}: keep this "
         "tree in the state and name its field in adaptive(..., follow=...); one that "
         "is only evaluated can be given as oialr_jax.materialize(tree), one that was "
-        "left behind be brought along by oialr_jax.rebase(tree, state.params)"
+        "left behind be brought along by oialr_jax.following.rebase(tree, state.params)"
     )

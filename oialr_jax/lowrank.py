@@ -116,7 +116,7 @@ class Basis(int):
             return "0"
         return (
             f"bases {int(self):08x}; trees whose bases differ: bring one into the "
-            "other's by oialr_jax.rebase(tree, params)"
+            "other's by oialr_jax.following.rebase(tree, params)"
         )
 
     def after(self, sigma: Any, rank: int) -> "Basis":

@@ -333,8 +333,9 @@ def _check_shardings(
         raise ValueError(
             f"`{name}` {trouble} the factors of {names}, which "
             "come in the place of a dense matrix at the conversion, and whose ranks "
-            "change: leave it out and give adaptive(..., layout=oialr_jax.Layout(mesh, "
-            "rules)), which places dense and low-rank leaves and the optimizer state"
+            "change: leave it out and give adaptive(..., layout=oialr_jax.sharding."
+            "Layout(mesh, rules)), which places dense and low-rank leaves and the "
+            "optimizer state"
         )
 
 

@@ -14,6 +14,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from oialr_jax.lowrank import LowRank, PyTree, is_low_rank, path_name
 
+__all__ = ["Layout", "make_mesh"]
+
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
@@ -362,7 +364,7 @@ def _check_fsdp(mesh: Mesh) -> None:
         raise ValueError(
             f"the axis {FSDP!r} of {mesh} is {kinds[FSDP]}: large leaves are divided "
             "over it by themselves, which is the compiler's work; make the mesh by "
-            "oialr_jax.make_mesh, or with AxisType.Auto for this axis"
+            "oialr_jax.sharding.make_mesh, or with AxisType.Auto for this axis"
         )
 
 

@@ -330,7 +330,11 @@ def test_ranks_are_cut_by_events_as_ever():
 def test_training_on_a_frozen_base(layout):
     params, x, matrices = model()
     x = jnp.tile(x, (2, 1))
-    place = None if layout is None else oialr.Layout(oialr.make_mesh(layout))
+    place = (
+        None
+        if layout is None
+        else oialr.sharding.Layout(oialr.sharding.make_mesh(layout))
+    )
     run = oialr.training(
         loss,
         optax.adam(3e-2),
@@ -412,7 +416,11 @@ def test_training_raises_ranks_by_a_schedule(lag, layout):
     """By the one event: averages follow, and a resumed run does the same."""
     params, x, matrices = model()
     x = jnp.tile(x, (2, 1))
-    place = None if layout is None else oialr.Layout(oialr.make_mesh(layout))
+    place = (
+        None
+        if layout is None
+        else oialr.sharding.Layout(oialr.sharding.make_mesh(layout))
+    )
     options = RAISING | {
         "schedule": dataclasses.replace(RAISING["schedule"], lag=lag),
         "select": matrices,

@@ -160,7 +160,9 @@ def test_what_is_saved_may_be_donated_at_once(tmp_path):
 )
 def test_onto_another_mesh(first, then, tmp_path):
     def layout(spec):
-        return spec and oialr.Layout(oialr.make_mesh(spec), min_size=16)
+        return spec and oialr.sharding.Layout(
+            oialr.sharding.make_mesh(spec), min_size=16
+        )
 
     before, after = layout(first), layout(then)
     state = create() if before is None else before.initialize(create)
@@ -385,7 +387,7 @@ def test_checksums_notice_every_single_change(dtype):
         other = x.at[i].set(~x[i] if dtype == "bool" else x[i] + 1)
         sums.add(int(checkpoint._checksum(other)))
     assert len(sums) == 25
-    layout = oialr.Layout(oialr.make_mesh("data=2"))
+    layout = oialr.sharding.Layout(oialr.sharding.make_mesh("data=2"))
     divided = jax.device_put(x, layout.batch)
     assert int(jax.jit(checkpoint._checksum)(divided)) in sums
     assert int(checkpoint._checksum(divided)) == int(checkpoint._checksum(x))

@@ -403,7 +403,7 @@ def test_a_factored_convolution_costs_what_the_order_says(order, shape):
         return y, pullback(g)
 
     y = call({"w": weight}, image)
-    trained = oialr.trainable(leaf)
+    trained = oialr.transform.trainable(leaf)
     compiled = jax.jit(program).lower(leaf, trained, image, y).compile()
     taps = window[0] * window[1]
     rows = y.size // n

@@ -329,8 +329,8 @@ def test_no_tracer_leaks_and_no_transfer_is_hidden():
         oialr.materialize(params)
         oialr.counts(params)
         oialr.ranks(params)
-        oialr.trainable(params)
-        jax.jit(oialr.global_norm)(params)
+        oialr.transform.trainable(params)
+        jax.jit(oialr.lowrank.global_norm)(params)
 
 
 def test_leaves_without_a_gradient_get_none():

@@ -93,7 +93,7 @@ def test_rebase_gives_the_nearest_matrix_in_the_span(kind, jitted):
         "node": low_rank(1, 4),
         "others_axes": factor(normal(1, 6, 5), swapped, 4),
     }[kind]
-    verb = jax.jit(oialr.rebase) if jitted else oialr.rebase
+    verb = jax.jit(oialr.following.rebase) if jitted else oialr.following.rebase
     tree = {"step": jnp.arange(3), "mine": [{"w": leaf, "x": normal(2, 6, 5)}]}
     found = verb(tree, {"w": node, "y": normal(3, 2)})
     new = found["mine"][0]["w"]
@@ -111,12 +111,12 @@ def test_rebase_leaves_what_is_no_copy_of_the_parameter():
     params = {"w": node, "head": {"w": normal(1, 6, 5)}}
     mask = {"w": jnp.ones((6, 5), bool)}
     tree = {"mask": mask, "w": jnp.ones(6), "head": {"w": node}, "fn": jnp.tanh}
-    new = oialr.rebase(tree, params)
+    new = oialr.following.rebase(tree, params)
     assert new["mask"]["w"] is mask["w"]
     assert new["w"] is tree["w"]  # another shape
     assert new["fn"] is jnp.tanh
     np.testing.assert_allclose(new["head"]["w"], node.materialize())  # the owner's kind
-    again = oialr.rebase({"w": node}, params)
+    again = oialr.following.rebase({"w": node}, params)
     assert again["w"] is node  # in these bases already
 
 
@@ -126,7 +126,9 @@ def test_nodes_of_different_bases_are_not_combined():
     matrices = [Matrix("w", AXES, rows=1, kind="dot")]
     params, state, _ = oialr.factorize({"w": w}, tx.init({"w": w}), matrices, tx=tx)
     other, _, _ = oialr.factorize({"w": w + 0.1}, state, matrices, tx=tx)
-    with pytest.raises(ValueError, match=r"oialr_jax\.rebase\(tree, params\)"):
+    with pytest.raises(
+        ValueError, match=r"oialr_jax\.following\.rebase\(tree, params\)"
+    ):
         optax.incremental_update(params, other, 0.1)
     jax.tree.map(jnp.add, params, jax.grad(lambda p: p["w"].s.sum())(params))
     turned, state, _ = oialr.truncate(
@@ -135,9 +137,13 @@ def test_nodes_of_different_bases_are_not_combined():
         {"w": 5},
         tx=tx,
     )
-    with pytest.raises(ValueError, match=r"oialr_jax\.rebase\(tree, params\)"):
+    with pytest.raises(
+        ValueError, match=r"oialr_jax\.following\.rebase\(tree, params\)"
+    ):
         jax.tree.map(lambda p, q: jnp.where(True, p, q), turned, params)
-    average = optax.incremental_update(turned, oialr.rebase(params, turned), 0.1)
+    average = optax.incremental_update(
+        turned, oialr.following.rebase(params, turned), 0.1
+    )
     wanted = 0.1 * dense(turned)["w"] + 0.9 * dense(params)["w"]
     np.testing.assert_allclose(average["w"].materialize(), wanted, atol=1e-5)
     same, _, _ = oialr.factorize({"w": w}, tx.init({"w": w}), matrices, tx=tx)
@@ -216,15 +222,17 @@ def test_cores_beside_the_params_are_refused():
     state, step = begun()
     for _ in range(3):
         state, _ = step(state, batch())
-    state = state.replace(ema=oialr.trainable(jax.tree.map(jnp.copy, state.params)))
+    state = state.replace(
+        ema=oialr.transform.trainable(jax.tree.map(jnp.copy, state.params))
+    )
     state = state.replace(step=jnp.asarray(4, jnp.int32))
     with pytest.raises(ValueError, match="looks like the core of a/w"):
         step(state, batch())
 
 
 def test_a_layout_places_what_follows():
-    mesh = oialr.make_mesh("fsdp=2", jax.devices()[:2])
-    layout = oialr.Layout(mesh, min_size=1)
+    mesh = oialr.sharding.make_mesh("fsdp=2", jax.devices()[:2])
+    layout = oialr.sharding.Layout(mesh, min_size=1)
     state, step = begun(layout=layout)
     state = jax.device_put(state, layout(state))
     for _ in range(3):

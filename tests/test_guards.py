@@ -68,8 +68,8 @@ def train_step(state, x):
 @pytest.mark.parametrize("spec", [None, "fsdp=4,data=2"], ids=str)
 def test_transfers_that_were_not_asked_for_are_none(spec, tmp_path):
     key, x = jax.random.key(0), np.asarray(normal(1, 8, 16))
-    mesh = None if spec is None else oialr.make_mesh(spec)
-    layout = mesh and oialr.Layout(mesh, min_size=64)
+    mesh = None if spec is None else oialr.sharding.make_mesh(spec)
+    layout = mesh and oialr.sharding.Layout(mesh, min_size=64)
     state = jax.jit(create)(key)
     with jax.transfer_guard("disallow"):
         if layout is not None:
@@ -82,7 +82,7 @@ def test_transfers_that_were_not_asked_for_are_none(spec, tmp_path):
 
 
 def test_counts_that_nobody_placed_are_placed_beside_the_params():
-    layout = oialr.Layout(oialr.make_mesh("data=8"))
+    layout = oialr.sharding.Layout(oialr.sharding.make_mesh("data=8"))
     params = {
         "a": jax.device_put(normal(0, 16, 8), layout({"a": normal(0, 16, 8)})["a"])
     }

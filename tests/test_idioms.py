@@ -285,7 +285,7 @@ def average_and_target(events):
     def loss(p, mean, target, x, y):
         run = oialr.factored(predict)
         teacher = jax.lax.stop_gradient(run(target, x))
-        apart = oialr.trainable(jax.tree.map(jnp.subtract, p, mean))
+        apart = oialr.transform.trainable(jax.tree.map(jnp.subtract, p, mean))
         pull = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(apart))
         return squared(run(p, x), y + 0.1 * teacher) + 1e-3 * pull
 
@@ -303,7 +303,7 @@ def average_and_target(events):
     event = events(lambda p, x, y: squared(predict(p, x), y), params, X, Y)
     for t in range(STEPS):
         params, opt_state = event(t, params, opt_state, tx)
-        mean, target = oialr.rebase((mean, target), params)
+        mean, target = oialr.following.rebase((mean, target), params)
         params, opt_state, mean, value = step(params, opt_state, mean, target)
         if t % 4 == 0:
             target = params

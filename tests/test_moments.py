@@ -133,7 +133,7 @@ def test_every_chain_crosses_events_without_losing_state(name):
     state = tx.init(params)
 
     def step(params, state, seed):
-        shapes = oialr.trainable(params)
+        shapes = oialr.transform.trainable(params)
         grads = {k: normal(seed, *x.shape) for k, x in shapes.items()}
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state

@@ -200,7 +200,9 @@ def test_a_step_in_place_goes_on_in_low_rank(name):
         np.testing.assert_array_equal(a.vt, b.vt)
         assert np.any(np.asarray(a.s) != b.s)
     moments = optimizer.opt_state.inner_state[0].mu
-    cores = jax.tree.map(jnp.shape, oialr.trainable(oialr.nnx._values(params)))
+    cores = jax.tree.map(
+        jnp.shape, oialr.transform.trainable(oialr.nnx._values(params))
+    )
     assert jax.tree.map(jnp.shape, oialr.nnx._values(moments)) == cores
 
 
@@ -228,8 +230,8 @@ def test_the_step_after_an_event_is_compiled_ahead():
 
 @pytest.mark.parametrize("given", [True, False], ids=["layout", "its_users"])
 def test_on_a_mesh_it_stays_there(given):
-    mesh = oialr.make_mesh("fsdp=4", jax.devices()[:4])
-    layout = oialr.Layout(mesh, min_size=256)
+    mesh = oialr.sharding.make_mesh("fsdp=4", jax.devices()[:4])
+    layout = oialr.sharding.Layout(mesh, min_size=256)
 
     def trained(layout):
         model, optimizer, train_step, batch, _ = make("lstm")

@@ -92,11 +92,11 @@ def test_the_norm_counts_a_matrix_as_its_dense_array():
     leaves = [np.asarray(a, np.float64) for a in jax.tree.leaves(dense)]
     full = in_low_rank(dense, oialr.find_matrices(fn, dense, x), fraction=1)
     desired = np.sqrt(sum(np.sum(a**2) for a in leaves))
-    for tree in (dense, full, oialr.trainable(full)):
-        np.testing.assert_allclose(oialr.global_norm(tree), desired, rtol=1e-5)
+    for tree in (dense, full, oialr.transform.trainable(full)):
+        np.testing.assert_allclose(oialr.lowrank.global_norm(tree), desired, rtol=1e-5)
     cut = jax.tree.leaves(oialr.materialize(params))
     desired = np.sqrt(sum(np.sum(np.asarray(a, np.float64) ** 2) for a in cut))
-    np.testing.assert_allclose(oialr.global_norm(params), desired, rtol=1e-5)
+    np.testing.assert_allclose(oialr.lowrank.global_norm(params), desired, rtol=1e-5)
     assert optax.tree.norm(params) > 1.05 * desired  # what it is there for
 
 
@@ -105,8 +105,8 @@ def test_the_norm_of_gradients_with_nodes_and_without():
     loss = oialr.factored(lambda w, x: jnp.sum(jnp.sin(x @ w)))
     nodes, (_, cores) = jax.grad(loss)(w, x), oialr.value_and_grad(loss)(w, x)
     desired = np.linalg.norm(np.asarray(cores, np.float64))
-    np.testing.assert_allclose(oialr.global_norm(nodes), desired, rtol=1e-5)
-    np.testing.assert_allclose(oialr.global_norm(cores), desired, rtol=1e-5)
+    np.testing.assert_allclose(oialr.lowrank.global_norm(nodes), desired, rtol=1e-5)
+    np.testing.assert_allclose(oialr.lowrank.global_norm(cores), desired, rtol=1e-5)
 
 
 def test_the_norm_is_float32_or_wider_and_leaves_out_what_is_no_float():
@@ -118,10 +118,10 @@ def test_the_norm_is_float32_or_wider_and_leaves_out_what_is_no_float():
         "f": jnp.tanh,
         "none": None,
     }
-    norm = oialr.global_norm(tree)
+    norm = oialr.lowrank.global_norm(tree)
     assert norm.dtype == jnp.float32
     np.testing.assert_allclose(norm, np.sqrt(9000 + 25), rtol=1e-6)
-    assert oialr.global_norm({}) == 0
+    assert oialr.lowrank.global_norm({}) == 0
 
 
 def params(rank=2):

@@ -485,7 +485,7 @@ def test_decoupled_decay_bounds_the_spectral_norm(name, low):
         params = {"w": factor(params["w"], found.axes, rank=4)}
     state, norms = tx.init(params), []
     update = jax.jit(tx.update)
-    g = conditioned(3, *oialr.trainable(params)["w"].shape)
+    g = conditioned(3, *oialr.transform.trainable(params)["w"].shape)
     for _ in range(60):
         updates, state = update({"w": g}, state, params)
         params = optax.apply_updates(params, updates)
@@ -775,7 +775,7 @@ def test_heads_stacks_and_convolutions_cross_events_without_losing_state(name):
     params["bias"] = normal(9, 5)
 
     def step(params, state, seed):
-        shapes = oialr.trainable(params)
+        shapes = oialr.transform.trainable(params)
         grads = {k: normal(seed + i, *shapes[k].shape) for i, k in enumerate(params)}
         updates, state = jax.jit(tx.update)(grads, state, params)
         return optax.apply_updates(params, updates), state
@@ -786,9 +786,9 @@ def test_heads_stacks_and_convolutions_cross_events_without_losing_state(name):
     params, state, _ = oialr.truncate(params, state, {x.path: 4 for x in MANY}, tx=tx)
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, tx.init(params))
     after, _ = step(params, state, 30)
-    for path, leaf in named_leaves(oialr.trainable(after)).items():
+    for path, leaf in named_leaves(oialr.transform.trainable(after)).items():
         assert np.all(np.isfinite(leaf)), path
-        assert np.any(leaf != oialr.trainable(params)[path]), path
+        assert np.any(leaf != oialr.transform.trainable(params)[path]), path
 
 
 AVERAGES = {"trace", "ema", "mu"}
@@ -842,7 +842,9 @@ def test_state_is_abstract_and_params_shaped_and_types_stay(name, form):
     tx = oialr.freeze_bases(recipes(matrices)[name])
     abstract, state = jax.eval_shape(tx.init, half), tx.init(half)
     assert jax.tree.map(jnp.shape, abstract) == jax.tree.map(jnp.shape, state)
-    updates, after = jax.eval_shape(tx.update, oialr.trainable(half), state, half)
+    updates, after = jax.eval_shape(
+        tx.update, oialr.transform.trainable(half), state, half
+    )
     assert jax.tree.structure(updates) == jax.tree.structure(half)
     assert dtypes(updates) == dtypes(half)
     assert dtypes(after) == dtypes(state)
@@ -854,9 +856,9 @@ def test_state_is_abstract_and_params_shaped_and_types_stay(name, form):
 def test_on_a_mesh_as_on_one_device_with_the_state_where_it_was(name):
     _, params, _, matrices = network("dense", "mixed")
     tx = oialr.freeze_bases(recipes(matrices)[name])
-    grads = oialr.trainable(params)
+    grads = oialr.transform.trainable(params)
     expected = jax.jit(tx.update)(grads, tx.init(params), params)
-    layout = oialr.Layout(oialr.make_mesh("data=2,fsdp=4"))
+    layout = oialr.sharding.Layout(oialr.sharding.make_mesh("data=2,fsdp=4"))
     params = jax.device_put(params, layout(params))
     state = tx.init(params)
     state = jax.device_put(state, layout.of_optimizer(params, state))
@@ -877,7 +879,7 @@ def test_adams_steps_of_a_core_move_w_as_far_as_those_of_a_dense_w(name):
     matrices = oialr.find_matrices(fn, params, x)
     low = in_low_rank(params, matrices)
     scale = oialr.orthogonal.scale_by_core_rank(matrices)
-    cores = jax.tree.map(jnp.ones_like, oialr.trainable(low))
+    cores = jax.tree.map(jnp.ones_like, oialr.transform.trainable(low))
     updates, _ = scale.update(cores, scale.init(cores))
     flat, nodes = named_leaves(updates), named_leaves(low)
     assert matrices

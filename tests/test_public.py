@@ -19,7 +19,7 @@ from oialr_jax.renames import renamed
 
 LISTING = pathlib.Path(__file__).parent / "public.txt"
 UPDATE = "python tests/test_public.py > tests/public.txt"
-NAMESPACES = (oialr, oialr.nnx, oialr.orthogonal, oialr.stability)
+NAMESPACES = (oialr, oialr.nnx, oialr.orthogonal, oialr.sharding, oialr.stability)
 
 
 def value(default: object) -> str:
@@ -103,7 +103,6 @@ def test_results_are_no_names_of_the_front_door():
     assert kinds == {
         "Checkpoints",
         "FrozenBase",
-        "Layout",
         "LowRank",
         "MomentRule",
         "RankRule",

@@ -211,7 +211,8 @@ def test_shardings_that_do_not_fit_factors():
     tx = where.tx
     options = {"tx": tx, "in_shardings": (where, None)}
     refused(
-        r"`in_shardings` cannot divide.*layout=oialr_jax\.Layout", *begun(**options)
+        r"`in_shardings` cannot divide.*layout=oialr_jax\.sharding\.Layout",
+        *begun(**options),
     )
     options = {"tx": tx, "out_shardings": (where, None)}
     refused(r"`out_shardings` cannot divide.*layout=", *begun(**options))

@@ -84,14 +84,19 @@ def run(step, state, put):
 
 def mesh_of_kinds(spec, kinds):
     """A mesh whose axes are Explicit (E), as `jax.make_mesh` makes them, or Auto."""
-    mesh, of = oialr.make_mesh(spec), {"E": AxisType.Explicit, "A": AxisType.Auto}
+    mesh, of = (
+        oialr.sharding.make_mesh(spec),
+        {"E": AxisType.Explicit, "A": AxisType.Auto},
+    )
     return Mesh(mesh.devices, mesh.axis_names, axis_types=tuple(of[k] for k in kinds))
 
 
 def run_jit(spec, rules=(), kinds=None):
     tx, matrices, train_step = parts()
-    mesh = oialr.make_mesh(spec) if kinds is None else mesh_of_kinds(spec, kinds)
-    layout = oialr.Layout(mesh, rules, min_size=512)
+    mesh = (
+        oialr.sharding.make_mesh(spec) if kinds is None else mesh_of_kinds(spec, kinds)
+    )
+    layout = oialr.sharding.Layout(mesh, rules, min_size=512)
     state = layout.initialize(functools.partial(create, tx))
     step = oialr.adaptive(train_step, tx, matrices, SCHEDULE, RULE, layout=layout)
     return run(step, state, lambda x: layout.put_batch(x, BATCH))
@@ -165,7 +170,7 @@ def test_every_way_over_eight_devices_is_the_run_on_one(start):
 )
 def test_a_state_stays_where_the_layout_wants_it(spec, rules):
     state, _, _ = run_jit(spec, rules)
-    layout = oialr.Layout(oialr.make_mesh(spec), rules, min_size=512)
+    layout = oialr.sharding.Layout(oialr.sharding.make_mesh(spec), rules, min_size=512)
     wanted = jax.tree.leaves(layout(state))
     for array, where in zip(jax.tree.leaves(state), wanted, strict=True):
         assert array.sharding.is_equivalent_to(where, array.ndim)
@@ -182,7 +187,7 @@ def test_a_state_stays_where_the_layout_wants_it(spec, rules):
 def test_an_event_leaves_every_leaf_in_its_place(spec, rules):
     """No step has come since to put it there."""
     tx, matrices, _ = parts()
-    layout = oialr.Layout(oialr.make_mesh(spec), rules, min_size=512)
+    layout = oialr.sharding.Layout(oialr.sharding.make_mesh(spec), rules, min_size=512)
     state = layout.initialize(functools.partial(create, tx))
     pair, options = (state.params, state.opt_state), {"tx": tx, "layout": layout}
     for verb, what in ((oialr.factorize, matrices), (oialr.truncate, RULE)):
@@ -204,7 +209,7 @@ def test_no_event_gathers_the_bases_of_a_divided_matrix(monkeypatch):
         return out
 
     monkeypatch.setattr(decompose, "_returned", watched)
-    layout = oialr.Layout(oialr.make_mesh("fsdp=8"), min_size=512)
+    layout = oialr.sharding.Layout(oialr.sharding.make_mesh("fsdp=8"), min_size=512)
     params = {"w": normal(0, 256, 64), "v": normal(1, 64, 64)}
     axes = Axes((256, 64), (), (0,), (1,))
     tx = oialr.freeze_bases(optax.sgd(0.1))
@@ -296,7 +301,7 @@ def reduced_bytes(hlo):
 
 def test_what_is_averaged_over_devices_falls_with_the_square_of_the_rank():
     forward, shapes, matrices, image = vit()
-    layout = oialr.Layout(oialr.make_mesh("data=8"))
+    layout = oialr.sharding.Layout(oialr.sharding.make_mesh("data=8"))
     factored = oialr.factored(forward)
     tx = oialr.freeze_bases(optax.adamw(1e-3))
 
@@ -308,7 +313,11 @@ def test_what_is_averaged_over_devices_falls_with_the_square_of_the_rank():
         updates, opt_state = tx.update(grads, opt_state, params)
         return with_trainable(
             params,
-            jax.tree.map(jnp.add, oialr.trainable(params), oialr.trainable(updates)),
+            jax.tree.map(
+                jnp.add,
+                oialr.transform.trainable(params),
+                oialr.transform.trainable(updates),
+            ),
         ), opt_state
 
     def compiled(params):
@@ -338,7 +347,7 @@ def test_under_fsdp_a_device_holds_an_eighth(fraction):
     params = shapes if fraction is None else in_ranks(shapes, matrices, fraction)
     tx = oialr.freeze_bases(optax.adamw(1e-3))
     opt_state = jax.eval_shape(tx.init, params)
-    layout = oialr.Layout(oialr.make_mesh("fsdp=8"))
+    layout = oialr.sharding.Layout(oialr.sharding.make_mesh("fsdp=8"))
     whole = part = 0
     for tree, places in (
         (params, layout(params)),
@@ -354,7 +363,7 @@ def test_under_fsdp_a_device_holds_an_eighth(fraction):
 
 
 def test_a_model_starts_without_being_whole_on_any_device():
-    layout = oialr.Layout(oialr.make_mesh("fsdp=8"))
+    layout = oialr.sharding.Layout(oialr.sharding.make_mesh("fsdp=8"))
     before = {id(x) for x in jax.live_arrays()}
 
     def create(key):
@@ -373,8 +382,9 @@ def test_a_model_starts_without_being_whole_on_any_device():
 
 
 def test_the_optimizer_state_lies_like_its_params():
-    layout = oialr.Layout(
-        oialr.make_mesh("data=4,model=2"), (("w$", PartitionSpec(None, "model")),)
+    layout = oialr.sharding.Layout(
+        oialr.sharding.make_mesh("data=4,model=2"),
+        (("w$", PartitionSpec(None, "model")),),
     )
     axes = Axes((16, 8), (), (0,), (1,))
     params = {"w": normal(0, 16, 8), "v": factor(normal(1, 16, 8), axes, 4)}
@@ -396,11 +406,11 @@ def test_the_optimizer_state_lies_like_its_params():
 
 
 def test_a_rule_about_dense_axes_places_the_bases():
-    mesh = oialr.make_mesh("fsdp=4,model=2")
+    mesh = oialr.sharding.make_mesh("fsdp=4,model=2")
     rules = (("w", PartitionSpec(None, ("fsdp",), None, "model")),)
     axes = Axes((3, 8, 16, 32), (0,), (1, 2), (3,))
     node = factor(normal(0, 3, 8, 16, 32), axes, 8)
-    where = oialr.Layout(mesh, rules)({"w": node})["w"]
+    where = oialr.sharding.Layout(mesh, rules)({"w": node})["w"]
     assert where.u.spec == PartitionSpec(None, ("fsdp",), None)
     assert where.vt.spec == PartitionSpec(None, None, ("model",))
     assert where.s.spec == PartitionSpec()
@@ -425,7 +435,7 @@ def test_a_rule_about_dense_axes_places_the_bases():
     ],
 )
 def test_meshes(spec, sizes):
-    assert dict(oialr.make_mesh(spec).shape) == sizes
+    assert dict(oialr.sharding.make_mesh(spec).shape) == sizes
 
 
 @pytest.mark.parametrize(
@@ -443,7 +453,7 @@ def test_meshes(spec, sizes):
 )
 def test_a_mesh_that_cannot_be(spec, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        oialr.make_mesh(spec)
+        oialr.sharding.make_mesh(spec)
 
 
 @pytest.mark.parametrize(
@@ -466,13 +476,13 @@ def test_a_mesh_that_cannot_be(spec, message):
     ],
 )
 def test_rules_that_do_not_fit(rules, message):
-    layout = oialr.Layout(oialr.make_mesh("data=8"), rules)
+    layout = oialr.sharding.Layout(oialr.sharding.make_mesh("data=8"), rules)
     with pytest.raises(ValueError, match=re.escape(message)):
         layout({"a": {"w": jnp.zeros((12, 8))}})
 
 
 def test_a_batch_that_cannot_be_divided():
-    layout = oialr.Layout(oialr.make_mesh("data=4,fsdp=2"))
+    layout = oialr.sharding.Layout(oialr.sharding.make_mesh("data=4,fsdp=2"))
     assert layout.shards == 8
     assert layout.rows(16) == slice(0, 16)
     with pytest.raises(ValueError, match="a batch of 12 cannot be divided over 8"):
@@ -480,7 +490,7 @@ def test_a_batch_that_cannot_be_divided():
 
 
 def test_every_leaf_has_a_place():
-    layout = oialr.Layout(oialr.make_mesh("fsdp=8"), min_size=64)
+    layout = oialr.sharding.Layout(oialr.sharding.make_mesh("fsdp=8"), min_size=64)
     axes = Axes((16, 8), (), (0,), (1,))
     params = {
         "w": normal(0, 16, 8),
@@ -521,7 +531,7 @@ def test_events_on_explicit_axes_are_those_on_auto_ones(kinds, set_mesh, tmp_pat
         cut, opt_state, _ = oialr.truncate(low, opt_state, rule, tx=tx)
         with oialr.Checkpoints(tmp_path / str(len(list(tmp_path.iterdir())))) as saved:
             saved.save(state.replace(params=cut, opt_state=opt_state))
-            found = saved.restore(state, tx, oialr.Layout(mesh)).state
+            found = saved.restore(state, tx, oialr.sharding.Layout(mesh)).state
         assert_close(found.params, cut, 0)
         dense, _ = oialr.densify(cut, opt_state, tx=tx)
         return {
@@ -549,7 +559,9 @@ def test_events_on_explicit_axes_are_those_on_auto_ones(kinds, set_mesh, tmp_pat
 @pytest.mark.parametrize("kinds", ["EE", "EA", "AE", "AA"])
 def test_constrained_and_initialized_on_axes_of_every_kind(kinds):
     mesh = mesh_of_kinds("data=4,model=2", kinds)
-    layout = oialr.Layout(mesh, (("w", PartitionSpec("data", "model")), (".", P)))
+    layout = oialr.sharding.Layout(
+        mesh, (("w", PartitionSpec("data", "model")), (".", P))
+    )
     tree = {"w": normal(0, 8, 6), "b": jnp.ones(3), "key": jax.random.key(0)}
     places = layout(tree)
     made = layout.initialize(lambda x: {**tree, "w": x["w"] + 1}, tree)
@@ -564,7 +576,7 @@ def test_constrained_and_initialized_on_axes_of_every_kind(kinds):
 def test_an_explicit_axis_of_large_leaves_is_refused():
     mesh = mesh_of_kinds("fsdp=8", "E")
     with pytest.raises(ValueError, match=r"'fsdp' of .* make the mesh by oialr_jax"):
-        oialr.Layout(mesh)
+        oialr.sharding.Layout(mesh)
     params = {"w": jax.device_put(normal(0, 16, 8), NamedSharding(mesh, P))}
     matrices = [Matrix("w", Axes((16, 8), (), (0,), (1,)), 8, "dot")]
     tx = oialr.freeze_bases(optax.sgd(0.1))
@@ -574,7 +586,7 @@ def test_an_explicit_axis_of_large_leaves_is_refused():
 
 @pytest.mark.parametrize("wrap", ["jit", "shard_map", "vmap"])
 def test_events_inside_of_a_program_are_refused(wrap):
-    mesh = oialr.make_mesh("data=8")
+    mesh = oialr.sharding.make_mesh("data=8")
     matrices = [Matrix("w", Axes((16, 8), (), (0,), (1,)), 8, "dot")]
     tx = oialr.freeze_bases(optax.sgd(0.1))
 

@@ -498,7 +498,7 @@ def test_on_a_cpu_a_program_with_lapack_calls_is_waited_for():
 
 
 def test_params_on_a_mesh_are_gathered_by_one_program():
-    mesh = oialr.make_mesh("fsdp=8")
+    mesh = oialr.sharding.make_mesh("fsdp=8")
     place = NamedSharding(mesh, PartitionSpec("fsdp"))
     track = oialr.stability.tracker([matrix_of(SHAPES["tall"])])
     followed = track.init({"w": jax.device_put(normal(0, 24, 10), place)})
@@ -513,7 +513,7 @@ def test_params_on_a_mesh_are_gathered_by_one_program():
 
 def test_params_on_a_mesh_give_the_same_numbers():
     matrix = matrix_of(SHAPES["tall"])
-    mesh = oialr.make_mesh("fsdp=8")
+    mesh = oialr.sharding.make_mesh("fsdp=8")
     before, after = normal(0, 24, 10), normal(1, 24, 10)
     place = NamedSharding(mesh, PartitionSpec("fsdp"))
     spread = [{"w": jax.device_put(x, place)} for x in (before, after)]

@@ -320,9 +320,13 @@ def test_an_average_follows_the_conversion():
         before = oialr.ranks(state.params)
         state, _ = run.step(state, *batch(int(state.step)))
         if oialr.ranks(state.params) != before:
-            desired = oialr.rebase(desired, state.params)
+            desired = oialr.following.rebase(desired, state.params)
         desired = with_trainable(
-            desired, average(oialr.trainable(state.params), oialr.trainable(desired))
+            desired,
+            average(
+                oialr.transform.trainable(state.params),
+                oialr.transform.trainable(desired),
+            ),
         )
     assert oialr.ranks(state.beside["ema"]) == oialr.ranks(state.params) != {}
     assert_close(state.beside["ema"], desired, 1e-5)
@@ -371,7 +375,7 @@ def test_a_line_search_has_what_it_asks_for():
 def test_layouts_place_the_state_and_the_batches():
     run, state = begun()
     _, values = advance(run, state, 6)
-    layout = oialr.Layout(oialr.make_mesh("fsdp=8"), min_size=64)
+    layout = oialr.sharding.Layout(oialr.sharding.make_mesh("fsdp=8"), min_size=64)
     run, state = begun(layout=layout)
     assert len(state.params["a"]["kernel"].addressable_shards) == 8
     shard = state.params["a"]["kernel"].addressable_shards[0]
@@ -763,7 +767,7 @@ def test_wrap_with_an_average_and_a_layout():
     )
     with pytest.raises(ValueError, match=r"follow=\('ema',\)"):
         oialr.wrap(state, train_step, *batch(0), delay=2)
-    layout = oialr.Layout(oialr.make_mesh("data=8"))
+    layout = oialr.sharding.Layout(oialr.sharding.make_mesh("data=8"))
     state, step = oialr.wrap(
         state, train_step, *batch(0), delay=2, follow="ema", layout=layout
     )

@@ -88,7 +88,7 @@ def test_state_is_for_cores_and_dense_leaves_only(name):
     shapes = [leaf.shape for leaf in jax.tree.leaves(state.inner_state)]
     assert node.u.shape not in shapes
     assert node.vt.shape not in shapes
-    trained = oialr.trainable(params)
+    trained = oialr.transform.trainable(params)
     assert jax.tree.structure(trained) == jax.tree.structure(oialr.materialize(params))
     bare = CHAINS[name]
     assert shapes == [leaf.shape for leaf in jax.tree.leaves(bare.init(trained))]

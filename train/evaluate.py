@@ -11,7 +11,10 @@ import oialr_jax as oialr
 
 
 def pieces(
-    rows: Callable[[np.ndarray], Any], count: int, size: int, layout: oialr.Layout
+    rows: Callable[[np.ndarray], Any],
+    count: int,
+    size: int,
+    layout: oialr.sharding.Layout,
 ) -> Iterator[tuple[Any, Array]]:
     """Host side: every row once, on the devices; and which rows of a piece count.
 
@@ -33,7 +36,7 @@ def total(
     rows: Callable[[np.ndarray], Any],
     count: int,
     size: int,
-    layout: oialr.Layout,
+    layout: oialr.sharding.Layout,
 ) -> Float[np.ndarray, " k"]:
     """Host side: (piece, which rows count) -> sums, added up in float64."""
     each = (jax.device_get(sums(*x)) for x in pieces(rows, count, size, layout))

@@ -148,12 +148,12 @@ def task(settings: Settings) -> recipe.Task:
               FileNotFoundError: the dataset is not prepared.
     """
     windows = load(settings)
-    mesh = oialr.make_mesh(settings.mesh)
+    mesh = oialr.sharding.make_mesh(settings.mesh)
     if "model" in mesh.shape:
         raise ValueError(
             "an axis `model` is of no use for the Autoformer: use data or fsdp"
         )
-    layout = oialr.Layout(mesh)
+    layout = oialr.sharding.Layout(mesh)
     model = Autoformer(
         horizon=settings.horizon,
         label=settings.history // 2,
@@ -237,7 +237,9 @@ def load(settings: Settings) -> dict[str, Windows]:
 
 
 def evaluate(
-    forecast: Callable[[Any, Any], Array], layout: oialr.Layout, windows: Windows
+    forecast: Callable[[Any, Any], Array],
+    layout: oialr.sharding.Layout,
+    windows: Windows,
 ) -> dict[str, float]:
     """Mean squared and absolute error over all windows, their rows and series."""
 

@@ -347,8 +347,8 @@ def task(settings: Settings) -> recipe.Task:
     """
     data = dataset(settings)
     model = network(settings, len(data.classes))
-    mesh = oialr.make_mesh(settings.mesh)
-    layout = oialr.Layout(mesh, rules(mesh, settings.model))
+    mesh = oialr.sharding.make_mesh(settings.mesh)
+    layout = oialr.sharding.Layout(mesh, rules(mesh, settings.model))
     trains = "train" in inspect.signature(type(model).__call__).parameters
 
     def init(key: Array) -> Mapping[str, Any]:
@@ -438,7 +438,7 @@ def augmented(
 
 def evaluate(
     forward: Callable[[Any], Array],
-    layout: oialr.Layout,
+    layout: oialr.sharding.Layout,
     data: Dataset,
     smoothing: float,
     split: str = "test",

@@ -70,7 +70,7 @@ class Task:
     evaluate: Callable[[State], Mapping[str, float]]
     goal: loop.Goal
     epoch: float
-    layout: oialr.Layout
+    layout: oialr.sharding.Layout
     forward: Callable[..., Any]
     inputs: tuple[jax.ShapeDtypeStruct, ...]
     described: Mapping[str, Any]

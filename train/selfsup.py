@@ -114,7 +114,7 @@ def task(settings: Settings) -> recipe.Task:
     )
     if not isinstance(data, Images):
         raise ValueError(f"{settings.dataset} does not fit into memory, as it must")
-    layout = oialr.Layout(oialr.make_mesh(settings.mesh))
+    layout = oialr.sharding.Layout(oialr.sharding.make_mesh(settings.mesh))
     model = BarlowTwins(width=settings.width)
     of_pixels = functools.partial(standardize, mean=data.mean, deviation=data.deviation)
 
@@ -205,7 +205,7 @@ def barlow_twins(
 
 
 def every(
-    features: Callable[[Any], Array], layout: oialr.Layout, image: np.ndarray
+    features: Callable[[Any], Array], layout: oialr.sharding.Layout, image: np.ndarray
 ) -> np.ndarray:
     """Host side: the features of all images, in every process."""
     found = [

@@ -116,7 +116,7 @@ def task(settings: Settings) -> recipe.Task:
     data = text.embedded() if settings.smoke else load(settings.data_dir)
     if settings.smoke:
         settings = dataclasses.replace(settings, **SMALL)
-    layout = oialr.Layout(oialr.make_mesh(settings.mesh))
+    layout = oialr.sharding.Layout(oialr.sharding.make_mesh(settings.mesh))
     model = Transformer(
         tokens=len(data.characters),
         context=settings.context,
@@ -178,7 +178,9 @@ def task(settings: Settings) -> recipe.Task:
 
 
 def evaluate(
-    forward: Callable[[Any], Array], layout: oialr.Layout, passages: text.Passages
+    forward: Callable[[Any], Array],
+    layout: oialr.sharding.Layout,
+    passages: text.Passages,
 ) -> dict[str, float]:
     """Mean loss and share of right guesses over all characters of these passages."""
 

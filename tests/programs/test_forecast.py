@@ -159,7 +159,7 @@ def repeat(value, mark):
 def test_an_evaluation_counts_every_window_once(mesh, monkeypatch):
     monkeypatch.setattr(forecast, "EVALUATION_BATCH", 8)
     data = windows(21)
-    layout = oialr.Layout(oialr.make_mesh(mesh))
+    layout = oialr.sharding.Layout(oialr.sharding.make_mesh(mesh))
 
     found = forecast.evaluate(repeat, layout, data)
     every = data.take(np.arange(21))
@@ -207,7 +207,7 @@ def test_a_prepared_series_is_read_and_evaluated_as_the_table_says(tmp_path):
     _, settings = forecast.PRESETS["etth1-96"]
     found = forecast.load(dataclasses.replace(settings, data_dir=tmp_path))
     assert [len(x) for x in found.values()] == [8449, 2785, 2785]
-    layout = oialr.Layout(oialr.make_mesh("data=1"))
+    layout = oialr.sharding.Layout(oialr.sharding.make_mesh("data=1"))
     errors = forecast.evaluate(repeat, layout, found["test"])
     assert errors["mse"] == pytest.approx(1.2944, abs=1e-3)
     assert errors["mae"] == pytest.approx(0.7132, abs=1e-3)

@@ -108,7 +108,7 @@ def test_the_step_of_the_small_form_fits_its_state(
     module, settings = small(program, preset, tmp_path)
     monkeypatch.setattr(loop, "train", reached)
     monkeypatch.setattr(
-        oialr.Layout,
+        oialr.sharding.Layout,
         "initialize",
         lambda layout, create, *args: jax.eval_shape(create, *args),
     )

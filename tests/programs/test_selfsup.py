@@ -88,7 +88,7 @@ def test_features_that_are_not_finite_are_worth_no_number():
 @pytest.mark.parametrize("mesh", ["data=1", "data=8"])
 def test_features_of_every_image_come_in_order(mesh):
     image = np.arange(selfsup.EVALUATION_BATCH + 37)[:, None]
-    layout = oialr.Layout(oialr.make_mesh(mesh))
+    layout = oialr.sharding.Layout(oialr.sharding.make_mesh(mesh))
     found = selfsup.every(lambda x: 2 * x, layout, image)
     np.testing.assert_array_equal(found, 2 * image)
 

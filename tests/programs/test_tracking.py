@@ -64,7 +64,7 @@ def test_numbers_outlive_the_params_they_are_of(low, detailed):
 
 @pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec("fsdp")], ids=str)
 def test_params_on_a_mesh_are_followed_on_one_device(spec):
-    place = NamedSharding(oialr.make_mesh("fsdp=2"), spec)
+    place = NamedSharding(oialr.sharding.make_mesh("fsdp=2"), spec)
     track = Tracking(MATRICES, every=1, steps=20, epoch=2.0)
     step = next(t for t in range(1, 20) if not track.is_detailed(t))
     before, after = (jax.device_put(params(seed), place) for seed in (0, 1))

@@ -730,7 +730,7 @@ def test_evaluation_counts_every_test_image_once(mesh):
         wrong = np.arange(len(labels)) % 4 == 0
         return 50 * jnp.eye(10)[(labels + wrong) % 10]
 
-    layout = oialr.Layout(oialr.make_mesh(mesh))
+    layout = oialr.sharding.Layout(oialr.sharding.make_mesh(mesh))
     found = images.evaluate(oracle, layout, repeated, 0.0)
     assert found["accuracy"] == pytest.approx(0.75)
     assert found["loss"] == pytest.approx(12.5, rel=1e-4)

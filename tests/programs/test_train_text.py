@@ -44,7 +44,7 @@ def test_evaluation_counts_every_character_once(mesh):
         wrong = np.arange(16) % 4 == 0
         return 50 * jnp.eye(characters)[(target + wrong) % characters]
 
-    layout = oialr.Layout(oialr.make_mesh(mesh))
+    layout = oialr.sharding.Layout(oialr.sharding.make_mesh(mesh))
     found = program.evaluate(oracle, layout, passages)
     assert found["accuracy"] == pytest.approx(0.75)
     assert found["loss"] == pytest.approx(12.5, rel=1e-4)

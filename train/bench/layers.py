@@ -94,7 +94,7 @@ def _layer(layer: Layer, settings: Settings, rates: Rates | None) -> list[Row]:
             y, pullback = jax.vjp(use, trained, x)
             return pullback(y)
 
-        trained = oialr.trainable(params)
+        trained = oialr.transform.trainable(params)
         compiled = jax.jit(step).lower(trained, params, x).compile()
         return lambda: jax.block_until_ready(compiled(trained, params, x))
 
