@@ -223,7 +223,8 @@ def _stability(tracked: Sequence[Record]) -> Figure:
     figure.colorbar(mesh, ax=above, label="tr(P₁ᵀP₂) / n", pad=0.01)
     draw_means(below, [tracked])
     below.set_xlabel("epoch at the end of the interval")
-    figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=4)
+    if below.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=4)
     return figure
 
 

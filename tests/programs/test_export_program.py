@@ -25,7 +25,7 @@ def written(folder, program, preset, small, rank=3):
     )
     state = state.replace(params=params, opt_state=opt_state)
     with oialr.Checkpoints(folder / "checkpoints") as checkpoints:
-        checkpoints.save(state, {"settings": recipe._stored(settings)})
+        checkpoints.save(state, {"settings": common.stored(settings)})
     return params
 
 
