@@ -410,9 +410,19 @@ def steps(run, state, x, count):
     return state, values
 
 
-@pytest.mark.parametrize("lag", [0, 2])
-@pytest.mark.parametrize("layout", [None, "fsdp=8"])
-def test_training_raises_ranks_by_a_schedule(lag, layout):
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    ("layout", "lag"),
+    [
+        pytest.param(None, 0, marks=LONG),
+        (None, 2),
+        pytest.param("fsdp=8", 0, marks=LONG),
+        pytest.param("fsdp=8", 2, marks=LONG),
+    ],
+)
+def test_training_raises_ranks_by_a_schedule(layout, lag):
     """By the one event: averages follow, and a resumed run does the same."""
     params, x, matrices = model()
     x = jnp.tile(x, (2, 1))

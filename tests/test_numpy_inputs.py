@@ -62,7 +62,9 @@ def by_hand():
     return params, oialr.factored(loss)(params, X, Y)
 
 
-@pytest.mark.parametrize("train", [by_training, by_wrap, by_hand])
+@pytest.mark.parametrize(
+    "train", [pytest.param(by_training, marks=pytest.mark.long), by_wrap, by_hand]
+)
 def test_float64_params_and_int64_labels_are_what_jit_makes_of_them(train):
     params, value = train()
     assert set(oialr.ranks(params)) == {"a", "b"}

@@ -535,7 +535,11 @@ def stopped(out, at, *arguments):
 
 @pytest.mark.parametrize(
     ("at", "arguments"),
-    [(1, LOW_RANK), (4, LOW_RANK), (7, [*LOW_RANK, "--lag", "2"])],
+    [
+        pytest.param(1, LOW_RANK, marks=pytest.mark.long),
+        (4, LOW_RANK),
+        (7, [*LOW_RANK, "--lag", "2"]),
+    ],
     ids=["dense", "after_the_conversion", "ranks_wait"],
 )
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(
