@@ -19,7 +19,6 @@ among the ten nearest.
 import dataclasses
 import functools
 import importlib.util
-import json
 import pathlib
 import sys
 import time
@@ -38,7 +37,7 @@ from oialr_jax.compression import two_factors
 from oialr_jax.curvature import of_outputs
 from oialr_jax.matrices import Matrix
 from oialr_jax.weighted import Statistics
-from train import compress_run, names, process
+from train import compress_run, files, names, process
 from train.data import passages
 from train.models.sentence_encoder import SentenceEncoder, from_bert
 
@@ -274,9 +273,22 @@ def run(settings: Settings) -> dict[str, Any]:
 
     Raises:   ValueError: `keep` outside (0, 1), or too few passages.
               FileNotFoundError: the encoder, its readers or the text are missing.
+              FileExistsError: there is a summary already, or another process.
     """
     if not 0 < settings.keep < 1:
         raise ValueError(f"`keep` must be in (0, 1), got {settings.keep}")
+    settings = files.with_paths_expanded(settings)
+    out = files.writable(settings.out)
+    if (out / files.SUMMARY).exists():
+        raise FileExistsError(f"{out} has a {files.SUMMARY}: name another --out")
+    with files.held(out):
+        summary = _measured_on(settings)
+        files.finish(out, summary)
+    return summary
+
+
+def _measured_on(settings: Settings) -> dict[str, Any]:
+    """The summary, from the files that the settings name."""
     model, params, tokenizer = load(folder(settings.model))
     parts = passages.split(
         passages.text(settings.data_dir),
@@ -285,10 +297,7 @@ def run(settings: Settings) -> dict[str, Any]:
         seed=settings.seed,
     )
     tokens = Tokens(*([x.ids for x in tokenizer.encode_batch(x)] for x in parts))
-    summary = compressed(model, params, tokens, settings)
-    settings.out.mkdir(parents=True, exist_ok=True)
-    (settings.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    return summary
+    return compressed(model, params, tokens, settings)
 
 
 def compressed(

@@ -36,7 +36,7 @@ from oialr_jax.adapters import attached, on_base
 from oialr_jax.curvature import of_outputs
 from oialr_jax.lowrank import named_leaves, with_leaves
 from oialr_jax.matrices import Matrix
-from train import images
+from train import files, images
 from train.data.arrays import Images, standardize
 from train.models.lenet5 import LeNet5
 
@@ -348,11 +348,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Host side: the command."""
     settings = tyro.cli(Settings, args=arguments, prog="python -m train.finetune")
     try:
+        if settings.json is not None:
+            files.writable(settings.json.parent)
         results = run(settings)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     if settings.json is not None:
-        settings.json.write_text(json.dumps(results, indent=2) + "\n")
+        settings.json.write_text(json.dumps(files.nulled(results), indent=2) + "\n")
     print(table(results["ways"]))
 
 

@@ -24,7 +24,7 @@ import tyro
 
 import oialr_jax as oialr
 from oialr_jax.export import Exported
-from train import process
+from train import files, process
 from train.bench.problem import Problem
 from train.bench.timing import interleaved
 
@@ -181,6 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Host side: the command."""
     settings = tyro.cli(Settings, args=arguments, prog="python -m train.serve")
     try:
+        if settings.json is not None:
+            files.writable(settings.json.parent)
         rows = run(settings)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
@@ -192,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "settings": {k: str(v) for k, v in dataclasses.asdict(settings).items()},
             "rows": rows,
         }
-        settings.json.write_text(json.dumps(content, indent=1) + "\n")
+        settings.json.write_text(json.dumps(files.nulled(content), indent=1) + "\n")
     print(table(rows))
 
 

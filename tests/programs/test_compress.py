@@ -172,3 +172,10 @@ def test_the_packaged_encoder_gives_the_vectors_of_its_authors():
     vectors = program.embedded(jax.jit(encode), params, tokens)
     wanted = [[1, 0.6660, 0.1046], [0.6660, 1, 0.1411], [0.1046, 0.1411, 1]]
     np.testing.assert_allclose(vectors @ vectors.T, wanted, atol=1e-4)
+
+
+def test_a_summary_that_is_there_stays(tmp_path):
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"^error: .* has a summary.json: name anoth"):
+        program.main(["minilm", "--out", str(tmp_path)])
+    assert (tmp_path / "summary.json").read_text() == "{}"

@@ -22,7 +22,7 @@ import tyro
 
 import oialr_jax as oialr
 from oialr_jax.export.manifest import WEIGHTS
-from train import export
+from train import export, files
 
 Row = dict[str, Any]
 
@@ -108,6 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Settings, args=arguments, prog="python -m train.studies.storage"
     )
     try:
+        if settings.json is not None:
+            files.writable(settings.json.parent)
         rows = run(settings)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
@@ -119,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "python": platform.python_version(),
             "rows": rows,
         }
-        settings.json.write_text(json.dumps(result, indent=1) + "\n")
+        settings.json.write_text(json.dumps(files.nulled(result), indent=1) + "\n")
     print(table(rows))
 
 
