@@ -3,14 +3,17 @@
 import dataclasses
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 import jax.numpy as jnp
+import optax
 
 from oialr_jax.adapters import FrozenBase
 from oialr_jax.lowrank import PyTree, check_forms, counts, is_low_rank, named_leaves
 from oialr_jax.matrices import Matrices, Matrix, select, skipped_lines
+from oialr_jax.orthogonal import core_muon
+from oialr_jax.rehearsal import line
 from oialr_jax.schedule import RankRule, Schedule
 from oialr_jax.transform import FrozenBases
 
@@ -194,6 +197,37 @@ def is_function_of_matrices(tx: Any) -> bool:
             f"`tx` has to be an optimizer, got {name} itself: write {name}(3e-4)"
         )
     return True
+
+
+def of_rate(rate: float) -> Callable[[Sequence[Matrix]], Any]:
+    """The optimizer for a learning rate alone: Muon on the matrices, Adam elsewhere.
+
+    Its steps are as large as AdamW's, so that rates carry over (Liu et al. 2025).
+
+    Raises:   ValueError: the rate is not positive.
+    """
+    if isinstance(rate, bool) or not rate > 0:
+        raise ValueError(f"`tx` as a learning rate must be positive, got {rate!r}")
+    return lambda matrices: core_muon(rate, matrices, rms=0.2)
+
+
+def made_of(
+    tx: Callable[[Sequence[Matrix]], Any], matrices: Sequence[Matrix]
+) -> optax.GradientTransformation:
+    """The optimizer that a function gives for the matrices.
+
+    Raises:   TypeError, ValueError: it fails, or gives none that fits.
+    """
+    try:
+        found = tx(matrices)
+    except Exception as error:
+        raise TypeError(
+            "`tx` is no optimizer, and calling it with the matrices fails: give "
+            "optax.adamw(schedule), or lambda matrices: core_muon(schedule, matrices) "
+            f"({line(error)})"
+        ) from error
+    check_optimizer(found)
+    return found
 
 
 def check_optimizer(tx: Any) -> None:

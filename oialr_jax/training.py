@@ -22,6 +22,8 @@ from oialr_jax.defaults import (
     check_params,
     frozen_base,
     is_function_of_matrices,
+    made_of,
+    of_rate,
     scheduled,
     scheduled_on_base,
 )
@@ -71,9 +73,11 @@ def training(
     cut after such a warm-up kept more accuracy than many cuts without it
     (train/results/experiments.md). A warm-up of less than 20 steps has no projections.
 
-    Args:     tx: an optimizer of Optax, around which `freeze_bases` is put here; or a
-              function of the matrices that returns one, as orthogonal.core_muon needs,
-              lambda matrices: core_muon(0.02, matrices).
+    Args:     tx: an optimizer of Optax, around which `freeze_bases` is put here; a
+              function of the matrices that returns one, lambda matrices:
+              orthogonal.core_muon(schedule, matrices, rms=0.2); or a learning rate
+              alone, that of AdamW, for this one: on cores Muon lost nothing to its
+              dense run where AdamW lost eleven points (train/results/orthogonal.md).
               delay: the step of the conversion, by default a third of `steps`, the
               paper's rule of thumb. Later is safer, up to two thirds in short runs, but
               dense for longer.
@@ -107,6 +111,7 @@ def training(
     Raises:   ValueError, TypeError: a value out of range, two that exclude each other,
               a `tx` that is frozen already or no optimizer.
     """
+    tx = of_rate(tx) if isinstance(tx, int | float) else tx
     of_matrices = is_function_of_matrices(tx)
     if not of_matrices:
         check_optimizer(tx)
@@ -213,8 +218,7 @@ class Training:
         found = find_matrices(pure.loss, params, *args, **kwargs)
         self.matrices = self._choice.matrices(found)
         if self._of_matrices is not None:
-            tx = self._of_matrices(self.matrices)
-            check_optimizer(tx)
+            tx = made_of(self._of_matrices, self.matrices)
             self._pure = pure = dataclasses.replace(pure, tx=freeze_bases(tx))
             self.tx, self.train_step = pure.tx, pure.step
         if self._frozen is None:

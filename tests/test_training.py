@@ -151,6 +151,16 @@ def test_an_optimizer_of_the_matrices_is_the_one_made_of_them():
     assert len(oialr.ranks(state.params)) == 2
 
 
+def test_a_rate_alone_is_that_of_muon_on_the_matrices():
+    run = oialr.training(loss, 1e-2, delay=4)
+    state, values = advance(run, run.init(weights(), *batch(0)), STEPS)
+    tx = oialr.orthogonal.core_muon(1e-2, run.matrices, rms=0.2)
+    known = oialr.training(loss, tx, delay=4)
+    desired, _ = advance(known, known.init(weights(), *batch(0)), STEPS)
+    same(state, desired)
+    assert values[-1] < values[0]
+
+
 def test_params_stay_the_callers():
     params = weights()
     schedule_free = optax.contrib.schedule_free_sgd(0.1)  # begins with the params
@@ -488,7 +498,13 @@ def init(loss=loss, params=None, example=None, *, extra=None, tx=None, **options
 
 X, Y = jax.eval_shape(lambda: batch(0))
 MISTAKES: dict[str, tuple[Any, type[Exception], str]] = {
-    "no_optimizer": (lambda: init(tx=1e-3), TypeError, "optax.adamw.*got 0.001"),
+    "no_optimizer": (lambda: init(tx="adamw"), TypeError, "optax.adamw.*got 'adamw'"),
+    "no_rate": (lambda: init(tx=-1e-3), ValueError, "must be positive, got -0.001"),
+    "schedule": (
+        lambda: init(tx=optax.cosine_decay_schedule(1e-3, 9)),
+        TypeError,
+        r"calling it with the matrices fails: give optax\.adamw\(schedule\)",
+    ),
     "not_called": (
         lambda: init(tx=optax.adamw),
         TypeError,
