@@ -14,7 +14,7 @@ from typing import Any
 
 from train import finetune, serve
 from train.markdown import table
-from train.studies import looking
+from train.studies import looking, storage
 
 FOLDER = pathlib.Path(__file__).parent
 Rows = Sequence[Mapping[str, Any]]
@@ -173,6 +173,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "compress-minilm-cpu": ("runs", compression),
     "looking-cpu": ("rows", looking.table),
     "serve-cpu": ("rows", serve.table),
+    "storage-cpu": ("rows", storage.table),
     "finetune-mnist-cpu": ("ways", finetune.table),
     "orthogonal-cpu": ("rows", orthogonal),
     "tracking-cpu": ("rows", tracking),

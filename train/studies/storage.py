@@ -11,6 +11,7 @@ import dataclasses
 import json
 import pathlib
 import platform
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -89,17 +90,29 @@ def run(settings: Settings) -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """In Markdown: for each form the mean and the most that is lost over the runs."""
-    lines = ["| form | lost, mean | lost, most | runs | bytes, mean |"]
-    lines += ["| --- | --- | --- | --- | --- |"]
-    for form, dtype in dict.fromkeys((x["form"], x["dtype"]) for x in rows):
-        mine = [x for x in rows if (x["form"], x["dtype"]) == (form, dtype)]
-        lost, sizes = ([x[name] for x in mine] for name in ("lost", "bytes"))
+    """In Markdown: for runs that differ in their seed the mean and the most lost.
+
+    Accuracy is in points.
+    """
+    lines = ["| runs | form | of the runs | lost, mean | lost, most | bytes, mean |"]
+    lines += ["| --- | --- | --- | --- | --- | --- |"]
+    kinds = dict.fromkeys((_kind(x), x["form"], x["dtype"]) for x in rows)
+    for kind, form, dtype in kinds:
+        key = (kind, form, dtype)
+        mine = [x for x in rows if (_kind(x), x["form"], x["dtype"]) == key]
+        factor = 100 if mine[0]["metric"] == "accuracy" else 1
+        before, lost = ([factor * x[k] for x in mine] for k in ("of_run", "lost"))
         lines.append(
-            f"| {form}, {dtype} | {np.mean(lost):.4f} | {max(lost):.4f} | {len(mine)} "
-            f"| {np.mean(sizes):,.0f} |"
+            f"| {len(mine)} {kind} | {form}, {dtype} | {np.mean(before):.2f} | "
+            f"{np.mean(lost):.2f} | {max(lost):.2f} | "
+            f"{np.mean([x['bytes'] for x in mine]):,.0f} |"
         )
     return "\n".join(lines)
+
+
+def _kind(row: Row) -> str:
+    """The name of a run without its seed."""
+    return re.sub(r"-seed\d+$", "", row["run"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
