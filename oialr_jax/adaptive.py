@@ -471,8 +471,7 @@ class AdaptiveStep:
             ahead.result()
         waited = time.perf_counter()
         sums = self._statistics(state)
-        before = _without_sums(state, sums)
-        now = without_identity((before, args, kwargs))
+        now = without_identity((_without_sums(state, sums), args, kwargs))
         shows = self._shows(now, ranks or None)
         more = {"statistics": sums, "directions": shows}
         setup = {**self._setup._asdict(), **more}
@@ -494,12 +493,12 @@ class AdaptiveStep:
         state = _without_sums(self._after(state, params, opt_state), sums)
         actual = None
         if sums is not None and reports:
-            given, named = without_identity((args, kwargs))
-            was, now = (
-                self._value(without_identity(x), *given, **named)
-                for x in (before, state)
+            old, given, named = now
+            values = (
+                self._value(x, *given, **named) for x in (old, without_identity(state))
             )
-            actual = float(jax.device_get(now)) - float(jax.device_get(was))
+            was, then = (float(jax.device_get(x)) for x in values)
+            actual = then - was
         last = len(reports) - 1  # the cut, and not the conversion before it
         self.reports += [
             dataclasses.replace(x, step=number, actual=actual if i == last else None)

@@ -12,21 +12,18 @@ file, and the largest difference to the training form over the largest output.
 import dataclasses
 import json
 import pathlib
-import platform
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-import tyro
 
 import oialr_jax as oialr
 from oialr_jax.export import Exported
-from train import files, process
+from train import process
 from train.bench.problem import Problem
-from train.bench.timing import interleaved
+from train.bench.timing import command, interleaved
 
 Row = dict[str, Any]
 
@@ -179,23 +176,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Host side: the command."""
-    settings = tyro.cli(Settings, args=arguments, prog="python -m train.serve")
-    try:
-        if settings.json is not None:
-            files.writable(settings.json.parent)
-        rows = run(settings)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    if settings.json is not None:
-        content = {
-            "command": " ".join(["python -m train.serve", *sys.argv[1:]]),
-            "jax": jax.__version__,
-            "python": platform.python_version(),
-            "settings": {k: str(v) for k, v in dataclasses.asdict(settings).items()},
-            "rows": rows,
-        }
-        settings.json.write_text(json.dumps(files.nulled(content), indent=1) + "\n")
-    print(table(rows))
+    command("train.serve", Settings, run, table, arguments)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from oialr_jax import cost
 from train import process
 from train.bench import __main__ as program
 from train.bench import events, layers, peers, problem, steps, timing, whole_run
-from train.bench.settings import Settings
+from train.bench.settings import Settings, read_rates
 from train.models.mlp import MLP
 from train.models.resnet import ResNet
 from train.models.vit import VisionTransformer
@@ -239,7 +239,7 @@ def test_calibration_writes_rates_that_can_be_read(tmp_path, capsys):
     file = tmp_path / "rates.json"
     program.main(["--suite", "layers", "--calibrate", "--repeats", "1", "--batch", "4",
                 "--json", str(file)])  # fmt: skip
-    rates = layers.read_rates(file)
+    rates = read_rates(file)
     assert dataclasses.asdict(rates) == json.loads(capsys.readouterr().out)
     assert all(math.isfinite(x) for x in dataclasses.asdict(rates).values())
 
@@ -249,7 +249,7 @@ def test_rates_of_the_wrong_form_are_an_error(text, tmp_path):
     file = tmp_path / "rates.json"
     file.write_text(text)
     with pytest.raises(ValueError, match=r"rates\.json does not hold the rates"):
-        layers.read_rates(file)
+        read_rates(file)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,8 @@ import time
 import jax
 
 import oialr_jax as oialr
-from train.bench.layers import read_rates
 from train.bench.problem import Problem
-from train.bench.settings import Row, Settings
+from train.bench.settings import Row, Settings, read_rates
 from train.bench.timing import compile_times, covered
 
 LADDER = 0.95

@@ -1,8 +1,6 @@
 """The suite layers: one matrix at a time beside the cost model, and its rates."""
 
 import dataclasses
-import json
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +13,8 @@ from oialr_jax import cost
 from oialr_jax.cost import Rates
 from oialr_jax.lowrank import Axes, factor
 from oialr_jax.transform import with_trainable
-from train.bench.settings import Row, Settings
+from train.bench.settings import Row, Settings, read_rates
+from train.bench.steps import of_model
 from train.bench.timing import interleaved
 
 
@@ -206,23 +205,6 @@ def _merging_pays(settings: Settings) -> bool:
     """Whether a whole convolutional network is faster merged than as chains."""
     orders = ("chain", "merged")
     options: Any = {"fractions": (1.0,), "orders": orders, "peers": ()}
-    from train.bench import steps  # which reads rates by this room
-
-    rows = steps.of_model("resnet18", dataclasses.replace(settings, **options))
+    rows = of_model("resnet18", dataclasses.replace(settings, **options))
     took = {row["order"]: row["step_ms"] for row in rows}
     return bool(took["merged"] < took["chain"])
-
-
-def read_rates(path: pathlib.Path | None) -> Rates | None:
-    """Host side: rates from a file of --calibrate, None for no path.
-
-    Raises:   ValueError: the file has other names or values than `Rates`.
-    """
-    if path is None:
-        return None
-    try:
-        return Rates(**json.loads(path.read_text()))
-    except (TypeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} does not hold the rates of a device: {error}"
-        ) from None

@@ -1,8 +1,11 @@
 """What a benchmark lets a user set."""
 
 import dataclasses
+import json
 import pathlib
 from typing import Any, Literal
+
+from oialr_jax.cost import Rates
 
 Row = dict[str, Any]
 """One line of a table."""
@@ -46,3 +49,18 @@ class Settings:
     """In the suite layers: measure the rates and print them as JSON."""
     json: pathlib.Path | None = None
     """Where the rows go, with device, versions and date."""
+
+
+def read_rates(path: pathlib.Path | None) -> Rates | None:
+    """Host side: rates from a file of --calibrate, None for no path.
+
+    Raises:   ValueError: the file has other names or values than `Rates`.
+    """
+    if path is None:
+        return None
+    try:
+        return Rates(**json.loads(path.read_text()))
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} does not hold the rates of a device: {error}"
+        ) from None

@@ -6,10 +6,9 @@ import jax
 
 import oialr_jax as oialr
 from train import names
-from train.bench.layers import read_rates
 from train.bench.peers import PEERS, compares
 from train.bench.problem import Problem, Program
-from train.bench.settings import Row, Settings
+from train.bench.settings import Row, Settings, read_rates
 from train.bench.timing import interleaved
 
 

@@ -11,13 +11,26 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
+import tyro
 
 from oialr_jax import surgery
 from train import files, markdown, process
 from train.bench.settings import Row
+
+
+class Told(Protocol):
+    """Settings that say where the rows go."""
+
+    @property
+    def json(self) -> pathlib.Path | None:
+        """A file, if there is to be one."""
+        ...
+
+
+S = TypeVar("S", bound=Told)
 
 SAMPLE = 0.1
 """Seconds that one sample takes at least: short runs are repeated to fill it."""
@@ -122,6 +135,31 @@ def table(rows: Sequence[Row]) -> str:
 
     lines = [[text(row.get(name)) for name in columns] for row in rows]
     return markdown.table(columns, lines)
+
+
+def command(
+    program: str,
+    kind: type[S],
+    measured: Callable[[S], list[Row]],
+    shown: Callable[[list[Row]], str],
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Host side: read the command line, measure, write the rows, print their table.
+
+    Args:     program: as it is called, "train.serve". kind: settings with a `json`.
+    """
+    try:
+        settings = tyro.cli(kind, args=arguments, prog=f"python -m {program}")
+        settings = files.with_paths_expanded(settings)
+        path = settings.json
+        if path is not None:  # before what takes minutes
+            files.writable(path.parent)
+        rows = measured(settings)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    if path is not None:
+        write(program, arguments, rows, path)
+    print(shown(rows))
 
 
 def write(

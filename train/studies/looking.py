@@ -6,7 +6,6 @@ batch, timed in turn; the memory of both programs, and of the sums. No data is n
 
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,14 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from jaxtyping import Array
 
 import oialr_jax as oialr
-from train import files, markdown, process
+from train import markdown, process
 from train.bench.problem import Problem, Program
 from train.bench.settings import Row
-from train.bench.timing import interleaved, write
+from train.bench.timing import command, interleaved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,17 +114,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Host side: the command."""
-    settings = tyro.cli(Settings, args=arguments, prog="train.studies.looking")
-    try:
-        settings = files.with_paths_expanded(settings)
-        if settings.json is not None:
-            files.writable(settings.json.parent)
-        found = rows(settings)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
-    print(table(found))
-    if settings.json is not None:
-        write("train.studies.looking", arguments, found, settings.json)
+    command("train.studies.looking", Settings, rows, table, arguments)
 
 
 if __name__ == "__main__":

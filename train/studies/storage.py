@@ -10,22 +10,17 @@ run's own metric is worse, in its unit.
 import dataclasses
 import json
 import pathlib
-import platform
 import re
-import sys
 import tempfile
 from collections.abc import Sequence
-from typing import Any
 
-import jax
 import numpy as np
 import tyro
 
-import oialr_jax as oialr
 from oialr_jax.export.manifest import WEIGHTS
-from train import export, files
-
-Row = dict[str, Any]
+from train import export
+from train.bench.settings import Row
+from train.bench.timing import command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,25 +112,7 @@ def _kind(row: Row) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Host side: the command."""
-    settings = tyro.cli(
-        Settings, args=arguments, prog="python -m train.studies.storage"
-    )
-    try:
-        if settings.json is not None:
-            files.writable(settings.json.parent)
-        rows = run(settings)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    if settings.json is not None:
-        result = {
-            "command": " ".join(["python -m train.studies.storage", *sys.argv[1:]]),
-            "jax": jax.__version__,
-            "oialr_jax": oialr.__version__,
-            "python": platform.python_version(),
-            "rows": rows,
-        }
-        settings.json.write_text(json.dumps(files.nulled(result), indent=1) + "\n")
-    print(table(rows))
+    command("train.studies.storage", Settings, run, table, arguments)
 
 
 if __name__ == "__main__":
