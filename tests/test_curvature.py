@@ -240,7 +240,7 @@ PUSHED = (
     *("dense_general", "conv2d_strided_dilated", "scan_remat", "experts_ragged"),
     *("weight_on_the_left", "used_twice_once_transposed", "cond", "nnx"),
     *("bfloat16_compute", "gates_joined", "two_weights_multiplied", "tied_embedding"),
-    *("heads_cut", "weight_normed"),
+    *("heads_cut", "weight_normed", "on_devices"),
 )
 """Of the table of cases; all of them in full."""
 

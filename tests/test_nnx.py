@@ -240,26 +240,32 @@ def test_on_a_mesh_it_stays_there(given):
             state = jax.device_put(state, layout(state))
             oialr.nnx.update(model, optimizer, state)
         call = model, optimizer, metric()
-        options = {"layout": layout} if given else {}
+        options = {"layout": layout if given else None}
         step = oialr.nnx.wrap(
             train_step, *call, *batch(0), delay=2, budget=0.5, **options
         )
+        if options["layout"] is not None:  # placed before the first step
+            on_mesh(oialr.nnx.state(model, optimizer))
         batches = map(batch, range(5))
         if layout is not None:
             batches = (jax.device_put(x, layout.batch) for x in batches)
         losses = [step(*call, *x) for x in batches]
         return losses, oialr.nnx.state(model, optimizer), step
 
+    def on_mesh(state):
+        arrays = jax.tree.leaves((state.params, state.opt_state))
+        whole = set(mesh.devices.flat)
+        assert all(x.sharding.device_set == whole for x in arrays if x.ndim)
+
     desired, _, _ = trained(None)
     losses, state, step = trained(layout)
+    on_mesh(state)
     np.testing.assert_allclose(losses, desired, rtol=1e-4)
     assert len(step.reports) == 2  # the conversion and its cut
     assert oialr.ranks(state.params)
     bases = [x.u for x in jax.tree.leaves(state.params, is_leaf=is_node) if is_node(x)]
     divided = any(not x.sharding.is_fully_replicated for x in bases)
     assert divided == given  # by default small leaves are not
-    arrays = [x for x in jax.tree.leaves((state.params, state.opt_state)) if x.ndim]
-    assert all(x.sharding.device_set == set(mesh.devices.flat) for x in arrays)
 
 
 def test_statistics_and_counters_keep_moving():

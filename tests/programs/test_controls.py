@@ -52,6 +52,26 @@ def test_a_rate_is_chosen_on_a_seed_of_its_own(metric, chosen, tmp_path):
     assert [x["seed"] for x in arm["runs"]] == [0, 1]
 
 
+def test_optimizers_train_the_plain_runs_each_at_its_best_rate(tmp_path, monkeypatch):
+    def run(_, program, options, seed):
+        assert program == "train.text"
+        rate = next((x.split()[1] for x in options if "rate" in x), "0")
+        best = 0.002 if any("muon" in x for x in options) else 0.004
+        found = {"loss": abs(float(rate) - best), "seed": seed}
+        return {"metric": "loss", "best": found, "seed": seed}
+
+    monkeypatch.setattr(controls, "_run", run)
+    (tmp_path / "sonnets").mkdir()
+    found = controls.measured(settings(tmp_path, optimizers=("adamw", "muon")))
+    arms = found["arms"]
+    assert list(arms)[-2:] == ["adamw, 0.5", "muon, 0.5"]
+    for name, rate in (("adamw", "0.004"), ("muon", "0.002")):
+        expected = ["--budget 0.5", f"--optimizer {name}", f"--learning-rate {rate}"]
+        assert arms[f"{name}, 0.5"]["options"] == expected
+        assert [x["seed"] for x in arms[f"{name}, 0.5"]["runs"]] == [0, 1]
+    assert not any("optimizer" in x for x in arms["plain, 0.5"]["options"])
+
+
 def test_the_table_has_means_and_deviations():
     runs = [
         {
