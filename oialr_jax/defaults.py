@@ -189,7 +189,7 @@ def is_function_of_matrices(tx: Any) -> bool:
 
     Raises:   TypeError: it is one of a learning rate, as `optax.adamw` is.
     """
-    if not callable(tx) or hasattr(tx, "init"):
+    if not callable(tx) or hasattr(tx, "init") or isinstance(tx, type):
         return False
     if "learning_rate" in inspect.signature(tx).parameters:
         name = getattr(tx, "__name__", tx)
@@ -204,10 +204,12 @@ def of_rate(rate: float) -> Callable[[Sequence[Matrix]], Any]:
 
     Its steps are as large as AdamW's, so that rates carry over (Liu et al. 2025).
 
-    Raises:   ValueError: the rate is not positive.
+    Raises:   ValueError: the rate is not positive and finite.
     """
-    if isinstance(rate, bool) or not rate > 0:
-        raise ValueError(f"`tx` as a learning rate must be positive, got {rate!r}")
+    if isinstance(rate, bool) or not 0 < rate < math.inf:
+        raise ValueError(
+            f"`tx` as a learning rate must be positive and finite, got {rate!r}"
+        )
     return lambda matrices: core_muon(rate, matrices, rms=0.2)
 
 
@@ -237,7 +239,8 @@ def check_optimizer(tx: Any) -> None:
             "`tx` is frozen already, which `training` does itself: give it the "
             "optimizer without freeze_bases, training(loss, optax.adamw(3e-4), ...)"
         )
-    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+    has_both = hasattr(tx, "init") and hasattr(tx, "update")
+    if not has_both or isinstance(tx, type):
         raise TypeError(
             "`tx` has to be an optimizer of Optax, training(loss, optax.adamw(3e-4), "
             f"...); got {tx!r}"

@@ -499,7 +499,17 @@ def init(loss=loss, params=None, example=None, *, extra=None, tx=None, **options
 X, Y = jax.eval_shape(lambda: batch(0))
 MISTAKES: dict[str, tuple[Any, type[Exception], str]] = {
     "no_optimizer": (lambda: init(tx="adamw"), TypeError, "optax.adamw.*got 'adamw'"),
-    "no_rate": (lambda: init(tx=-1e-3), ValueError, "must be positive, got -0.001"),
+    "no_rate": (
+        lambda: init(tx=-1e-3),
+        ValueError,
+        "must be positive and finite, got -0.001",
+    ),
+    "infinite_rate": (lambda: init(tx=np.inf), ValueError, "and finite, got inf"),
+    "class_of_optimizers": (
+        lambda: init(tx=optax.GradientTransformation),
+        TypeError,
+        r"has to be an optimizer of Optax.*got <class",
+    ),
     "schedule": (
         lambda: init(tx=optax.cosine_decay_schedule(1e-3, 9)),
         TypeError,
