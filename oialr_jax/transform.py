@@ -18,6 +18,7 @@ from oialr_jax.lowrank import (
     LowRank,
     PyTree,
     arrays_only,
+    check_forms,
     is_low_rank,
     map_low_rank,
     named_leaves,
@@ -138,6 +139,7 @@ def freeze_bases(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> FreezeBasesState:
+        check_forms(params, what="freeze_bases takes")
         leaves = len(jax.tree.leaves(params, is_leaf=is_low_rank))
         pending = jnp.zeros(leaves, jnp.int32)
         return FreezeBasesState(inner.init(trainable(params)), pending)

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from cases import BY_NAME, KINDS
+from flax.training.train_state import TrainState
 from helpers import TOLERANCE, assert_close, in_low_rank
 
 import oialr_jax as oialr
@@ -19,6 +20,7 @@ from oialr_jax.export.identity import BOUND, chosen_columns
 from oialr_jax.forms import TwoFactors, narrowed
 from oialr_jax.lowrank import Axes, factor
 from oialr_jax.projection import project_to_rank
+from oialr_jax.training import TrainingState
 
 SHAPES = {
     "tall": ((12, 7), (), (0,), (1,)),
@@ -305,6 +307,29 @@ REFUSING = {
     "training": lambda p, m, x: oialr.training(
         lambda p, x: jnp.mean(two_layers(p, x)), optax.sgd(0.1), delay=3
     ).init(p, x),
+    "adaptive": lambda p, m, x: oialr.adaptive(
+        lambda state, x: state,
+        oialr.freeze_bases(optax.sgd(0.1)),
+        m,
+        oialr.Schedule(delay=1, every=1),
+    ).check(TrainingState(jnp.zeros((), jnp.int32), p, ()), x),
+    "wrap": lambda p, m, x: oialr.wrap(
+        TrainState(jnp.zeros((), jnp.int32), two_layers, p, optax.sgd(0.1), ()),
+        lambda state, x: state,
+        x,
+        delay=2,
+    ),
+    "compress": lambda p, m, x: oialr.compress(
+        p,
+        m,
+        oialr.curvature(lambda p, x: jnp.mean(two_layers(p, x)), m)(
+            oialr.materialize(p), x
+        ),
+        {"a": 2, "b": 2},
+    ),
+    "freeze_bases": lambda p, m, x: oialr.freeze_bases(optax.sgd(0.1)).init(p),
+    "spectra": lambda p, m, x: oialr.stability.spectra(p, m),
+    "tracker": lambda p, m, x: oialr.stability.tracker(m).init(p),
 }
 
 
@@ -338,3 +363,15 @@ def test_every_form_runs_where_the_batch_size_is_a_symbol(forms, form):
     for rows in (1, 20):
         x = drawn(3, rows, 6)
         assert worst(program.call(x), two_layers(oialr.materialize(merged), x)) < 1e-5
+
+
+@pytest.mark.parametrize("form", NOT_LOW_RANK)
+def test_a_checkpoint_keeps_every_form(forms, form, tmp_path):
+    tree = forms[2][form]
+    tx = optax.identity()
+    state = TrainingState(jnp.zeros((), jnp.int32), tree, tx.init(tree))
+    with oialr.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        checkpoints.wait()
+        found = checkpoints.restore(state, tx).state
+    jax.tree.map(np.testing.assert_array_equal, found, state)

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from oialr_jax.decompose import NOW, decomposed, mesh_of, on_host
 from oialr_jax.lowrank import (
     PyTree,
+    check_forms,
     is_low_rank,
     leaf_at,
     named_leaves,
@@ -101,6 +102,7 @@ def leaves_at(params: PyTree, matrices: Sequence[Matrix]) -> list[Any]:
 
     Raises:   ValueError: a matrix names no leaf of `params`, or one of another shape.
     """
+    check_forms(params, what="stability takes")
     named = named_leaves(params)
     found = [leaf_at(matrix.path, named, matrix.axes.shape) for matrix in matrices]
     leaves = without_identity(found)

@@ -25,3 +25,13 @@ def test_every_row_is_measured(tmp_path, capsys):
 def test_an_unknown_model_is_told():
     with pytest.raises(SystemExit, match="mini-vit"):
         looking.main(["--models", "mini-vat"])
+
+
+def test_where_rows_cannot_be_written_nothing_is_measured(tmp_path, monkeypatch):
+    def rows(settings):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(looking, "rows", rows)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=r"^error: .*file is a file"):
+        looking.main(["--json", str(tmp_path / "file" / "rows.json")])

@@ -73,7 +73,7 @@ def run(settings: Settings) -> list[Row]:
                     "metric": goal.metric,
                     "of_run": before,
                     "of_export": after,
-                    "lost": before - after if goal.best == "max" else after - before,
+                    "lost": lost(before, after, goal.best),
                     "bytes": size,
                     "weights_bytes": written.manifest["files"][WEIGHTS]["bytes"],
                     "stored_weights": counts["stored"],
@@ -82,6 +82,15 @@ def run(settings: Settings) -> list[Row]:
             )
             print(json.dumps(rows[-1]), flush=True)
     return rows
+
+
+def lost(before: float, after: float, best: str) -> float:
+    """By how much a metric is worse, negative where it is better; `best`: min or max.
+
+    >>> lost(0.75, 0.5, "max"), lost(0.75, 0.5, "min")
+    (0.25, -0.25)
+    """
+    return before - after if best == "max" else after - before
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -96,10 +105,10 @@ def table(rows: Sequence[Row]) -> str:
         key = (kind, form, dtype)
         mine = [x for x in rows if (_kind(x), x["form"], x["dtype"]) == key]
         factor = 100 if mine[0]["metric"] == "accuracy" else 1
-        before, lost = ([factor * x[k] for x in mine] for k in ("of_run", "lost"))
+        before, less = ([factor * x[k] for x in mine] for k in ("of_run", "lost"))
         lines.append(
             f"| {len(mine)} {kind} | {form}, {dtype} | {np.mean(before):.2f} | "
-            f"{np.mean(lost):.2f} | {max(lost):.2f} | "
+            f"{np.mean(less):.2f} | {max(less):.2f} | "
             f"{np.mean([x['bytes'] for x in mine]):,.0f} |"
         )
     return "\n".join(lines)
