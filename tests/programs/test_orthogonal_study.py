@@ -150,7 +150,11 @@ def test_a_record_that_was_cut_goes_on_and_has_what_diverged(tmp_path, capsys):
     assert len(record.read_text().splitlines()) == 1
 
 
-def test_a_record_in_use_is_refused(tmp_path):
+def test_a_record_in_use_is_refused(tmp_path, monkeypatch):
+    def train(settings):
+        raise AssertionError("trains beside the other")
+
+    monkeypatch.setattr(program, "_main", train)
     with (
         files.held(tmp_path),
         pytest.raises(SystemExit, match="writes in"),
