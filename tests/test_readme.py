@@ -219,20 +219,6 @@ def test_means_and_spreads_are_those_of_the_seeds_beside_them(file):
     assert checked >= 8
 
 
-def test_the_table_of_steps_is_that_of_its_json():
-    head, _, *found = rows(section("README.md", "Steps"))
-    assert head[:5] == ["model", "rank", "order", "step ms (least-most)", "over dense"]
-    data = json.loads((RESULTS / "steps-cpu.json").read_text())["rows"]
-    fractions = {"1": 1, "1/2": 1 / 2, "1/4": 1 / 4, "1/8": 1 / 8, "1/20": 1 / 20}
-    known = {(x["model"], x["rank_fraction"], x["order"]): x for x in data}
-    assert len(found) == len(known)
-    for model, rank, order, times, ratio, *_ in found:
-        row = known[model, fractions[rank], order]
-        assert ratio == f"{row['ratio_to_dense']:.3f}"
-        values = (row[f"step_ms{x}"] for x in ("", "_min", "_max"))
-        assert times == "{:.1f} ({:.1f}-{:.1f})".format(*values)
-
-
 def test_tables_are_those_that_are_printed_from_the_json():
     """`python -m train.results --write` changes nothing."""
     texts = [path.read_text() for path in RESULTS.glob("*.md")]

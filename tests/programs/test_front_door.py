@@ -1,5 +1,7 @@
 """The benchmark of the front door compares programs that do the same."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -18,7 +20,10 @@ def test_both_programs_of_a_pair_do_the_same(pairs):
 
 
 @pytest.mark.long
-def test_it_prints_a_row_for_each_pair(capsys):
-    front_door.main(TINY)
-    rows = capsys.readouterr().out.splitlines()[2:]
-    assert [row.split()[1] for row in rows] == ["training", "wrap", "nnx.wrap"]
+def test_it_prints_and_writes_a_row_for_each_pair(tmp_path, capsys):
+    options = ["--width", "32", "--batch", "8", "--rounds", "2", "--block", "1"]
+    front_door.main([*options, "--json", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert [row["what"] for row in found] == ["training", "wrap", "nnx.wrap"]
+    assert capsys.readouterr().out.strip() == front_door.table(found)
+    assert all(row["low"] <= row["ratio"] <= row["high"] for row in found)

@@ -14,7 +14,7 @@ from typing import Any
 
 from train import finetune, serve
 from train.markdown import table
-from train.studies import looking, storage
+from train.studies import front_door, looking, storage
 
 FOLDER = pathlib.Path(__file__).parent
 Rows = Sequence[Mapping[str, Any]]
@@ -24,45 +24,41 @@ def _rank(row: Mapping[str, Any]) -> str:
     return str(Fraction(row["rank_fraction"]).limit_denominator(100))
 
 
-def steps(rows: Rows) -> str:
-    """Steps, their least and most, memory, beside the dense step of the model."""
-    head = ["model", "rank", "order", "step ms (least-most)", "over dense"]
-    head += ["least over least", "FLOPs over dense", "temporary MB"]
-    dense = {x["model"]: x["step_ms_min"] for x in rows if x["order"] == "dense"}
-    lines = []
+def _grouped(
+    rows: Rows, *keys: Callable[[Mapping[str, Any]], str]
+) -> dict[tuple[str, ...], dict[str, Mapping[str, Any]]]:
+    """Rows by what the keys give, and within by their order or method."""
+    found: dict[tuple[str, ...], dict[str, Mapping[str, Any]]] = {}
     for x in rows:
-        times = (x[f"step_ms{part}"] for part in ("", "_min", "_max"))
-        share, temporary = x["flops_ratio"], x["temp_bytes"]
-        lines.append(
-            [
-                *(x["model"], _rank(x), x["order"]),
-                "{:.1f} ({:.1f}-{:.1f})".format(*times),
-                f"{x['ratio_to_dense']:.3f}",
-                f"{x['step_ms_min'] / dense[x['model']]:.3f}",
-                "" if share is None else f"{share:.3f}",
-                "" if temporary is None else f"{temporary / 1e6:.0f}",
-                f"{x['state_bytes'] / 1e6:.2f}",
-            ]
-        )
-    return table([*head, "optimizer state MB"], lines)
+        key = tuple(of(x) for of in keys)
+        found.setdefault(key, {})[x["order" if "order" in x else "method"]] = x
+    return found
+
+
+def steps(rows: Rows) -> str:
+    """Steps over the dense one of the model, a column for each way to train."""
+    orders = list(dict.fromkeys(x["order"] for x in rows if x["order"] != "dense"))
+    dense = {x["model"]: x for x in rows if x["order"] == "dense"}
+    lines = []
+    for (model, rank), by in _grouped(rows, lambda x: x["model"], _rank).items():
+        cells = [f"{by[x]['ratio_to_dense']:.2f}" if x in by else "" for x in orders]
+        auto, base = by["auto"], dense[model]
+        cells.append(f"{auto['flops_ratio']:.2g}")
+        cells += [f"{auto[x] / base[x]:.2g}" for x in ("temp_bytes", "state_bytes")]
+        lines.append([f"{model}, {base['step_ms']:.3g} ms", rank, *cells])
+    ours = ["FLOPs", "temporary memory", "optimizer state"]
+    return table(["model, dense step", "rank", *orders, *ours], lines)
 
 
 def layers(rows: Rows) -> str:
-    """The time of every order over dense, and in brackets the estimate of the model."""
-    orders = ("chain", "merged", "rebuilt")
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    for x in rows:
-        found.setdefault((x["model"], _rank(x)), {})[x["order"]] = x
-    lines = []
-    for (layer, rank), by_order in found.items():
-        each = (by_order[x] for x in orders)
-        cells = [
-            f"{x['ratio_to_dense']:.2f} ({x['estimated_ratio']:.2f})" for x in each
-        ]
-        picked = by_order["auto"]
-        cells += [picked["picked"], f"{picked['step_ms']:.2f}"]
-        lines.append([layer, rank, *cells])
-    return table(["layer", "rank", *orders, "auto", "auto, ms"], lines)
+    """The order that `auto` picks, its time over dense and, in brackets, estimated."""
+    ranks = list(dict.fromkeys(_rank(x) for x in rows))
+    found: dict[str, list[str]] = {}
+    for (layer, _), by in _grouped(rows, lambda x: x["model"], _rank).items():
+        auto = by["auto"]
+        times = f"{auto['ratio_to_dense']:.2f} ({auto['estimated_ratio']:.2f})"
+        found.setdefault(layer, []).append(f"{auto['picked']} {times}")
+    return table(["layer", *ranks], [[x, *cells] for x, cells in found.items()])
 
 
 def events(rows: Rows) -> str:
@@ -82,19 +78,19 @@ def events(rows: Rows) -> str:
 
 
 def decompositions(rows: Rows) -> str:
-    """Time and error of every route."""
-    head = ["matrices", "route", "ms (least-most)", "over svd", "error of values"]
-    lines = [
-        [
-            *(x["what"], x["method"]),
-            f"{x['ms']:.0f} ({x['ms_min']:.0f}-{x['ms_max']:.0f})",
-            f"{x['ratio']:.2f}",
-            f"{x['values_error']:.0e}",
-            f"{x['excess']:.0e}" if "excess" in x else "",
-        ]
-        for x in rows
-    ]
-    return table([*head, "excess"], lines)
+    """Every route over the SVD, which has its time, and the worst error of each."""
+    routes = list(dict.fromkeys(x["method"] for x in rows))
+    lines = []
+    for (what,), by in _grouped(rows, lambda x: x["what"]).items():
+        cells = [f"{by[x]['ratio']:.2f}" for x in routes[1:]]
+        lines.append([what, f"{by[routes[0]]['ms']:.0f} ms", *cells])
+    for name in ("values_error", "excess"):
+        worst = []
+        for route in routes:
+            found = [x[name] for x in rows if x["method"] == route and name in x]
+            worst.append(f"{max(found):.0e}" if found else "")
+        lines.append([f"largest {name.replace('_', ' ')}", *worst])
+    return table(["matrices", *routes], lines)
 
 
 def run(rows: Rows) -> str:
@@ -172,6 +168,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "layers-cpu": ("rows", layers),
     "compress-minilm-cpu": ("runs", compression),
     "looking-cpu": ("rows", looking.table),
+    "front_door-cpu": ("rows", front_door.table),
     "serve-cpu": ("rows", serve.table),
     "storage-cpu": ("rows", storage.table),
     "finetune-mnist-cpu": ("ways", finetune.table),

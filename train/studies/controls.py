@@ -31,8 +31,6 @@ from train import files, images, markdown, names, process, text
 PROGRAMS = {"train.images": images, "train.text": text}
 CHOOSING = 100
 """The seed on which rates are chosen."""
-RATES = (0.5, 1.0, 2.0, 4.0)
-"""Tried, times the preset's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +45,8 @@ class Settings:
     """More settings of the low-rank runs, NAME=VALUE each."""
     optimizers: tuple[str, ...] = ()
     """Of train.optimizers: each also trains the plain runs, with the best rate."""
+    rates: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    """Tried for each control, times the preset's."""
     batches: int = 8
     """Of which curvature is measured before each cut."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -68,7 +68,7 @@ def measured(settings: Settings) -> dict[str, Any]:
     program = names.find("preset", settings.preset, table)
     usual = PROGRAMS[program].PRESETS[settings.preset][1]
     run = functools.partial(_run, settings, program)
-    rates = [x * usual.learning_rate for x in RATES]
+    rates = [x * usual.learning_rate for x in settings.rates]
     low = ["--" + x.replace("=", " ") for x in settings.options]
     arms = {
         "dense": _best(settings, run, ["--method dense"], rates),

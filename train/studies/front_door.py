@@ -6,27 +6,31 @@ in low rank, in one process, in turn, a block of steps each. The ratio of a roun
 that of two neighbouring blocks, whose order alternates; the median of all rounds is
 reported, with the middle half of them.
 
-Command:   python -m train.studies.front_door
+Command:   python -m train.studies.front_door [--json FILE]
 Hardware:  two CPU cores, float32, no data
-Results:   train/results/front_door.md
+Results:   train/results/README.md
 """
 
 import dataclasses
+import itertools
+import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from flax import nnx
 from flax.training.train_state import TrainState
 
 import oialr_jax as oialr
 from oialr_jax.lowrank import without_identity
+from train import markdown
+from train.bench.settings import Row
+from train.bench.timing import command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Settings:
     """Pairs of blocks."""
     block: int = 20
     """Steps in a block."""
+    json: pathlib.Path | None = None
+    """Where the rows go, with device, versions and date."""
 
 
 Step = Callable[[], Any]
@@ -174,8 +180,8 @@ def timed(step: Step, count: int) -> float:
     return (time.perf_counter() - started) / count
 
 
-def measured(settings: Settings, pair: tuple[str, Step, Step]) -> str:
-    """A line of the table."""
+def measured(settings: Settings, pair: tuple[str, Step, Step]) -> Row:
+    """One front door: milliseconds of both, quartiles of their ratio."""
     name, *both = pair
     for step in both:
         timed(step, 2 * DELAY)  # over the conversion
@@ -186,19 +192,33 @@ def measured(settings: Settings, pair: tuple[str, Step, Step]) -> str:
         rounds.append((seconds[0], seconds[1]))
     ours, hand = (1e3 * statistics.median(x) for x in zip(*rounds, strict=True))
     low, ratio, high = statistics.quantiles([a / b for a, b in rounds], n=4)
-    return (
-        f"| {name} | {ours:.3f} | {hand:.3f} | {ratio:.4f} | {low:.3f} to {high:.3f} |"
-    )
+    times = {"ms": ours, "by_hand_ms": hand}
+    return {"what": name, **times, "ratio": ratio, "low": low, "high": high}
 
 
-def main(settings: Settings) -> None:
-    """Print the table."""
-    print("| front door | ms a step | by hand | ratio | middle half |")
-    print("|---|---|---|---|---|")
-    for pairs in (functions, modules):
-        for pair in pairs(settings):
-            print(measured(settings, pair), flush=True)
+def rows(settings: Settings) -> list[Row]:
+    """Host side: a row for each front door."""
+    pairs = itertools.chain(functions(settings), modules(settings))
+    return [measured(settings, pair) for pair in pairs]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown of the rows."""
+    head = ["front door", "ms a step", "by hand", "ratio", "middle half"]
+    lines = [
+        [
+            *(x["what"], f"{x['ms']:.3f}", f"{x['by_hand_ms']:.3f}"),
+            *(f"{x['ratio']:.4f}", f"{x['low']:.3f} to {x['high']:.3f}"),
+        ]
+        for x in rows
+    ]
+    return markdown.table(head, lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Host side: the command."""
+    command("train.studies.front_door", Settings, rows, table, arguments)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    main()
