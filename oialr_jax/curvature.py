@@ -30,7 +30,7 @@ from oialr_jax.views import Use, View, as_array
 from oialr_jax.weighted import Sides, Statistics
 
 WIDEST = 4096
-"""The longest side of which the whole covariance is held, 64 MiB; then its diagonal."""
+"""The longest side of which a covariance is held, 64 MiB; then its diagonal."""
 
 
 def curvature(
@@ -69,7 +69,7 @@ def curvature(
               first axis of the first array in `batch`, the examples. has_aux: as in
               `jax.grad`. independent_rows: K-FAC's assumption, C = E[x xᵀ] and
               D = E[δ δᵀ]: what comes in and what goes out, each by itself. widest: of
-              a longer side the diagonal is summed.
+              a longer side the diagonal is summed; above 2048 blocks of at most 1024.
     Raises:   ValueError: `params` has no leaf of a matrix's path, or one of another
               shape; no array in `batch` to count.
     Source:   the Fisher's nearest Kronecker product as GFWSVD has it (arXiv

@@ -11,10 +11,7 @@ from jaxtyping import Array
 
 from oialr_jax.lowrank import Axes
 from oialr_jax.views import Use, View, atoms, split
-from oialr_jax.weighted import Sides
-
-WIDE = 512
-"""From this side on sums are computed in blocks, five eighths of the products."""
+from oialr_jax.weighted import BLOCK, WIDE, Sides
 
 
 class Meeting(NamedTuple):
@@ -78,25 +75,27 @@ def _of_examples(inputs: Array, outputs: Array) -> list[tuple[Array, Array]]:
 def _summed(a: Array, b: Array, full: bool) -> Array:
     """Σ AᵀB over all but the stack, which is symmetric, or its diagonal.
 
+    Of a side above `WIDE` only blocks along the diagonal are computed, the rest is
+    zero: whole, the sums of wide layers cost more than a step of training.
+
     Shapes:   a, b: (*l, e, t, side).
     """
     if not full:
         return jnp.sum(a * b, axis=(-3, -2))
-    stack = tuple(range(a.ndim - 3))
-    over, side = (a.ndim - 3, a.ndim - 2), a.shape[-1]
-    width = side if side < WIDE else -(-side // 4)
-    columns = []
-    for begin in range(0, side, width):  # the upper blocks, the others are their mirror
-        end = min(begin + width, side)
-        block = jax.lax.dot_general(
-            a[..., :end], b[..., begin:end], ((over, over), (stack, stack))
-        )
-        below = [(0, 0)] * len(stack) + [(0, side - end), (0, 0)]
-        columns.append(jnp.pad(block, below))
-    total = jnp.concatenate(columns, axis=-1)
-    place = np.arange(side) // width
-    upper = np.broadcast_to(place[:, None] <= place[None, :], total.shape)
-    return jnp.where(upper, total, total.mT)
+    stack, over = tuple(range(a.ndim - 3)), (a.ndim - 3, a.ndim - 2)
+
+    def block(a: Array, b: Array) -> Array:
+        return jax.lax.dot_general(a, b, ((over, over), (stack, stack)))
+
+    side = a.shape[-1]
+    if side <= WIDE:
+        return block(a, b)
+    total = jnp.zeros((*a.shape[: a.ndim - 3], side, side), a.dtype)
+    width = -(-side // -(-side // BLOCK))
+    for begin in range(0, side, width):
+        part = slice(begin, begin + width)
+        total = total.at[..., part, part].set(block(a[..., part], b[..., part]))
+    return total
 
 
 def _rows_of_dot(x: Array, gradient: Array, meeting: Meeting) -> tuple[Array, Array]:

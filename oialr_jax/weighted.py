@@ -19,6 +19,13 @@ RIDGE = 1e-3
 """What is added to the diagonal of C and D, in parts of their mean eigenvalue."""
 
 
+WIDE = 2048
+"""The sums of a longer side are block-diagonal, zero elsewhere."""
+
+BLOCK = 1024
+"""The longest side of such a block."""
+
+
 class Sides(NamedTuple):
     """Sums of one matrix, one for its inputs and one for its outputs.
 
@@ -119,7 +126,10 @@ class Statistics:
 def _held(side: Array | None, stack: int) -> str:
     if side is None:
         return "identity"
-    return f"{side.shape[-1]} {'full' if side.ndim == stack + 2 else 'diagonal'}"
+    form = "diagonal"
+    if side.ndim == stack + 2:
+        form = "full" if side.shape[-1] <= WIDE else "in blocks"
+    return f"{side.shape[-1]} {form}"
 
 
 def _is_known(x: Any) -> bool:

@@ -476,6 +476,21 @@ def test_a_wide_side_is_a_diagonal_and_says_so():
     assert low["ScanCheckpointBlock_0"]["Dense_1"]["kernel"].rank == 4
 
 
+def test_the_sums_of_a_wide_side_are_block_diagonal_and_say_so():
+    w, x = normal(0, 8, 2100), normal(1, 6, 8)
+    fn = scalar(lambda params, x: jnp.sin(x @ params))
+    found = oialr.curvature(fn, oialr.find_matrices(fn, w, x))(w, x)
+    whole = oialr.curvature(fn, oialr.find_matrices(fn, w[:, :700], x))
+    outputs = np.asarray(found.sides[""].outputs)
+    for i in range(3):
+        part = slice(700 * i, 700 * (i + 1))
+        close(outputs[part, part], whole(w[:, part], x).sides[""].outputs)
+        outputs[part, part] = 0
+    assert not outputs.any()
+    assert "2100 in blocks" in str(found)
+    assert "8 full" in str(found)
+
+
 def equations(jaxpr):
     """Every equation of a jaxpr, at any depth."""
     for eqn in jaxpr.eqns:
