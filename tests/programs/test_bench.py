@@ -16,7 +16,7 @@ import oialr_jax as oialr
 from oialr_jax import cost
 from train import process
 from train.bench import __main__ as program
-from train.bench import events, layers, peers, problem, steps, timing, whole_run
+from train.bench import events, layers, peers, problem, steps, timing
 from train.bench.settings import Settings, read_rates
 from train.models.mlp import MLP
 from train.models.resnet import ResNet
@@ -140,23 +140,6 @@ def test_layers_compare_every_order_with_the_estimate():
 
 
 @pytest.mark.long
-def test_run_splits_the_wall_time(monkeypatch):
-    recipe = dataclasses.replace(
-        whole_run.RECIPE, model="vit-digits", steps=20, eval_every=20, every=0.25
-    )
-    monkeypatch.setattr(whole_run, "RECIPE", recipe)
-    dense, low = whole_run.run(dataclasses.replace(TINY, lag=2))
-    assert (dense["method"], low["method"]) == ("dense", "oialr")
-    assert dense["ratio_to_dense"] == 1
-    assert dense["svd_s"] == dense["waiting_s"] == dense["compiling_behind_s"] == 0
-    assert low["svd_s"] > 0
-    assert low["compiling_behind_s"] > 0
-    for row in (dense, low):
-        parts = row["steps_s"] + row["compiling_s"] + row["svd_s"] + row["waiting_s"]
-        assert parts == pytest.approx(row["wall_s"])
-        assert row["steps_s"] > 0
-
-
 def test_orthogonal_compares_methods_with_the_svd_and_steps_with_sgd(monkeypatch):
     monkeypatch.setattr(polar, "SIDES", (8, 16))
     chosen = {x: polar.POLAR[x] for x in ("svd", "polar_express, 7 steps")}

@@ -83,8 +83,13 @@ def test_the_table_has_means_and_deviations():
         }
         for seed, value in enumerate((0.9, 0.92))
     ]
-    shown = controls.table({"arms": {"dense": {"runs": runs}}})
-    assert "| dense | 1,500 | accuracy | 91 ± 1.4 | 10 |" in shown
+    swept = {"options": ["--method dense", "--learning-rate 0.1"], "tried": {}}
+    arms = {"dense": {**swept, "runs": runs}, "plain": {"options": [""], "runs": runs}}
+    shown = controls.table(arms)
+    assert "| run | weights | test accuracy, % | seeds | rate | s |" in shown
+    same = "1,500 | 91.00 ± 1.41 | 90.00 92.00"
+    assert f"| dense | {same} | 0.1 | 10 |" in shown
+    assert f"| plain | {same} | preset's | 10 |" in shown
 
 
 def test_a_run_that_fails_is_told(tmp_path):

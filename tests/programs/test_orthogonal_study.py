@@ -12,7 +12,7 @@ import oialr_jax as oialr
 from train import files, optimizers
 from train.models.mlp import MLP
 from train.models.table import MODELS
-from train.studies import arms, quadratic
+from train.studies import arms
 from train.studies import orthogonal as program
 
 DENSE = arms.Kind("digits", "mlp", "orthogonal", 32, 12)
@@ -26,7 +26,7 @@ def _small(monkeypatch):
 
 
 def row(arm, rate, seed, validation, accuracy, **more):
-    usual = {"loss": 0.5, "ms_per_step": 2.0, "seconds": 1.0}
+    usual = {"loss": 0.5, "ms_per_step": 2.0, "seconds": 1.0, "steps": 24}
     own = {"arm": arm, "rate": rate, "seed": seed}
     return {**own, "validation": validation, "accuracy": accuracy, **usual, **more}
 
@@ -131,7 +131,7 @@ def test_what_is_in_the_record_is_not_trained_again(tmp_path, monkeypatch, capsy
     )
     printed = capsys.readouterr().out
     for arm in ("orthogonal", "sgd"):
-        assert printed.count(f"| {arm} | 80.0 | 80.0 | 2 | 0.001 | 80.0 ± 0.0 |") == 2
+        assert printed.count(f"| {arm} | 80.0 ± 0.0 / 0.500 (80.0) |") == 2
 
 
 def test_a_record_that_was_cut_goes_on_and_has_what_diverged(tmp_path, capsys):
@@ -151,10 +151,10 @@ def test_a_record_that_was_cut_goes_on_and_has_what_diverged(tmp_path, capsys):
 
 
 def test_a_record_in_use_is_refused(tmp_path, monkeypatch):
-    def train(settings):
+    def train(study, settings):
         raise AssertionError("trains beside the other")
 
-    monkeypatch.setattr(program, "_main", train)
+    monkeypatch.setattr(program, "of", train)
     with (
         files.held(tmp_path),
         pytest.raises(SystemExit, match="writes in"),
@@ -171,13 +171,13 @@ def test_the_rate_is_chosen_by_validation_and_the_test_reported():
         row("orthogonal", 1e-2, 0, 0.8, 0.945),
     ]
     assert program.chosen(rows) == {"sgd": 1e-2, "orthogonal": 1e-3}
-    lines = program.table(rows).splitlines()
-    assert lines[0].startswith("| arm | 0.001 | 0.01 | plateau | rate | test | loss |")
-    assert (
-        lines[2]
-        == "| sgd | 99.0 | 55.0 | 1 | 0.01 | 55.0 ± 5.0 | 1.500 ± 0.500 | 1.5 |"
-    )
-    assert lines[3].startswith("| orthogonal | 95.0 | 94.5 | 2 | 0.001 | 95.0 ± 0.0 |")
+    sgd, orthogonal = program.summary("digits", rows)
+    assert (sgd["arm"], sgd["rate"], sgd["plateau"]) == ("sgd", 1e-2, 1)
+    assert (sgd["accuracy"], sgd["loss"]) == ([0.5, 0.6], [1.0, 2.0])
+    assert (orthogonal["rate"], orthogonal["plateau"]) == (1e-3, 2)
+    lines = program.table([sgd, orthogonal]).splitlines()
+    assert lines[2].startswith("| sgd | 55.0 ± 5.0 / 1.500 (55.0) |  |")
+    assert lines[3].startswith("| orthogonal | 95.0 ± 0.0 / 0.500 (94.5) |")
 
 
 def test_equal_time_is_as_many_steps_as_adamw_leaves_time_for():
@@ -212,7 +212,7 @@ def test_times_are_those_of_dense_and_low_rank_steps(monkeypatch):
 
 
 def test_studies_name_what_exists():
-    for study in set(program.STUDIES) - {"quadratic", "cores-time"}:
+    for study in set(program.STUDIES) - {"cores-time"}:
         for kind in program.kinds(study):
             table = optimizers.OPTIMIZERS if kind.named else arms.ARMS
             assert kind.arm in table
@@ -227,15 +227,3 @@ def test_studies_name_what_exists():
 def test_cores_time_needs_the_cores(tmp_path):
     with pytest.raises(SystemExit, match="`cores-time` needs the runs of `cores`"):
         program.main(["--studies", "cores-time", "--out", str(tmp_path / "none.jsonl")])
-
-
-def test_the_quadratic_is_solved_where_there_is_no_noise(monkeypatch):
-    monkeypatch.setattr(quadratic, "NOISES", (0.0, 1.0))
-    lines = quadratic.quadratic(seeds=2, steps=60, side=4).splitlines()
-    assert [x.split(" | ")[0] for x in lines[2:]] == [
-        f"| {x}" for x in quadratic.QUADRATIC
-    ]
-    for line in lines[2:]:
-        quiet, noisy = (float(x.split(" ± ")[0]) for x in line.split(" | ")[1:])
-        assert quiet < 0.2
-        assert quiet < noisy

@@ -3,7 +3,6 @@
 steps    time of a training step: dense, low rank in every order, GaLore and LoRA
 events   what conversion and truncations cost, and for how long training stalls
 layers   one matrix at a time against the cost model; --calibrate measures its rates
-run      the same training run dense and in low rank, wall time in its parts
 orthogonal  polar factors by every method, and what they add to a step of a small
          convolutional network; with OPENBLAS_NUM_THREADS=1, or SVDs are slower
 tracking  an epoch of the digits preset with and without a record of its bases
@@ -28,7 +27,6 @@ from train.bench.layers import calibrate, layers
 from train.bench.settings import Row, Settings
 from train.bench.steps import steps
 from train.bench.timing import table, write
-from train.bench.whole_run import run
 from train.studies.decompositions import decompositions
 from train.studies.following import tracking
 from train.studies.polar import orthogonal
@@ -37,7 +35,6 @@ SUITES: Mapping[str, Callable[[Settings], list[Row]]] = {
     "steps": steps,
     "events": events,
     "layers": layers,
-    "run": run,
     "orthogonal": orthogonal,
     "tracking": tracking,
     "decompositions": decompositions,

@@ -19,7 +19,6 @@ class Settings:
         "steps",
         "events",
         "layers",
-        "run",
         "orthogonal",
         "tracking",
         "decompositions",
@@ -42,7 +41,7 @@ class Settings:
     repeats: int = 7
     """Rounds; each times one sample of every row."""
     lag: int = 8
-    """Steps between the decision and the event, in the suites events and run."""
+    """Steps between the decision and the event, in the suite events."""
     rates: pathlib.Path | None = None
     """Rates of this device, from --calibrate, instead of those of the library."""
     calibrate: bool = False

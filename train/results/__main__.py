@@ -14,7 +14,7 @@ from typing import Any
 
 from train import finetune, serve
 from train.markdown import table
-from train.studies import front_door, looking, storage
+from train.studies import controls, front_door, looking, storage
 
 FOLDER = pathlib.Path(__file__).parent
 Rows = Sequence[Mapping[str, Any]]
@@ -93,24 +93,6 @@ def decompositions(rows: Rows) -> str:
     return table(["matrices", *routes], lines)
 
 
-def run(rows: Rows) -> str:
-    """The wall time of both methods in its parts."""
-    head = ["method", "wall", "of it steps and data", "compiling (blocking)"]
-    head += ["SVD and surgery", "waiting", "compiled behind", "test accuracy", "stored"]
-    parts = ("compiling_s", "svd_s", "waiting_s", "compiling_behind_s")
-    lines = [
-        [
-            x["method"],
-            *(f"{x[name]:.0f} s" for name in ("wall_s", "steps_s")),
-            *(f"{x[name]:.1f} s" for name in parts),
-            f"{x['test_accuracy']:.2%}",
-            f"{x['stored_fraction']:.1%}",
-        ]
-        for x in rows
-    ]
-    return table(head, lines)
-
-
 def compression(runs: Rows) -> str:
     """Cosine / neighbours of every way, without the runs that were tuned."""
     head = ["keep", "plain SVD", "activations", "curvature, ranks by loss"]
@@ -164,7 +146,6 @@ TABLES: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "steps-cpu": ("rows", steps),
     "events-cpu": ("rows", events),
     "decompositions-cpu": ("rows", decompositions),
-    "run-cpu": ("rows", run),
     "layers-cpu": ("rows", layers),
     "compress-minilm-cpu": ("runs", compression),
     "looking-cpu": ("rows", looking.table),
@@ -174,7 +155,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "finetune-mnist-cpu": ("ways", finetune.table),
     "orthogonal-cpu": ("rows", orthogonal),
     "tracking-cpu": ("rows", tracking),
-}
+} | {x.stem: ("arms", controls.table) for x in sorted(FOLDER.glob("controls-*.json"))}
 """By the name of a JSON file: what of it is printed, and how."""
 
 

@@ -170,20 +170,27 @@ def _scale(settings: Settings, program: Any, usual: Any, budget: float) -> float
     return low / 100
 
 
-def table(result: Mapping[str, Any]) -> str:
+def table(arms: Mapping[str, Any]) -> str:
     """Markdown: mean ± sample deviation over seeds of the metric, and weights."""
+    metric = next(iter(arms.values()))["runs"][0]["metric"].removeprefix("validation_")
+    percent = metric == "accuracy"
     lines = []
-    for name, arm in result["arms"].items():
+    for name, arm in arms.items():
         runs = arm["runs"]
-        metric = runs[0]["metric"].removeprefix("validation_")
-        factor = 100 if metric == "accuracy" else 1
-        values = [factor * x[f"test_{metric}"] for x in runs]
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        values = [(100 if percent else 1) * x[f"test_{metric}"] for x in runs]
+        form = ".2f" if percent else ".4f"
+        each = " ".join(format(x, form) for x in values)
         weights = statistics.mean(x["stored_weights"] for x in runs)
-        seconds = statistics.mean(x["wall_seconds"] for x in runs)
-        test = f"{statistics.mean(values):.4g} ± {spread:.2g}"
-        lines.append([name, f"{weights:,.0f}", metric, test, f"{seconds:.0f}"])
-    return markdown.table(["run", "weights", "metric", "test", "seconds"], lines)
+        seconds = statistics.median(x["wall_seconds"] for x in runs)
+        rate = arm["options"][-1].removeprefix("--learning-rate ")
+        lines.append(
+            [
+                *(name, f"{weights:,.0f}", markdown.spread(values, form), each),
+                *(rate if "tried" in arm else "preset's", f"{seconds:.0f}"),
+            ]
+        )
+    test = f"test {metric}{', %' if percent else ''}"
+    return markdown.table(["run", "weights", test, "seeds", "rate", "s"], lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -195,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result = measured(settings)
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
-    print(table(result))
+    print(table(result["arms"]))
 
 
 if __name__ == "__main__":

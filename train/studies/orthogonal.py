@@ -1,8 +1,8 @@
 """Orthogonal gradients beside their controls: python -m train.studies.orthogonal.
 
 Every arm has the same grid of learning rates and the same seeds; the rate is chosen by
-the accuracy on held-out training images, reported is that on the test set. Prints one
-Markdown table for each study. Runs that are in the file already are not repeated.
+the accuracy on held-out training images, reported is that on the test set. Runs that
+are in the record already are not repeated.
 
 digits      BasicCNN, batch 256, 24 steps, a constant rate: the paper's naive recipe
 cosine      the same for 120 steps, the rate falling to zero: the tuned one
@@ -15,9 +15,8 @@ cores-time  as cores, each optimizer for as long as AdamW takes, at its best rat
 text        a transformer on characters, 200 steps of 16 passages of 64
 selfsup     Barlow Twins on digits, batch 256, 67 steps; `test` is a linear classifier,
             `loss` that of the last tenth of the training, by which the rate is chosen
-quadratic   momentum before or after, on a noisy quadratic of a 16x16 matrix
 
-Command:   python -m train.studies.orthogonal --data-dir data
+Command:   python -m train.studies.orthogonal --data-dir data [--json FILE]
 Results:   train/results/orthogonal.md
 """
 
@@ -35,10 +34,10 @@ import tyro
 from tqdm import tqdm
 
 from train import files, markdown, names, process
-from train.bench.timing import interleaved
+from train.bench.settings import Row
+from train.bench.timing import interleaved, write
 from train.markdown import spread
 from train.studies.arms import ARMS, DECAYS, Kind, Program, Unlabelled, batches, load
-from train.studies.quadratic import quadratic
 
 RATES = tuple(float(f"{x:.0e}") for x in np.logspace(-3, 0, 7))
 """1e-3 to 1 in half decades, the grid of every arm."""
@@ -64,6 +63,8 @@ class Settings:
     """Where `python -m train.data.prepare` put Fashion-MNIST."""
     out: pathlib.Path = pathlib.Path("runs/orthogonal.jsonl")
     """The record, one line for each run."""
+    json: pathlib.Path | None = None
+    """Where the rows of the tables go, with device, versions and date."""
 
 
 class Run(NamedTuple):
@@ -129,7 +130,6 @@ STUDIES = (
     "cores",
     "cores-time",
     "cosine",
-    "quadratic",
     "depth-8",
     "selfsup",
     "dense",
@@ -264,29 +264,69 @@ def chosen(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Test accuracy in per cent by arm and rate, mean ± std over seeds; Markdown.
+UNTUNED = 0.01
+"""The paper's rate."""
 
-    The column `plateau` counts the rates within one point of the best of the arm.
+
+def summary(study: str, rows: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """A row for each arm: what its best rate gives, in the order of the seeds.
+
+    `plateau` counts the rates within one point of the best of the arm.
     """
-    rates = sorted({row["rate"] for row in rows})
-    best = chosen(rows)
-    head = ["arm", *(f"{x:g}" for x in rates), "plateau", "rate", "test", "loss"]
-    lines = []
-    for arm, rate in best.items():
-        mine = [row for row in rows if row["arm"] == arm]
+    found = []
+    for arm, rate in chosen(rows).items():
+        by_rate: dict[float, list[Mapping[str, Any]]] = {}
+        for row in rows:
+            if row["arm"] == arm:
+                by_rate.setdefault(row["rate"], []).append(row)
+        means = {k: np.mean([x["accuracy"] for x in v]) for k, v in by_rate.items()}
+        found.append(
+            {
+                **{"study": study, "arm": arm, "rate": rate},
+                "steps": by_rate[rate][0]["steps"],
+                "accuracy": [x["accuracy"] for x in by_rate[rate]],
+                "loss": [x["loss"] for x in by_rate[rate]],
+                "untuned": float(means[UNTUNED]) if UNTUNED in means else None,
+                "plateau": sum(x > max(means.values()) - 0.01 for x in means.values()),
+                "rates": len(means),
+            }
+        )
+    return found
 
-        def values(x: float, name: str, mine: Any = mine) -> list[float]:
-            return [row[name] for row in mine if row["rate"] == x]
 
-        means = [float(np.mean(values(x, "accuracy") or [np.nan])) for x in rates]
-        wide = sum(x > max(means) - 0.01 for x in means)
-        cells = [arm, *(f"{1e2 * x:.1f}" for x in means), str(wide), f"{rate:g}"]
-        cells.append(spread(values(rate, "accuracy"), ".1f", scale=100, ddof=0))
-        cells.append(spread(values(rate, "loss"), ".3f", ddof=0))
-        cells.append(f"{min(row['ms_per_step'] for row in mine):.1f}")
-        lines.append(cells)
-    return markdown.table([*head, "ms a step"], lines)
+TABLES = (
+    ("digits", "cosine", "fashion", "depth-8", "depth-20", "selfsup"),
+    tuple(f"batch-{b}" for b in (4, 16, 64, 256)),
+    ("dense", "cores", "cores-time", "text"),
+)
+"""The studies that share a table."""
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Tables of arms by study: test accuracy, loss, and untuned in brackets; Markdown.
+
+    Mean ± deviation over seeds, in per cent, at the rate that was chosen.
+    """
+    tables = []
+    for studies in TABLES:
+        found = {(x["study"], x["arm"]): x for x in rows if x["study"] in studies}
+        if not found:
+            continue
+        lines = []
+        for arm in dict.fromkeys(arm for _, arm in found):
+            cells = [arm]
+            for row in (found.get((study, arm)) for study in studies):
+                if row is None:
+                    cells.append("")
+                    continue
+                cell = spread(row["accuracy"], ".1f", scale=100, ddof=0)
+                cell += f" / {np.mean(row['loss']):.3f}"
+                if row["untuned"] is not None:
+                    cell += f" ({100 * row['untuned']:.1f})"
+                cells.append(cell)
+            lines.append(cells)
+        tables.append(markdown.table(["arm", *studies], lines))
+    return "\n\n".join(tables)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -296,30 +336,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     try:
         settings = files.with_paths_expanded(settings)
+        if settings.json is not None:
+            files.writable(settings.json.parent)
         with files.held(files.writable(settings.out.parent)):
-            _main(settings)
+            rows = [row for x in settings.studies or STUDIES for row in of(x, settings)]
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    if settings.json is not None:
+        write("train.studies.orthogonal", arguments, rows, settings.json)
+    print(table(rows))
 
 
-def _main(settings: Settings) -> None:
-    for study in settings.studies or STUDIES:
-        if study == "quadratic":
-            print(f"\n{study}\n\n{quadratic()}", flush=True)
-            continue
-        if study == "cores-time":
-            rows = [x for x in read(settings.out) if x["study"] == "cores"]
-            if not rows:
-                raise ValueError("`cores-time` needs the runs of `cores` first")
-            took = times(settings.data_dir)
-            print({arm: f"{x:.2f} s" for arm, x in took.items()})
-            runs = as_long(rows, took, settings.seeds)
-        else:
-            runs = swept(study, settings.seeds)
-        perform(runs, settings)
-        wanted = {identity(as_row(x)) for x in runs}
-        rows = [x for x in read(settings.out) if identity(x) in wanted]
-        print(f"\n{study}\n\n{table(rows)}", flush=True)
+def of(study: str, settings: Settings) -> list[Row]:
+    """Host side: the rows of a study, what is missing trained.
+
+    Raises:   ValueError: there is no study of this name, or runs that it needs.
+    """
+    if study == "cores-time":
+        rows = [x for x in read(settings.out) if x["study"] == "cores"]
+        if not rows:
+            raise ValueError("`cores-time` needs the runs of `cores` first")
+        took = times(settings.data_dir)
+        print({arm: f"{x:.2f} s" for arm, x in took.items()})
+        runs = as_long(rows, took, settings.seeds)
+    else:
+        runs = swept(study, settings.seeds)
+    perform(runs, settings)
+    wanted = {identity(as_row(x)) for x in runs}
+    return summary(study, [x for x in read(settings.out) if identity(x) in wanted])
 
 
 if __name__ == "__main__":

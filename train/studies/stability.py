@@ -3,25 +3,25 @@
 Trains the dense presets with the learning rate falling and constant, follows every
 matrix over twentieths of a run (the paper's interval: 5 epochs of 100), and draws
 RUNS/stability-PRESET.png: the mean curves of both, over seeds, beside a random change
-as large. Prints a table, and the mean stability of each layer in thirds of the run.
+as large. Prints tables, also of the mean stability of each layer in thirds of the run.
 Runs that are in the folder already are not repeated.
 
-Command:   python -m train.studies.stability --seeds 3 --data-dir data
+Command:   python -m train.studies.stability --seeds 3 --data-dir data [--json FILE]
 Results:   train/results/stability.md
 """
 
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from train import files, images, markdown, names, process, report
+from train.bench.settings import Row
+from train.bench.timing import command
 
 Found = Mapping[Any, Sequence[Sequence[files.Record]]]
 """Lines about stability by learning rate and seed."""
@@ -42,6 +42,8 @@ class Settings:
     """Where `python -m train.data.prepare` put the dataset."""
     out: pathlib.Path = pathlib.Path("runs")
     """Runs go to folders in here."""
+    json: pathlib.Path | None = None
+    """Where the rows go, with device, versions and date."""
 
 
 def run(settings: Settings, preset: str, rate: Any, seed: int) -> list[files.Record]:
@@ -82,74 +84,106 @@ def draw(found: Found, preset: str) -> Figure:
     return figure
 
 
-def table(found: Found) -> str:
-    """Means over layers and seeds at every other interval; a table for each rate."""
-    tables = []
-    for rate, runs in found.items():
-        rows = []
-        for name, title, *_ in report.SERIES:
-            values = np.array([[report.run_mean(r, name) for r in run] for run in runs])
-            spread = np.nanmax(np.nanstd(values, axis=0, ddof=1))
-            cells = [f"{x:.3f}" for x in values.mean(0)[::2]]
-            rows.append([f"{title} (sd to {spread:.3f})", *cells])
-        head = [str(rate), *(f"{r['epoch']:.3g}" for r in runs[0][::2])]
-        tables.append(markdown.table(head, rows) + "\n")
-    return "\n".join(tables)
+def curves(found: Found, preset: str) -> list[Row]:
+    """Means over layers and seeds at every other interval."""
+    return [
+        {
+            **{"preset": preset, "rate": rate, "what": title},
+            "epochs": [r["epoch"] for r in runs[0][::2]],
+            "means": values.mean(0)[::2].tolist(),
+            "deviation": float(np.nanmax(np.nanstd(values, axis=0, ddof=1))),
+        }
+        for rate, runs in found.items()
+        for name, title, *_ in report.SERIES
+        for values in [np.array([[report.run_mean(r, name) for r in x] for x in runs])]
+    ]
 
 
-def layers(found: Found) -> str:
-    """Stability of each layer and, in brackets, of its null in thirds of the runs."""
-    rows = []
-    for path in next(iter(found.values()))[0][0]["layers"]:
-        cells = []
-        for runs in found.values():
-            cell = []
-            for part in np.array_split(np.arange(len(runs[0])), 3):
-                both = (
-                    np.nanmean(
-                        [
-                            report.layer_mean(run[i], path, x)
-                            for i in part
-                            for run in runs
-                        ]
-                    )
-                    for x in ("basis", "null")
-                )
-                cell.append("{:.3f} ({:.3f})".format(*both))
-            cells.append(" / ".join(cell))
-        rows.append([path, *cells])
-    head = ["layer, first / middle / last third", *map(str, found)]
-    return markdown.table(head, rows) + "\n"
+def layers(found: Found, preset: str) -> list[Row]:
+    """Stability of each layer and of its null in thirds of the runs."""
+
+    def thirds(runs: Any, path: str, name: str) -> list[float]:
+        each = [[report.layer_mean(r, path, name) for r in run] for run in runs]
+        parts = np.array_split(np.array(each), 3, axis=1)
+        return [float(np.nanmean(part)) for part in parts]
+
+    return [
+        {
+            **{"preset": preset, "rate": rate, "layer": path},
+            **{x: thirds(runs, path, x) for x in ("basis", "null")},
+        }
+        for path in next(iter(found.values()))[0][0]["layers"]
+        for rate, runs in found.items()
+    ]
+
+
+def accuracy(settings: Settings, preset: str) -> list[Row]:
+    """Test accuracy of the runs, in the order of their seeds."""
+
+    def of(rate: str, seed: int) -> float:
+        folder = settings.out / f"stability-{preset}-{rate}-seed{seed}"
+        return float(files.summary(folder)["test_accuracy"])
+
+    return [
+        {
+            **{"preset": preset, "rate": rate},
+            "accuracy": [of(rate, seed) for seed in range(settings.seeds)],
+        }
+        for rate in RATES
+    ]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: a table of curves for each preset and rate, one of layers, accuracy."""
+    tables, by_layer = [], {}
+    for preset, rate in dict.fromkeys((x["preset"], x["rate"]) for x in rows):
+        mine = [x for x in rows if (x["preset"], x["rate"]) == (preset, rate)]
+        found = [x for x in mine if "what" in x]
+        lines = [
+            [
+                f"{x['what']} (sd to {x['deviation']:.3f})",
+                *(f"{value:.3f}" for value in x["means"]),
+            ]
+            for x in found
+        ]
+        (right,) = (x["accuracy"] for x in mine if "accuracy" in x)
+        shown = markdown.spread(right, ".2f", scale=100)
+        head = f"{preset}, {rate}, accuracy {shown} %; epoch"
+        epochs = [f"{x:.3g}" for x in found[0]["epochs"]]
+        tables.append(markdown.table([head, *epochs], lines))
+        for x in mine:
+            if "layer" in x:
+                both = zip(x["basis"], x["null"], strict=True)
+                cell = " / ".join("{:.3f} ({:.3f})".format(*pair) for pair in both)
+                by_layer.setdefault(f"{preset}: {x['layer']}", []).append(cell)
+    head = ["first / middle / last third", *RATES]
+    lines = [[name, *cells] for name, cells in by_layer.items()]
+    return "\n\n".join([*tables, markdown.table(head, lines)])
+
+
+def measured(settings: Settings) -> list[Row]:
+    """Host side: train what is missing, draw, and give the rows of the tables.
+
+    Raises:   ValueError: an unknown preset.
+    """
+    for preset in settings.presets:
+        names.find("preset", preset, images.PRESETS)
+    rows: list[Row] = []
+    for preset in settings.presets:
+        found = {
+            rate: [run(settings, preset, rate, i) for i in range(settings.seeds)]
+            for rate in RATES
+        }
+        path = settings.out / f"stability-{preset}.png"
+        FigureCanvasAgg(draw(found, preset)).print_figure(path, dpi=90)
+        rows += [*curves(found, preset), *layers(found, preset)]
+        rows += accuracy(settings, preset)
+    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Host side: train what is missing, draw, print the tables."""
-    settings = tyro.cli(
-        Settings, args=arguments, prog="python -m train.studies.stability"
-    )
-    try:
-        settings = files.with_paths_expanded(settings)
-        files.writable(settings.out)
-        for preset in settings.presets:
-            names.find("preset", preset, images.PRESETS)
-        for preset in settings.presets:
-            found = {
-                rate: [run(settings, preset, rate, i) for i in range(settings.seeds)]
-                for rate in RATES
-            }
-            path = settings.out / f"stability-{preset}.png"
-            FigureCanvasAgg(draw(found, preset)).print_figure(path, dpi=90)
-            print(f"\n{path}\n\n{table(found)}\n{layers(found)}")
-            for rate in RATES:
-                folders = [
-                    settings.out / f"stability-{preset}-{rate}-seed{i}"
-                    for i in range(settings.seeds)
-                ]
-                right = [100 * files.summary(x)["test_accuracy"] for x in folders]
-                spread = np.std(right, ddof=1)
-                print(f"{rate}: {np.mean(right):.2f} ± {spread:.2f} % right")
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    """Host side: the command."""
+    command("train.studies.stability", Settings, measured, table, arguments)
 
 
 if __name__ == "__main__":
