@@ -481,7 +481,7 @@ def test_the_sums_of_a_wide_side_are_block_diagonal_and_say_so():
     fn = scalar(lambda params, x: jnp.sin(x @ params))
     found = oialr.curvature(fn, oialr.find_matrices(fn, w, x))(w, x)
     whole = oialr.curvature(fn, oialr.find_matrices(fn, w[:, :700], x))
-    outputs = np.asarray(found.sides[""].outputs)
+    outputs = np.array(found.sides[""].outputs)
     for i in range(3):
         part = slice(700 * i, 700 * (i + 1))
         close(outputs[part, part], whole(w[:, part], x).sides[""].outputs)

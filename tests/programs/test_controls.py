@@ -64,11 +64,15 @@ def test_optimizers_train_the_plain_runs_each_at_its_best_rate(tmp_path, monkeyp
     (tmp_path / "sonnets").mkdir()
     found = controls.measured(settings(tmp_path, optimizers=("adamw", "muon")))
     arms = found["arms"]
-    assert list(arms)[-2:] == ["adamw, 0.5", "muon, 0.5"]
+    names = ["adamw", "adamw and weighed", "muon", "muon and weighed"]
+    assert list(arms)[-4:] == [f"{name}, 0.5" for name in names]
     for name, rate in (("adamw", "0.004"), ("muon", "0.002")):
         expected = ["--budget 0.5", f"--optimizer {name}", f"--learning-rate {rate}"]
         assert arms[f"{name}, 0.5"]["options"] == expected
-        assert [x["seed"] for x in arms[f"{name}, 0.5"]["runs"]] == [0, 1]
+        weighed = arms[f"{name} and weighed, 0.5"]
+        assert weighed["options"] == [*expected, "--weigh 8"]
+        for arm in (arms[f"{name}, 0.5"], weighed):
+            assert [x["seed"] for x in arm["runs"]] == [0, 1]
     assert not any("optimizer" in x for x in arms["plain, 0.5"]["options"])
 
 
@@ -84,12 +88,34 @@ def test_the_table_has_means_and_deviations():
         for seed, value in enumerate((0.9, 0.92))
     ]
     swept = {"options": ["--method dense", "--learning-rate 0.1"], "tried": {}}
-    arms = {"dense": {**swept, "runs": runs}, "plain": {"options": [""], "runs": runs}}
+    arms = {
+        "dense": {**swept, "runs": runs},
+        "plain": {"options": ["--weigh 0"], "runs": runs},
+    }
     shown = controls.table(arms)
     assert "| run | weights | test accuracy, % | seeds | rate | s |" in shown
     same = "1,500 | 91.00 ± 1.41 | 90.00 92.00"
     assert f"| dense | {same} | 0.1 | 10 |" in shown
     assert f"| plain | {same} | preset's | 10 |" in shown
+
+
+def test_the_overview_has_a_row_for_each_budget_with_the_whole_networks():
+    def arm(value):
+        run = {"metric": "validation_loss", "test_loss": value}
+        return {"options": [], "runs": [run, run]}
+
+    arms = {"dense": 1.0, "dense, Muon": 2.0, "plain, 0.5": 3.0, "plain, 0.25": 4.0}
+    arms |= {"muon and weighed, 0.25": 5.0}
+    result = {"preset": "sonnets", "arms": {k: arm(x) for k, x in arms.items()}}
+    head, _, *lines = controls.overview([result]).splitlines()
+    assert head == (
+        "| preset | test | weights | dense | dense, Muon | plain | muon and weighed |"
+    )
+    same = "1.0000 ± 0.0000 | 2.0000 ± 0.0000"
+    assert lines == [
+        f"| sonnets | loss | 50.0% | {same} | 3.0000 ± 0.0000 |  |",
+        f"| sonnets | loss | 25.0% | {same} | 4.0000 ± 0.0000 | 5.0000 ± 0.0000 |",
+    ]
 
 
 def test_a_run_that_fails_is_told(tmp_path):

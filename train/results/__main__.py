@@ -159,10 +159,22 @@ TABLES: Mapping[str, tuple[str, Callable[[Any], str]]] = {
 """By the name of a JSON file: what of it is printed, and how."""
 
 
+OVERVIEW = "controls-*"
+"""Of all of these there is one table, in the README."""
+
+
 def printed(name: str) -> str:
     """Host side: the table of a JSON file."""
+    if name == OVERVIEW:
+        return controls.overview(
+            [_read(x.stem) for x in sorted(FOLDER.glob(f"{OVERVIEW}.json"))]
+        )
     part, form = TABLES[name]
-    return form(json.loads((FOLDER / f"{name}.json").read_text())[part])
+    return form(_read(name)[part])
+
+
+def _read(name: str) -> Any:
+    return json.loads((FOLDER / f"{name}.json").read_text())
 
 
 def marked(text: str) -> str:
@@ -179,7 +191,7 @@ def main(arguments: Sequence[str]) -> None:
     if list(arguments) not in ([], ["--write"]):
         sys.exit("usage: python -m train.results [--write]")
     if arguments:
-        for path in FOLDER.glob("*.md"):
+        for path in (*FOLDER.glob("*.md"), FOLDER.parents[1] / "README.md"):
             path.write_text(marked(path.read_text()))
         return
     for name in TABLES:

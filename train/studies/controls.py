@@ -7,9 +7,10 @@ For each budget, a part of all weights, the preset is trained by the plain rule 
 weighed by curvature, and beside them the controls that such a number needs: the dense
 network, the dense network with Muon, and a small dense network, of all widths scaled,
 that stores no more weights. Each of the controls has the best of several rates, chosen
-on a seed that is not reported; so has each of --optimizers, which train the runs of the
-plain rule as well. Every run is a folder in OUT; the same command goes on
-after a kill. OUT/controls.json has what was measured, and the table is printed.
+on a seed that is not reported; so has each of --optimizers, which train runs of the
+plain rule, and at that rate weighed ones. Every run is a folder in OUT; the same
+command goes on after a kill. OUT/controls.json has what was measured, and the table is
+printed.
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ class Settings:
     options: tuple[str, ...] = ()
     """More settings of the low-rank runs, NAME=VALUE each."""
     optimizers: tuple[str, ...] = ()
-    """Of train.optimizers: each also trains the plain runs, with the best rate."""
+    """Of train.optimizers: each trains plain and weighed runs too, at its best rate."""
     rates: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     """Tried for each control, times the preset's."""
     batches: int = 8
@@ -89,7 +90,12 @@ def measured(settings: Settings) -> dict[str, Any]:
             }
         for name in settings.optimizers:
             options = [*given, f"--optimizer {name}"]
-            arms[f"{name}, {budget:.4g}"] = _best(settings, run, options, rates)
+            plain = arms[f"{name}, {budget:.4g}"] = _best(settings, run, options, rates)
+            options = [*plain["options"], f"--weigh {settings.batches}"]
+            arms[f"{name} and weighed, {budget:.4g}"] = {
+                "options": options,
+                "runs": [run(options, seed) for seed in settings.seeds],
+            }
     result = {
         "preset": settings.preset,
         "seeds": settings.seeds,
@@ -170,27 +176,54 @@ def _scale(settings: Settings, program: Any, usual: Any, budget: float) -> float
     return low / 100
 
 
+def _tested(arm: Mapping[str, Any]) -> tuple[str, list[float], str]:
+    """What was measured, in per cent if it is accuracy, by seed; digits to show."""
+    metric = arm["runs"][0]["metric"].removeprefix("validation_")
+    values = [x[f"test_{metric}"] for x in arm["runs"]]
+    if metric == "accuracy":
+        return "accuracy, %", [100 * x for x in values], ".2f"
+    return metric, values, ".4f"
+
+
 def table(arms: Mapping[str, Any]) -> str:
     """Markdown: mean ± sample deviation over seeds of the metric, and weights."""
-    metric = next(iter(arms.values()))["runs"][0]["metric"].removeprefix("validation_")
-    percent = metric == "accuracy"
     lines = []
     for name, arm in arms.items():
-        runs = arm["runs"]
-        values = [(100 if percent else 1) * x[f"test_{metric}"] for x in runs]
-        form = ".2f" if percent else ".4f"
+        metric, values, form = _tested(arm)
         each = " ".join(format(x, form) for x in values)
-        weights = statistics.mean(x["stored_weights"] for x in runs)
-        seconds = statistics.median(x["wall_seconds"] for x in runs)
-        rate = arm["options"][-1].removeprefix("--learning-rate ")
+        weights = statistics.mean(x["stored_weights"] for x in arm["runs"])
+        seconds = statistics.median(x["wall_seconds"] for x in arm["runs"])
+        named = [x.split() for x in arm["options"]]
+        rate = next((x[1] for x in named if x[0] == "--learning-rate"), "preset's")
         lines.append(
             [
                 *(name, f"{weights:,.0f}", markdown.spread(values, form), each),
-                *(rate if "tried" in arm else "preset's", f"{seconds:.0f}"),
+                *(rate, f"{seconds:.0f}"),
             ]
         )
-    test = f"test {metric}{', %' if percent else ''}"
-    return markdown.table(["run", "weights", test, "seeds", "rate", "s"], lines)
+    head = ["run", "weights", f"test {metric}", "seeds", "rate", "s"]
+    return markdown.table(head, lines)
+
+
+def overview(results: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: a row for each preset and budget, a column for each kind of run."""
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    for result in results:
+        whole = {
+            k: x for k, x in result["arms"].items() if k in ("dense", "dense, Muon")
+        }
+        small = {k: x for k, x in result["arms"].items() if k not in whole}
+        budgets = dict.fromkeys(name.rpartition(", ")[2] for name in small)
+        for budget in budgets:
+            mine = {k.removesuffix(f", {budget}"): x for k, x in small.items()}
+            mine = {k: x for k, x in mine.items() if k not in small}
+            for name, arm in {**whole, **mine}.items():
+                metric, values, form = _tested(arm)
+                task = result["preset"], metric, f"{float(budget):.1%}"
+                found.setdefault(task, {})[name] = markdown.spread(values, form)
+    kinds = list(dict.fromkeys(x for row in found.values() for x in row))
+    lines = [[*task, *(row.get(x, "") for x in kinds)] for task, row in found.items()]
+    return markdown.table(["preset", "test", "weights", *kinds], lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
