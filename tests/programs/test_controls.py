@@ -73,7 +73,14 @@ def test_optimizers_train_the_plain_runs_each_at_its_best_rate(tmp_path, monkeyp
         assert weighed["options"] == [*expected, "--weigh 8"]
         for arm in (arms[f"{name}, 0.5"], weighed):
             assert [x["seed"] for x in arm["runs"]] == [0, 1]
+    small = arms["small dense, muon, 0.5"]["options"]
+    assert small[-2:] == ["--optimizer muon", "--learning-rate 0.002"]
+    assert "small dense, adamw, 0.5" not in arms
     assert not any("optimizer" in x for x in arms["plain, 0.5"]["options"])
+    late = settings(tmp_path, options=("delay=0.9",), label="late ")
+    both = controls.measured(late)["arms"]
+    assert both["late plain, 0.5"]["options"][0] == "--delay 0.9"
+    assert both.keys() == arms.keys() | {"late plain, 0.5", "late weighed, 0.5"}
 
 
 def test_the_table_has_means_and_deviations():

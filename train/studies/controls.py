@@ -8,9 +8,10 @@ weighed by curvature, and beside them the controls that such a number needs: the
 network, the dense network with Muon, and a small dense network, of all widths scaled,
 that stores no more weights. Each of the controls has the best of several rates, chosen
 on a seed that is not reported; so has each of --optimizers, which train runs of the
-plain rule, and at that rate weighed ones. Every run is a folder in OUT; the same
-command goes on after a kill. OUT/controls.json has what was measured, and the table is
-printed.
+plain rule, and at that rate weighed ones; Muon and SWAN train small dense networks too.
+A second command of other --options with a --label adds to the table. Every run is a
+folder in OUT; the same command goes on after a kill. OUT/PRESET/controls.json has what
+was measured, and the table is printed.
 """
 
 import dataclasses
@@ -30,6 +31,8 @@ import oialr_jax as oialr
 from train import files, images, markdown, names, process, text
 
 PROGRAMS = {"train.images": images, "train.text": text}
+WHOLE = frozenset({"muon", "swan"})
+"""Optimizers that small dense networks have too."""
 CHOOSING = 100
 """The seed on which rates are chosen."""
 
@@ -44,6 +47,8 @@ class Settings:
     """Parts of all weights that are stored."""
     options: tuple[str, ...] = ()
     """More settings of the low-rank runs, NAME=VALUE each."""
+    label: str = ""
+    """Begins the names of these runs in the table."""
     optimizers: tuple[str, ...] = ()
     """Of train.optimizers: each trains plain and weighed runs too, at its best rate."""
     rates: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
@@ -71,40 +76,46 @@ def measured(settings: Settings) -> dict[str, Any]:
     run = functools.partial(_run, settings, program)
     rates = [x * usual.learning_rate for x in settings.rates]
     low = ["--" + x.replace("=", " ") for x in settings.options]
+    small_too = [x for x in settings.optimizers if x in WHOLE]
+
+    def best(*options: str) -> dict[str, Any]:
+        return _best(settings, run, options, rates)
+
+    def each(*options: str) -> dict[str, Any]:
+        runs = [run(options, seed) for seed in settings.seeds]
+        return {"options": list(options), "runs": runs}
+
     arms = {
-        "dense": _best(settings, run, ["--method dense"], rates),
-        "dense, Muon": _best(
-            settings, run, ["--method dense", "--optimizer muon"], rates
-        ),
+        "dense": best("--method dense"),
+        "dense, Muon": best("--method dense", "--optimizer muon"),
     }
     for budget in settings.budgets:
         scale = _scale(settings, PROGRAMS[program], usual, budget)
         small = ["--method dense", f"--scale {scale}"]
-        arms[f"small dense, {budget:.4g}"] = _best(settings, run, small, rates)
         given = [*low, f"--budget {budget}"]
-        for name, more in {"plain": 0, "weighed": settings.batches}.items():
-            options = [*given, f"--weigh {more}"]
-            arms[f"{name}, {budget:.4g}"] = {
-                "options": options,
-                "runs": [run(options, seed) for seed in settings.seeds],
-            }
+        weigh = f"--weigh {settings.batches}"
+        mine = {"small dense": best(*small)}
+        for name in small_too:
+            mine[f"small dense, {name}"] = best(*small, f"--optimizer {name}")
+        mine[f"{settings.label}plain"] = each(*given, "--weigh 0")
+        mine[f"{settings.label}weighed"] = each(*given, weigh)
         for name in settings.optimizers:
-            options = [*given, f"--optimizer {name}"]
-            plain = arms[f"{name}, {budget:.4g}"] = _best(settings, run, options, rates)
-            options = [*plain["options"], f"--weigh {settings.batches}"]
-            arms[f"{name} and weighed, {budget:.4g}"] = {
-                "options": options,
-                "runs": [run(options, seed) for seed in settings.seeds],
-            }
+            plain = best(*given, f"--optimizer {name}")
+            mine[f"{settings.label}{name}"] = plain
+            mine[f"{settings.label}{name} and weighed"] = each(*plain["options"], weigh)
+        arms |= {f"{name}, {budget:.4g}": arm for name, arm in mine.items()}
+    path = settings.out / settings.preset / "controls.json"
+    if path.exists():  # with another label, other budgets or optimizers
+        before = json.loads(path.read_text())
+        if before["seeds"] == list(settings.seeds):
+            arms = {**before["arms"], **arms}
     result = {
         "preset": settings.preset,
         "seeds": settings.seeds,
         "jax": jax.__version__,
         "arms": arms,
     }
-    folder = settings.out / settings.preset
-    text = json.dumps(result, indent=1, default=str) + "\n"
-    (folder / "controls.json").write_text(text)
+    path.write_text(json.dumps(result, indent=1, default=str) + "\n")
     return result
 
 
