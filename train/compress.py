@@ -17,7 +17,6 @@ among the ten nearest.
 """
 
 import dataclasses
-import functools
 import importlib.util
 import pathlib
 import sys
@@ -28,7 +27,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
 from jaxtyping import Array, Float
 
@@ -40,6 +38,7 @@ from oialr_jax.weighted import Statistics
 from train import compress_run, files, names, process
 from train.data import passages
 from train.models.sentence_encoder import SentenceEncoder, from_bert
+from train.tuning import tuned
 
 BATCH = 32
 """Passages that are embedded at once."""
@@ -219,7 +218,7 @@ def uniform(matrices: Sequence[Matrix], keep: float) -> dict[str, int]:
     return {x.path: max(1, int(keep * x.m * x.n / (x.m + x.n))) for x in matrices}
 
 
-def tuned(
+def distilled(
     encode: Encode,
     params: Any,
     original: Any,
@@ -227,30 +226,17 @@ def tuned(
     settings: Settings,
 ) -> Any:
     """Host side: params whose cores were trained to give the original's vectors."""
-    rate = optax.schedules.warmup_cosine_decay_schedule(
-        0.0, settings.learning_rate, settings.steps // 20, settings.steps
-    )
-    tx = oialr.freeze_bases(optax.adamw(rate, b2=0.99, weight_decay=0.0))
 
-    def loss(params: Any, batch: Any, wanted: Any) -> Array:
+    def loss(params: Any, original: Any, batch: Any) -> Array:
+        wanted = encode(original, batch.tokens, batch.mask)
         vectors, of_tokens = encode(params, batch.tokens, batch.mask)
         cosine = jnp.mean(jnp.sum(vectors * wanted[0], axis=-1))
         error = jnp.where(batch.mask[..., None], of_tokens - wanted[1], 0)
         scale = jnp.sum(jnp.where(batch.mask[..., None], wanted[1], 0) ** 2)
         return 1 - cosine + jnp.sum(error**2) / scale
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Any, opt_state: Any, original: Any, batch: Any) -> Any:
-        wanted = encode(original, batch.tokens, batch.mask)
-        value, gradients = oialr.value_and_grad(loss)(params, batch, wanted)
-        updates, opt_state = tx.update(gradients, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, value
-
-    params = jax.tree.map(jnp.copy, params)
-    opt_state = tx.init(params)
-    for batch in _endless(tokens, settings):
-        params, opt_state, _ = step(params, opt_state, original, batch)
-    return params
+    batches = ((original, batch) for batch in _endless(tokens, settings))
+    return tuned(loss, params, batches, settings.learning_rate, settings.steps)[0]
 
 
 def _endless(
@@ -370,7 +356,7 @@ def compressed(
     summary["ranks"] = {x.path: x.rank for x in cuts}
     summary["stored_weights"] = oialr.counts(low).stored
     if settings.steps:
-        low = jax.block_until_ready(tuned(encode, low, params, tokens.train, settings))
+        low = distilled(encode, low, params, tokens.train, settings)
         done("tuned")
     measure("tuned", low)
     if settings.export is not None:

@@ -9,14 +9,12 @@ the evaluation of each, and OUT/checkpoints the last: `python -m train.export OU
 import dataclasses
 import functools
 import json
-import math
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import optax
 import tyro
 from jaxtyping import Array
 
@@ -25,6 +23,7 @@ from oialr_jax.matrices import Matrix
 from oialr_jax.surgery import apply_rule
 from oialr_jax.weighted import Statistics
 from train import export, files, recipe
+from train.tuning import tuned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +110,15 @@ def _compressed(
     summary["ranks"] = {x.path: x.rank for x in cuts}
     evaluated("curvature", low)
     if settings.steps:
-        low = _tuned(task, begun.loss, low, extra, key, settings)
+        steps, rate = settings.steps, settings.learning_rate
+
+        def loss(params: Any, extra: Any, batch: Any, key: Array) -> Array:
+            return begun.loss(params, extra, batch, key)[0]
+
+        batches = (
+            (extra, task.batch(t), jax.random.fold_in(key, t)) for t in range(steps)
+        )
+        low, _ = tuned(loss, low, batches, rate, steps)
         evaluated("tuned", low)
     summary["seconds"] = time.perf_counter() - start
     state = recipe.State.create(
@@ -143,33 +150,3 @@ def _looked(
         for t in range(batches)
     )
     return functools.reduce(Statistics.add, sums)
-
-
-def _tuned(
-    task: recipe.Task,
-    loss: Any,
-    params: Any,
-    extra: Mapping[str, Any],
-    key: Array,
-    settings: Settings,
-) -> Any:
-    """Host side: params whose cores, and what is dense, were trained a little more."""
-    rate = optax.schedules.warmup_cosine_decay_schedule(
-        0.0, settings.learning_rate, math.ceil(settings.steps / 20), settings.steps
-    )
-    tx = oialr.freeze_bases(optax.adamw(rate, b2=0.99, weight_decay=0.0))
-
-    @jax.jit
-    def step(params: Any, opt_state: Any, batch: Any, key: Array) -> Any:
-        def of_params(params: Any) -> Array:
-            return loss(params, extra, batch, key)[0]
-
-        gradients = oialr.value_and_grad(of_params)(params)[1]
-        updates, opt_state = tx.update(gradients, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    opt_state = tx.init(params)
-    for t in range(settings.steps):
-        drawn = jax.random.fold_in(key, t)
-        params, opt_state = step(params, opt_state, task.batch(t), drawn)
-    return params

@@ -21,7 +21,7 @@ import pathlib
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,9 +36,10 @@ from oialr_jax.adapters import attached, on_base
 from oialr_jax.curvature import of_outputs
 from oialr_jax.lowrank import named_leaves, with_leaves
 from oialr_jax.matrices import Matrix
-from train import files, images
+from train import files, images, markdown
 from train.data.arrays import Images, standardize
 from train.models.lenet5 import LeNet5
+from train.tuning import tuned
 
 WAYS = ("full", "head", "cores", "gradients", "curvature", "lora")
 
@@ -130,42 +131,25 @@ class Tuned(NamedTuple):
     seconds: float
 
 
-Loss = Callable[..., Array]
-
-
 def trained(
-    of_trained: Loss,
+    of_trained: Callable[..., Array],
     start: Any,
     fixed: Any,
-    data: Iterator[tuple[np.ndarray, np.ndarray]],
+    data: Iterable[tuple[np.ndarray, np.ndarray]],
     rate: float,
     steps: int,
 ) -> Any:
     """Host side: Adam on what is in `start`; what it became, its size, its state's."""
-    schedule = optax.schedules.warmup_cosine_decay_schedule(
-        0.0, rate, steps // 20, steps
-    )
-    tx = oialr.freeze_bases(optax.adam(schedule))
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Any, state: Any, fixed: Any, image: Any, label: Any) -> Any:
-        _, grads = oialr.value_and_grad(of_trained)(params, fixed, image, label)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    params = jax.tree.map(jnp.copy, start)
-    state = jax.jit(tx.init)(params)
-    weights = oialr.counts(params).trainable
-    moments = jax.tree.leaves((state.inner_state[0].mu, state.inner_state[0].nu))
     begun = time.perf_counter()
-    for image, label in data:
-        params, state = step(params, state, fixed, image, label)
-    jax.block_until_ready(params)
+    batches = ((fixed, *batch) for batch in data)
+    params, state = tuned(of_trained, start, batches, rate, steps, b2=0.999)
+    moments = jax.tree.leaves((state.inner_state[0].mu, state.inner_state[0].nu))
+    weights = oialr.counts(params).trainable
     taken = time.perf_counter() - begun
     return params, weights, sum(x.nbytes for x in moments), taken
 
 
-def tuned(
+def network(
     way: str,
     dense: Any,
     matrices: Sequence[Matrix],
@@ -311,7 +295,7 @@ def run(settings: Settings) -> dict[str, Any]:
     matrices = [x for x in found if not x.path.startswith("head")]
     results: dict[str, Any] = {}
     for way in settings.ways:
-        tune = functools.partial(tuned, way, matrices=matrices, settings=settings)
+        tune = functools.partial(network, way, matrices=matrices, settings=settings)
         rates = settings.full_rates if way == "full" else settings.rates
         scores = {}
         for rate in rates:
@@ -325,8 +309,6 @@ def run(settings: Settings) -> dict[str, Any]:
         whole = oialr.counts(networks[chooser]).dense
         results[way] = {
             "accuracy": right,
-            "mean": float(np.mean(right)),
-            "deviation": float(np.std(right, ddof=1)) if len(right) > 1 else 0.0,
             "rate": best,
             "rates": {str(rate): score for rate, score in scores.items()},
             "trained_weights": each[0].weights,
@@ -360,15 +342,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def table(ways: Mapping[str, Any]) -> str:
     """The results as rows of Markdown."""
-    rows = ["| way | test accuracy | trained weights | state of Adam | rate |"]
-    rows += ["| --- | --- | --- | --- | --- |"]
-    for way, x in ways.items():
-        rows.append(
-            f"| {way} | {x['mean']:.2f} ± {x['deviation']:.2f} % | "
-            f"{x['trained_weights']:,} ({x['trained_share']:.2%}) | "
-            f"{x['state_mb']:.3f} MB | {x['rate']:g} |"
-        )
-    return "\n".join(rows)
+    head = ["way", "test accuracy", "trained weights", "state of Adam", "rate"]
+    rows = [
+        [
+            *(way, f"{markdown.spread(x['accuracy'], '.2f')} %"),
+            f"{x['trained_weights']:,} ({x['trained_share']:.2%})",
+            *(f"{x['state_mb']:.3f} MB", f"{x['rate']:g}"),
+        ]
+        for way, x in ways.items()
+    ]
+    return markdown.table(head, rows)
 
 
 if __name__ == "__main__":

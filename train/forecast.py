@@ -49,6 +49,8 @@ class Settings(common.Settings):
     """Channels of the model."""
     hidden: int = 2048
     """Channels inside its perceptrons."""
+    scale: float = 1.0
+    """By this both widths are multiplied: a small dense network."""
     encoder_layers: int = 2
     """Of the model, which has one decoder layer."""
     factor: float = 1.0
@@ -157,8 +159,8 @@ def task(settings: Settings) -> recipe.Task:
     model = Autoformer(
         horizon=settings.horizon,
         label=settings.history // 2,
-        width=settings.width,
-        hidden=settings.hidden,
+        width=max(1, round(settings.scale * settings.width)),
+        hidden=max(1, round(settings.scale * settings.hidden)),
         encoder_layers=settings.encoder_layers,
         factor=settings.factor,
         dropout=settings.dropout,

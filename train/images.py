@@ -192,6 +192,23 @@ PRESETS: Mapping[str, tuple[str, Settings]] = {
             **_RESNET,
         ),
     ),
+    "cifar10-resnet20-short": (
+        "the same, 15 passes: for CPUs",
+        Settings(
+            dataset="cifar10",
+            model="resnet20",
+            steps=5865,
+            batch=128,
+            validation=5000,
+            **_RESNET
+            | {
+                **{"optimizer": "adamw", "learning_rate": 4e-3, "weight_decay": 0.1},
+                **{"delay": 0.7, "budget": 0.3, "projections": (0.2, 0.02)},
+                **{"multiple": 1, "dense_first": 1, "min_aspect": 0.05},
+                **{"eval_every": 1173, "save_every": 391},
+            },
+        ),
+    ),
     "cifar10-resnet18": (
         "ResNet-18 in its CIFAR form on CIFAR-10, 200 passes",
         Settings(

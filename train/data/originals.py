@@ -8,6 +8,7 @@ import gzip
 import lzma
 import math
 import pathlib
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -122,19 +123,6 @@ def _cifar(
     )
 
 
-def _ett(file: str, sha256: str) -> Original:
-    """One of the four series of transformer temperatures, which tfds does not have."""
-    return Original(
-        version="1.0.0",
-        read=_series,
-        address=(
-            "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/1d16c8f4f943/"
-            "ETT-small/"
-        ),
-        sha256={file: sha256},
-    )
-
-
 def _series(original: Original, folder: pathlib.Path) -> Content:
     """All rows as one record, in order: seconds since 1970 and the seven values."""
     (file,) = original.sha256
@@ -226,134 +214,23 @@ def read_series(
     return np.array(time, np.int64), np.array(value, np.float32)
 
 
-ORIGINALS: Mapping[str, Original] = {
-    "fashion_mnist": Original(
-        version="3.0.1",
-        read=_idx,
-        address="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-        classes=(
-            "T-shirt/top",
-            "Trouser",
-            "Pullover",
-            "Dress",
-            "Coat",
-            "Sandal",
-            "Shirt",
-            "Sneaker",
-            "Bag",
-            "Ankle boot",
-        ),
-        sha256={
-            "train-images-idx3-ubyte.gz": (
-                "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84"
-            ),
-            "train-labels-idx1-ubyte.gz": (
-                "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845"
-            ),
-            "t10k-images-idx3-ubyte.gz": (
-                "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073"
-            ),
-            "t10k-labels-idx1-ubyte.gz": (
-                "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"
-            ),
-        },
-    ),
-    "mnist": Original(
-        version="3.0.1",
-        read=_idx,
-        address="https://storage.googleapis.com/cvdf-datasets/mnist/",
-        classes=tuple("0123456789"),
-        sha256={
-            "train-images-idx3-ubyte.gz": (
-                "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"
-            ),
-            "train-labels-idx1-ubyte.gz": (
-                "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"
-            ),
-            "t10k-images-idx3-ubyte.gz": (
-                "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"
-            ),
-            "t10k-labels-idx1-ubyte.gz": (
-                "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"
-            ),
-        },
-    ),
-    "cifar10": Original(
-        version="3.0.2",
-        read=_cifar10,
-        address="https://www.cs.toronto.edu/~kriz/",
-        archive="cifar-10-binary.tar.gz",
-        archive_sha256=(
-            "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
-        ),
-        classes=(
-            "airplane",
-            "automobile",
-            "bird",
-            "cat",
-            "deer",
-            "dog",
-            "frog",
-            "horse",
-            "ship",
-            "truck",
-        ),
-        sha256={
-            "data_batch_1.bin": (
-                "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5"
-            ),
-            "data_batch_2.bin": (
-                "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed"
-            ),
-            "data_batch_3.bin": (
-                "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67"
-            ),
-            "data_batch_4.bin": (
-                "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48"
-            ),
-            "data_batch_5.bin": (
-                "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add"
-            ),
-            "test_batch.bin": (
-                "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b"
-            ),
-        },
-    ),
-    "cifar100": Original(
-        version="3.0.2",
-        read=_cifar100,
-        address="https://www.cs.toronto.edu/~kriz/",
-        archive="cifar-100-binary.tar.gz",
-        archive_sha256=(
-            "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec"
-        ),
-        sha256=dict.fromkeys(
-            ("train.bin", "test.bin", "fine_label_names.txt", "coarse_label_names.txt")
-        ),
-    ),
-    "etth1": _ett(
-        "ETTh1.csv", "f18de3ad269cef59bb07b5438d79bb3042d3be49bdeecf01c1cd6d29695ee066"
-    ),
-    "etth2": _ett(
-        "ETTh2.csv", "a3dc2c597b9218c7ce1cd55eb77b283fd459a1d09d753063f944967dd6b9218b"
-    ),
-    "ettm1": _ett(
-        "ETTm1.csv", "6ce1759b1a18e3328421d5d75fadcb316c449fcd7cec32820c8dafda71986c9e"
-    ),
-    "ettm2": _ett(
-        "ETTm2.csv", "db973ca252c6410a30d0469b13d696cf919648d0f3fd588c60f03fdbdbadd1fd"
-    ),
-    "tiny_shakespeare": Original(
-        version="1.0.0",
-        read=_text,
-        address=(
-            "https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b/"
-            "data/tinyshakespeare/"
-        ),
-        sha256={
-            "input.txt": (
-                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-            ),
-        },
-    ),
+READERS: Mapping[str, Callable[[Original, pathlib.Path], Content]] = {
+    "idx": _idx,
+    "cifar10": _cifar10,
+    "cifar100": _cifar100,
+    "series": _series,
+    "text": _text,
 }
+
+
+def _originals() -> dict[str, Original]:
+    path = pathlib.Path(__file__).with_suffix(".toml")
+    table = tomllib.loads(path.read_text())
+    for known in table.values():
+        known["read"] = READERS[known["read"]]
+        known["sha256"] = {file: x or None for file, x in known["sha256"].items()}
+        known["classes"] = tuple(known.get("classes", ()))
+    return {name: Original(**known) for name, known in table.items()}
+
+
+ORIGINALS: Mapping[str, Original] = _originals()

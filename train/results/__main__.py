@@ -155,7 +155,8 @@ TABLES: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "finetune-mnist-cpu": ("ways", finetune.table),
     "orthogonal-cpu": ("rows", orthogonal),
     "tracking-cpu": ("rows", tracking),
-} | {x.stem: ("arms", controls.table) for x in sorted(FOLDER.glob("controls-*.json"))}
+    **{x.stem: ("arms", controls.table) for x in sorted(FOLDER.glob("controls-*"))},
+}
 """By the name of a JSON file: what of it is printed, and how."""
 
 

@@ -28,9 +28,9 @@ import jax
 import tyro
 
 import oialr_jax as oialr
-from train import files, images, markdown, names, process, text
+from train import files, forecast, images, markdown, names, process, text
 
-PROGRAMS = {"train.images": images, "train.text": text}
+PROGRAMS = {"train.images": images, "train.text": text, "train.forecast": forecast}
 WHOLE = frozenset({"muon", "swan"})
 """Optimizers that small dense networks have too."""
 CHOOSING = 100
@@ -42,7 +42,7 @@ class Settings:
     """Which runs are compared."""
 
     preset: tyro.conf.Positional[str]
-    """Of train.images or train.text."""
+    """Of train.images, train.text or train.forecast."""
     budgets: tuple[float, ...]
     """Parts of all weights that are stored."""
     options: tuple[str, ...] = ()

@@ -135,7 +135,8 @@ def accuracy(settings: Settings, preset: str) -> list[Row]:
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown: a table of curves for each preset and rate, one of layers, accuracy."""
-    tables, by_layer = [], {}
+    tables: list[str] = []
+    by_layer: dict[str, list[str]] = {}
     for preset, rate in dict.fromkeys((x["preset"], x["rate"]) for x in rows):
         mine = [x for x in rows if (x["preset"], x["rate"]) == (preset, rate)]
         found = [x for x in mine if "what" in x]
@@ -156,9 +157,9 @@ def table(rows: Sequence[Row]) -> str:
                 both = zip(x["basis"], x["null"], strict=True)
                 cell = " / ".join("{:.3f} ({:.3f})".format(*pair) for pair in both)
                 by_layer.setdefault(f"{preset}: {x['layer']}", []).append(cell)
-    head = ["first / middle / last third", *RATES]
+    thirds = ["first / middle / last third", *RATES]
     lines = [[name, *cells] for name, cells in by_layer.items()]
-    return "\n\n".join([*tables, markdown.table(head, lines)])
+    return "\n\n".join([*tables, markdown.table(thirds, lines)])
 
 
 def measured(settings: Settings) -> list[Row]:
