@@ -111,17 +111,22 @@ def test_the_overview_has_a_row_for_each_budget_with_the_whole_networks():
         run = {"metric": "validation_loss", "test_loss": value}
         return {"options": [], "runs": [run, run]}
 
-    arms = {"dense": 1.0, "dense, Muon": 2.0, "plain, 0.5": 3.0, "plain, 0.25": 4.0}
-    arms |= {"muon and weighed, 0.25": 5.0}
-    result = {"preset": "sonnets", "arms": {k: arm(x) for k, x in arms.items()}}
+    arms = {"dense": arm(1.0), "dense, Muon": arm(2.0)}
+    for i, budget in enumerate(("0.5", "0.25")):
+        for j, kind in enumerate((*controls.KINDS, "muon")):
+            arms[f"{kind}, {budget}"] = arm(3.0 + 4 * i + j)
+    arms["late weighed, 0.25"] = arm(0.0)
+    result = {"preset": "sonnets", "arms": arms}
     head, _, *lines = controls.overview([result]).splitlines()
-    assert head == (
-        "| preset | test | weights | dense | dense, Muon | plain | muon and weighed |"
-    )
-    same = "1.0000 ± 0.0000 | 2.0000 ± 0.0000"
+    whole = "| preset | test | weights | dense | dense, Muon"
+    assert head == f"{whole} | small dense | plain | weighed |"
+    numbers = [
+        " ± 0.0000 | ".join(f"{x}.0000" for x in (1, 2, *y)) + " ± 0.0000"
+        for y in ((3, 4, 5), (7, 8, 9))
+    ]
     assert lines == [
-        f"| sonnets | loss | 50.0% | {same} | 3.0000 ± 0.0000 |  |",
-        f"| sonnets | loss | 25.0% | {same} | 4.0000 ± 0.0000 | 5.0000 ± 0.0000 |",
+        f"| sonnets | loss | 50.0% | {numbers[0]} |",
+        f"| sonnets | loss | 25.0% | {numbers[1]} |",
     ]
 
 

@@ -216,25 +216,24 @@ def table(arms: Mapping[str, Any]) -> str:
     return markdown.table(head, lines)
 
 
+KINDS = ("small dense", "plain", "weighed")
+"""Of the runs of a budget, what the overview has."""
+
+
 def overview(results: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: a row for each preset and budget, a column for each kind of run."""
-    found: dict[tuple[str, ...], dict[str, str]] = {}
+    lines = []
     for result in results:
-        whole = {
-            k: x for k, x in result["arms"].items() if k in ("dense", "dense, Muon")
-        }
-        small = {k: x for k, x in result["arms"].items() if k not in whole}
-        budgets = dict.fromkeys(name.rpartition(", ")[2] for name in small)
-        for budget in budgets:
-            mine = {k.removesuffix(f", {budget}"): x for k, x in small.items()}
-            mine = {k: x for k, x in mine.items() if k not in small}
-            for name, arm in {**whole, **mine}.items():
-                metric, values, form = _tested(arm)
-                task = result["preset"], metric, f"{float(budget):.1%}"
-                found.setdefault(task, {})[name] = markdown.spread(values, form)
-    kinds = list(dict.fromkeys(x for row in found.values() for x in row))
-    lines = [[*task, *(row.get(x, "") for x in kinds)] for task, row in found.items()]
-    return markdown.table(["preset", "test", "weights", *kinds], lines)
+        arms = result["arms"]
+        for budget in dict.fromkeys(x.rpartition(", ")[2] for x in arms):
+            names = ["dense", "dense, Muon", *(f"{x}, {budget}" for x in KINDS)]
+            if names[-1] not in arms:
+                continue
+            found = [_tested(arms[name]) for name in names]
+            task = result["preset"], found[0][0], f"{float(budget):.1%}"
+            lines.append([*task, *(markdown.spread(x, form) for _, x, form in found)])
+    head = ["preset", "test", "weights", "dense", "dense, Muon", *KINDS]
+    return markdown.table(head, lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
