@@ -94,21 +94,24 @@ def decompositions(rows: Rows) -> str:
 
 
 def compression(runs: Rows) -> str:
-    """Cosine / neighbours of every way, without the runs that were tuned."""
+    """Cosine / neighbours of every way, by the part that is kept."""
     head = ["keep", "plain SVD", "activations", "curvature, ranks by loss"]
-    ways = ("plain", "activations", "curvature")
-    lines = [
-        [
-            f"{x['keep']:.2f}",
-            *(f"{x[way]['cosine']:.3f} / {x[way]['neighbours']:.2f}" for way in ways),
-            f"{x['predicted']:.3f}",
-            f"{x['stored_weights'] / 1e6:.1f} M",
-            f"{x['seconds']:.0f} s",
+    ways = ("plain", "activations", "curvature", "tuned")
+    found: dict[float, dict[str, Any]] = {}
+    for x in runs:
+        told = found.setdefault(x["keep"], {"first": x})
+        told |= {way: x[way] for way in ways if way in x}
+    lines = []
+    for keep, told in found.items():
+        both = [told.get(way) for way in ways]
+        cells = [
+            f"{x['cosine']:.3f} / {x['neighbours']:.2f}" if x else "" for x in both
         ]
-        for x in runs
-        if "tuned" not in x
-    ]
-    return table([*head, "predicted", "stored", "time of all"], lines)
+        first = told["first"]
+        cells += [f"{first['predicted']:.3f}", f"{first['stored_weights'] / 1e6:.1f} M"]
+        lines.append([f"{keep:.2f}", *cells, f"{first['seconds']:.0f} s"])
+    tail = ["tuned", "predicted", "stored", "time without tuning"]
+    return table([*head, *tail], lines)
 
 
 def orthogonal(rows: Rows) -> str:
