@@ -64,8 +64,13 @@ def _is_no_advice(record: logging.LogRecord) -> bool:
 def _decoded(source: Any, title: str) -> tuple[np.ndarray, np.ndarray]:
     image, label = [], []
     starts = range(0, len(source), CHUNK)
-    bar = tqdm(
-        starts, f"reading {title}", leave=False, unit_scale=CHUNK, unit=" images"
+    bar = tqdm(  # on a screen alone
+        starts,
+        f"reading {title}",
+        leave=False,
+        unit_scale=CHUNK,
+        unit=" images",
+        disable=None,
     )
     for start in bar:
         stop = min(start + CHUNK, len(source))
