@@ -169,6 +169,11 @@ def test_tables_are_those_that_are_printed_from_the_json():
     assert plain == {"rates-cpu"}  # what a benchmark reads
 
 
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda x: x.stem)
+def test_results_name_no_place_of_the_machine(path):
+    assert re.findall(r'"[^"]*(?<![\w.])/\w[^"]*"', path.read_text()) == []
+
+
 MEASURED = re.compile(r"\d ?(?:%|m?s\b|min\b)|± ?\.?\d")
 
 

@@ -335,7 +335,7 @@ def compressed(
         "block_weights": dense,
         "dense_weights": oialr.counts(params).dense,
         "passages": {x: len(y) for x, y in tokens._asdict().items()},
-        "settings": {x: str(y) for x, y in dataclasses.asdict(settings).items()},
+        "settings": files.without_places(settings),
     }
 
     def measure(name: str, low: Any) -> None:

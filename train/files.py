@@ -219,6 +219,12 @@ def summary(folder: pathlib.Path) -> dict[str, Any]:
     return found
 
 
+def without_places(settings: Any) -> dict[str, str]:
+    """Settings as text, for a record; a path says nothing of what was computed."""
+    found = ((x.name, getattr(settings, x.name)) for x in dataclasses.fields(settings))
+    return {name: str(x) for name, x in found if not isinstance(x, pathlib.Path)}
+
+
 def nulled(x: Any) -> Any:
     """x with None in the place of every number that is not finite."""
     if dataclasses.is_dataclass(x) and not isinstance(x, type):

@@ -321,7 +321,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "command": " ".join(["python -m train.finetune", *sys.argv[1:]]),
         "jax": jax.__version__,
         "python": platform.python_version(),
-        "settings": {k: str(v) for k, v in dataclasses.asdict(settings).items()},
+        "settings": files.without_places(settings),
         "ways": results,
     }
 

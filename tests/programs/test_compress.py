@@ -31,6 +31,8 @@ def test_a_tiny_encoder_is_compressed_in_every_way(tmp_path):
     settings = program.Settings(keep=0.5, steps=20, batch=16, export=folder)
     found = program.compressed(TINY, tiny(), tokens, settings)
     assert found["keep"] == 0.5
+    assert found["settings"].keys().isdisjoint({"data_dir", "out"})
+    assert found["settings"]["keep"] == "0.5"
     assert found["block_weights"] == 2 * (4 * 16 * 16 + 2 * 16 * 32)
     assert found["kept"] <= 0.5 * found["block_weights"]
     assert found["plain"]["cosine"] < found["curvature"]["cosine"]
