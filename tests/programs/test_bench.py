@@ -139,7 +139,6 @@ def test_layers_compare_every_order_with_the_estimate():
         assert row["estimated_ratio"] == pytest.approx(estimate)
 
 
-@pytest.mark.long
 def test_orthogonal_compares_methods_with_the_svd_and_steps_with_sgd(monkeypatch):
     monkeypatch.setattr(polar, "SIDES", (8, 16))
     chosen = {x: polar.POLAR[x] for x in ("svd", "polar_express, 7 steps")}
