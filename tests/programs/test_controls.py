@@ -1,5 +1,6 @@
 """train.studies.controls: each number beside a small dense network of its weights."""
 
+import dataclasses
 import json
 
 import jax
@@ -81,6 +82,51 @@ def test_optimizers_train_the_plain_runs_each_at_its_best_rate(tmp_path, monkeyp
     both = controls.measured(late)["arms"]
     assert both["late plain, 0.5"]["options"][0] == "--delay 0.9"
     assert both.keys() == arms.keys() | {"late plain, 0.5", "late weighed, 0.5"}
+
+
+@pytest.fixture
+def earlier(tmp_path, monkeypatch):
+    """A table that has been written; nothing more may be trained."""
+
+    def run(_, program, options, seed):
+        return {"metric": "loss", "best": {"loss": 1.0}, "seed": seed}
+
+    (tmp_path / "sonnets").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(controls, "_run", run)
+        controls.measured(settings(tmp_path))
+
+    def trained(*_):
+        raise AssertionError("trained before it is refused")
+
+    monkeypatch.setattr(controls, "_run", trained)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"seeds": (0,)}, r"has seeds \[0, 1\], not \[0\]: name another --out"),
+        ({"steps": 24}, "has steps None, not 24: name another --out"),
+        ({"rates": (1.0,)}, r"has rates .*: name another --out"),
+        ({"batches": 2}, "has batches 8, not 2: name another --out"),
+        ({"options": ("delay=0.9",)}, "labelled '' with --options : .*another --label"),
+        ({"rates": ()}, "`rates` must have one at least"),
+    ],
+)
+def test_runs_of_another_kind_are_not_added_to_a_table(earlier, changed, message):
+    path = earlier / "sonnets" / "controls.json"
+    before = path.read_bytes()
+    other = dataclasses.replace(settings(earlier), **changed)
+    with pytest.raises(ValueError, match=message):
+        controls.measured(other)
+    assert path.read_bytes() == before
+
+
+def test_a_broken_table_is_told(earlier):
+    (earlier / "sonnets" / "controls.json").write_text('{"pre')
+    with pytest.raises(ValueError, match=r"controls\.json is broken .*: delete it"):
+        controls.measured(settings(earlier))
 
 
 def test_the_table_has_means_and_deviations():

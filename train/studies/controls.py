@@ -68,11 +68,16 @@ class Settings:
 def measured(settings: Settings) -> dict[str, Any]:
     """Host side: every arm with its runs, as written to OUT/PRESET/controls.json.
 
-    Raises:   ValueError: an unknown preset. RuntimeError: a run failed.
+    Raises:   ValueError: an unknown preset, no rate, or a controls.json to which these
+              runs cannot be added. RuntimeError: a run failed.
     """
+    if not settings.rates:
+        raise ValueError("`rates` must have one at least")
     table = {name: x for x, y in PROGRAMS.items() for name in y.PRESETS}
     program = names.find("preset", settings.preset, table)
     usual = PROGRAMS[program].PRESETS[settings.preset][1]
+    path = settings.out / settings.preset / "controls.json"
+    before = _earlier(settings, path)
     run = functools.partial(_run, settings, program)
     rates = [x * usual.learning_rate for x in settings.rates]
     low = ["--" + x.replace("=", " ") for x in settings.options]
@@ -104,19 +109,52 @@ def measured(settings: Settings) -> dict[str, Any]:
             mine[f"{settings.label}{name}"] = plain
             mine[f"{settings.label}{name} and weighed"] = each(*plain["options"], weigh)
         arms |= {f"{name}, {budget:.4g}": arm for name, arm in mine.items()}
-    path = settings.out / settings.preset / "controls.json"
-    if path.exists():  # with another label, other budgets or optimizers
-        before = json.loads(path.read_text())
-        if before["seeds"] == list(settings.seeds):
-            arms = {**before["arms"], **arms}
     result = {
-        "preset": settings.preset,
-        "seeds": settings.seeds,
-        "jax": jax.__version__,
-        "arms": arms,
+        **_shared(settings),
+        "labels": {**before.get("labels", {}), settings.label: list(settings.options)},
+        "arms": {**before.get("arms", {}), **arms},
     }
     path.write_text(json.dumps(result, indent=1, default=str) + "\n")
     return result
+
+
+def _shared(settings: Settings) -> dict[str, Any]:
+    """What all runs of one table have in common."""
+    return {
+        "preset": settings.preset,
+        "seeds": list(settings.seeds),
+        "steps": settings.steps,
+        "rates": list(settings.rates),
+        "batches": settings.batches,
+        "jax": jax.__version__,
+    }
+
+
+def _earlier(settings: Settings, path: pathlib.Path) -> dict[str, Any]:
+    """Host side: the table to which these runs are added; empty without one.
+
+    Raises:   ValueError: it cannot be read, or has other runs under these names.
+    """
+    if not path.exists():
+        return {}
+    try:
+        before: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is broken ({error}): delete it, the runs beside it are kept"
+        ) from None
+    for name, value in _shared(settings).items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"{path} has {name} {before.get(name)}, not {value}: name another --out"
+            )
+    known = before["labels"].get(settings.label, list(settings.options))
+    if known != list(settings.options):
+        raise ValueError(
+            f"{path} has runs labelled {settings.label!r} with --options "
+            f"{' '.join(known)}: give these another --label"
+        )
+    return before
 
 
 def _best(
