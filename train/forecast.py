@@ -146,7 +146,8 @@ def run(settings: Settings, *, name: str) -> dict[str, Any]:
 def task(settings: Settings) -> recipe.Task:
     """Host side: the forecaster that the settings name.
 
-    Raises:   ValueError: an unknown dataset, or windows that do not fit it.
+    Raises:   ValueError: an unknown dataset, windows that do not fit it, or a scale
+              that is not positive.
               FileNotFoundError: the dataset is not prepared.
     """
     windows = load(settings)
@@ -159,8 +160,8 @@ def task(settings: Settings) -> recipe.Task:
     model = Autoformer(
         horizon=settings.horizon,
         label=settings.history // 2,
-        width=max(1, round(settings.scale * settings.width)),
-        hidden=max(1, round(settings.scale * settings.hidden)),
+        width=common.scaled(settings.width, settings.scale),
+        hidden=common.scaled(settings.hidden, settings.scale),
         encoder_layers=settings.encoder_layers,
         factor=settings.factor,
         dropout=settings.dropout,

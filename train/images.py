@@ -200,12 +200,19 @@ PRESETS: Mapping[str, tuple[str, Settings]] = {
             steps=5865,
             batch=128,
             validation=5000,
+            delay=0.7,
+            budget=0.3,
+            projections=(0.2, 0.02),
+            min_aspect=0.05,
+            dense_first=1,
             **_RESNET
             | {
-                **{"optimizer": "adamw", "learning_rate": 4e-3, "weight_decay": 0.1},
-                **{"delay": 0.7, "budget": 0.3, "projections": (0.2, 0.02)},
-                **{"multiple": 1, "dense_first": 1, "min_aspect": 0.05},
-                **{"eval_every": 1173, "save_every": 391},
+                "optimizer": "adamw",
+                "learning_rate": 4e-3,
+                "weight_decay": 0.1,
+                "multiple": 1,
+                "eval_every": 1173,
+                "save_every": 391,
             },
         ),
     ),
@@ -343,14 +350,12 @@ def scaled(model: nn.Module, scale: float) -> nn.Module:
 
     Raises:   ValueError: `scale` is not positive.
     """
-    if not scale > 0:
-        raise ValueError(f"`scale` must be positive, got {scale}")
     heads = getattr(model, "heads", 1)
 
     def times(width: Any) -> Any:
         if isinstance(width, tuple):
             return tuple(map(times, width))
-        return max(1, round(scale * width / heads)) * heads
+        return common.scaled(width, scale, heads)
 
     widths = ("width", "widths", "groups", "channels", "hidden")
     known = {x.name for x in dataclasses.fields(model)}

@@ -157,6 +157,16 @@ SMOKE: Mapping[str, Any] = {
 S = TypeVar("S", bound=Settings)
 
 
+def scaled(width: int, scale: float, multiple: int = 1) -> int:
+    """A width times `scale`, rounded to a multiple, of which it has one at least.
+
+    Raises:   ValueError: `scale` is not positive.
+    """
+    if not scale > 0:
+        raise ValueError(f"`scale` must be positive, got {scale}")
+    return max(1, round(scale * width / multiple)) * multiple
+
+
 def small(settings: S, form: Mapping[str, Any] = SMOKE) -> S:
     """The small form of a preset; what it has of weights may lie outside matrices."""
     budget = None if settings.budget is None else 0.7

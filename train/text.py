@@ -109,7 +109,8 @@ def run(settings: Settings, *, name: str) -> dict[str, Any]:
 def task(settings: Settings) -> recipe.Task:
     """Host side: the language model that the settings describe.
 
-    Raises:   ValueError: an unknown dataset, or one shorter than a passage.
+    Raises:   ValueError: an unknown dataset, one shorter than a passage, or a scale
+              that is not positive.
               FileNotFoundError: it is not prepared.
     """
     load = names.find("dataset", settings.dataset, DATASETS)
@@ -122,8 +123,7 @@ def task(settings: Settings) -> recipe.Task:
         context=settings.context,
         depth=settings.depth,
         heads=settings.heads,
-        width=max(1, round(settings.scale * settings.width / settings.heads))
-        * settings.heads,
+        width=common.scaled(settings.width, settings.scale, settings.heads),
         dropout=settings.dropout,
     )
 

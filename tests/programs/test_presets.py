@@ -10,6 +10,7 @@ import pytest
 import oialr_jax as oialr
 from oialr_jax.lowrank import abstract_low_rank
 from train import files, forecast, images, loop, selfsup, text
+from train import settings as common
 
 PROGRAMS = {"images": images, "text": text, "selfsup": selfsup, "forecast": forecast}
 PRESETS = [
@@ -114,3 +115,22 @@ def test_the_step_of_the_small_form_fits_its_state(
     )
     with pytest.raises(ReachedError):
         module.run(settings, name="run")
+
+
+SCALED = [("images", "digits"), ("text", "sonnets"), ("forecast", "etth2-96")]
+
+
+@pytest.mark.parametrize(("program", "preset"), SCALED)
+def test_a_scale_makes_a_smaller_network_or_is_refused(program, preset, tmp_path):
+    module, usual = small(program, preset, tmp_path)
+    if program == "forecast":  # the small form is made by `run`
+        usual = common.small(usual, forecast.SMOKE)
+
+    def weights(scale):
+        task = module.task(dataclasses.replace(usual, scale=scale))
+        return oialr.counts(jax.eval_shape(task.init, jax.random.key(0))).stored
+
+    assert weights(0.5) < weights(1.0) < weights(2.0)
+    for scale in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"`scale` must be positive, got {scale}"):
+            weights(scale)
