@@ -178,6 +178,8 @@ def test_the_rate_is_chosen_by_validation_and_the_test_reported():
     lines = program.table([sgd, orthogonal]).splitlines()
     assert lines[2].startswith("| sgd | 55.0 ± 5.0 / 1.500 (55.0) |  |")
     assert lines[3].startswith("| orthogonal | 95.0 ± 0.0 / 0.500 (94.5) |")
+    diverged = files.nulled([{**sgd, "loss": [np.inf, 1.0]}])  # as JSON has it
+    assert "| sgd | 55.0 ± 5.0 / inf (55.0) |" in program.table(diverged)
 
 
 def test_equal_time_is_as_many_steps_as_adamw_leaves_time_for():

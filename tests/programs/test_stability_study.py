@@ -23,6 +23,8 @@ def ended(tmp_path, monkeypatch):
             for step in range(1, 7):
                 basis = 0.9 + 0.01 * step - 0.05 * i + 0.02 * seed
                 usual = {"cosine": 0.5, "mixing": 0.25, "null": {"basis": 0.4}}
+                if step == 3:  # without a null, as most records of a run are
+                    usual.pop("null")
                 layers = {x: {**usual, "basis": basis} for x in ("a", "b")}
                 line = {"kind": "stability", "step": step, "since": step - 1}
                 line |= {"epoch": step / 2, "layers": layers}
@@ -44,8 +46,17 @@ def test_ended_runs_are_drawn_printed_and_written(ended, capsys):
     )
     assert "| basis P (sd to 0.014) | 0.920 | 0.940 | 0.960 |" in said
     assert "| basis P (sd to 0.014) | 0.870 | 0.890 | 0.910 |" in said
+    null = "basis after a random change as large (sd to 0.000)"
+    assert f"| {null} | 0.400 | - | 0.400 |" in said
     thirds = "0.925 (0.400) / 0.945 (0.400) / 0.965 (0.400)"
     assert f"| digits: a | {thirds} | 0.875 (0.400) /" in said
+
+
+def test_one_seed_has_no_deviation(ended, capsys):
+    stability.main(["--presets", "digits", "--seeds", "1", "--out", str(ended)])
+    said = capsys.readouterr().out
+    assert "| digits, cosine, accuracy 90.00 %; epoch |" in said
+    assert "| basis P (sd to -) | 0.910 |" in said
 
 
 def test_an_unknown_preset_is_told(tmp_path):

@@ -320,7 +320,8 @@ def table(rows: Sequence[Row]) -> str:
                     cells.append("")
                     continue
                 cell = spread(row["accuracy"], ".1f", scale=100, ddof=0)
-                cell += f" / {np.mean(row['loss']):.3f}"
+                finite = [_or(x, np.inf) for x in row["loss"]]
+                cell += f" / {np.mean(finite):.3f}"
                 if row["untuned"] is not None:
                     cell += f" ({100 * row['untuned']:.1f})"
                 cells.append(cell)

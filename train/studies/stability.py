@@ -91,7 +91,9 @@ def curves(found: Found, preset: str) -> list[Row]:
             **{"preset": preset, "rate": rate, "what": title},
             "epochs": [r["epoch"] for r in runs[0][::2]],
             "means": values.mean(0)[::2].tolist(),
-            "deviation": float(np.nanmax(np.nanstd(values, axis=0, ddof=1))),
+            "deviation": float(np.nanmax(np.std(values, axis=0, ddof=1)))
+            if len(runs) > 1
+            else None,
         }
         for rate, runs in found.items()
         for name, title, *_ in report.SERIES
@@ -133,6 +135,11 @@ def accuracy(settings: Settings, preset: str) -> list[Row]:
     ]
 
 
+def _shown(x: float | None) -> str:
+    """Three digits; a dash for what was not recorded, which JSON has as null."""
+    return "-" if x is None or np.isnan(x) else f"{x:.3f}"
+
+
 def table(rows: Sequence[Row]) -> str:
     """Markdown: a table of curves for each preset and rate, one of layers, accuracy."""
     tables: list[str] = []
@@ -142,8 +149,8 @@ def table(rows: Sequence[Row]) -> str:
         found = [x for x in mine if "what" in x]
         lines = [
             [
-                f"{x['what']} (sd to {x['deviation']:.3f})",
-                *(f"{value:.3f}" for value in x["means"]),
+                f"{x['what']} (sd to {_shown(x['deviation'])})",
+                *map(_shown, x["means"]),
             ]
             for x in found
         ]
@@ -155,7 +162,7 @@ def table(rows: Sequence[Row]) -> str:
         for x in mine:
             if "layer" in x:
                 both = zip(x["basis"], x["null"], strict=True)
-                cell = " / ".join("{:.3f} ({:.3f})".format(*pair) for pair in both)
+                cell = " / ".join(f"{_shown(a)} ({_shown(b)})" for a, b in both)
                 by_layer.setdefault(f"{preset}: {x['layer']}", []).append(cell)
     thirds = ["first / middle / last third", *RATES]
     lines = [[name, *cells] for name, cells in by_layer.items()]

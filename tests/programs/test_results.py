@@ -1,0 +1,117 @@
+"""The tables of train/results: each number is in the row and column that names it."""
+
+import pytest
+
+from train.results import __main__ as results
+
+
+def step(order, rank, ratio, flops=1.0, memory=200, state=10):
+    times = {"step_ms": 100 * ratio, "ratio_to_dense": ratio, "flops_ratio": flops}
+    sizes = {"temp_bytes": memory, "state_bytes": state}
+    return {"model": "net", "order": order, "rank_fraction": rank, **times, **sizes}
+
+
+STEPS = [
+    step("dense", 1, 1.0),
+    step("auto", 1, 0.9, 0.8, 100, 5),
+    step("lora", 1, 1.2, None),
+    step("auto", 0.25, 0.3, 0.2, 50, 1),
+    step("galore", 0.25, 0.7, None),
+]
+
+
+def layer(order, rank, ratio, estimated):
+    more = {"ratio_to_dense": ratio, "estimated_ratio": estimated}
+    return {"model": "dot", "order": order, "rank_fraction": rank, **more}
+
+
+LAYERS = [
+    layer("chain", 1, 9.0, 9.0),
+    {**layer("auto", 1, 2.0, 1.5), "picked": "merged"},
+    {**layer("auto", 0.5, 0.5, 0.4), "picked": "chain"},
+]
+
+
+def route(what, method, ms, ratio, error, **more):
+    took = {"ms": ms, "ratio": ratio, "values_error": error}
+    return {"what": what, "method": method, **took, **more}
+
+
+ROUTES = [
+    route("a", "svd", 40, 1.0, 1e-6, excess=1e-7),
+    route("a", "gram", 10, 0.25, 2e-4),
+    route("b", "svd", 80, 1.0, 3e-6, excess=2e-7),
+    route("b", "gram", 60, 0.75, 1e-4),
+]
+
+
+def compressed(keep, **ways):
+    found = {way: {"cosine": x, "neighbours": x / 2} for way, x in ways.items()}
+    told = {"predicted": 0.99, "stored_weights": 2e6, "seconds": 30}
+    return {"keep": keep, **found, **told}
+
+
+RUNS = [
+    compressed(0.7, plain=0.2, activations=0.4, curvature=0.6),
+    compressed(0.5, plain=0.1, activations=0.3, curvature=0.5),
+    {**compressed(0.7, tuned=0.8), "seconds": 90},
+]
+
+
+@pytest.mark.parametrize(
+    ("table", "rows", "lines"),
+    [
+        (
+            results.steps,
+            STEPS,
+            [
+                "| model, dense step | rank | auto | lora | galore | FLOPs "
+                "| temporary memory | optimizer state |",
+                "| net, 100 ms | 1 | 0.90 | 1.20 |  | 0.8 | 0.5 | 0.5 |",
+                "| net, 100 ms | 1/4 | 0.30 |  | 0.70 | 0.2 | 0.25 | 0.1 |",
+            ],
+        ),
+        (
+            results.layers,
+            LAYERS,
+            [
+                "| layer | 1 | 1/2 |",
+                "| dot | merged 2.00 (1.50) | chain 0.50 (0.40) |",
+            ],
+        ),
+        (
+            results.decompositions,
+            ROUTES,
+            [
+                "| matrices | svd | gram |",
+                "| a | 40 ms | 0.25 |",
+                "| b | 80 ms | 0.75 |",
+                "| largest values error | 3e-06 | 2e-04 |",
+                "| largest excess | 2e-07 |  |",
+            ],
+        ),
+        (
+            results.compression,
+            RUNS,
+            [
+                "| keep | plain SVD | activations | curvature, ranks by loss | tuned "
+                "| predicted | stored | time without tuning |",
+                "| 0.70 | 0.200 / 0.10 | 0.400 / 0.20 | 0.600 / 0.30 | 0.800 / 0.40 "
+                "| 0.990 | 2.0 M | 30 s |",
+                "| 0.50 | 0.100 / 0.05 | 0.300 / 0.15 | 0.500 / 0.25 |  "
+                "| 0.990 | 2.0 M | 30 s |",
+            ],
+        ),
+    ],
+    ids=["steps", "layers", "decompositions", "compression"],
+)
+def test_every_number_is_where_its_names_are(table, rows, lines):
+    head, _, *found = table(rows).splitlines()
+    assert [head, *found] == lines
+
+
+def test_a_table_is_put_below_its_comment_and_the_text_is_kept(monkeypatch):
+    monkeypatch.setattr(results, "printed", lambda name: f"| {name} |")
+    text = "Before\n\n<!-- a-cpu.json -->\n| old |\n| row |\n\nAfter | x |\n"
+    new = "Before\n\n<!-- a-cpu.json -->\n| a-cpu |\n\nAfter | x |\n"
+    assert results.marked(text) == new
