@@ -18,7 +18,6 @@ from oialr_jax.linalg import compute_dtype, diagonal, signed_qr, svd, token_of
 RIDGE = 1e-3
 """What is added to the diagonal of C and D, in parts of their mean eigenvalue."""
 
-
 WIDE = 2048
 """The sums of a longer side are block-diagonal, zero elsewhere."""
 
@@ -32,8 +31,9 @@ class Sides(NamedTuple):
     Of examples, with G = Xᵀ Δ the gradient that the rows X and Δ of one example make
     together, Σ G Gᵀ and Σ Gᵀ G. Of independent rows Σ x xᵀ and Σ δ δᵀ, where a row
     whose gradient is zero, as of a padded token, does not count. Of a LowRank leaf the
-    rows are those of its core, Uᵀx and Vᵀδ. None in the place of a sum stands for the
-    identity in a cut.
+    rows are those of its core, Uᵀx and Vᵀδ. Of a side above `WIDE` only the blocks on
+    the diagonal are summed. None in the place of a sum stands for the identity in a
+    cut.
 
     Shapes:   inputs: (*l, m, m), or a diagonal (*l, m); outputs: (*l, n, n) or (*l, n);
               rows: (*l), how many have a gradient. Of a core m and n are its rank.
