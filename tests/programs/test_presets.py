@@ -134,3 +134,22 @@ def test_a_scale_makes_a_smaller_network_or_is_refused(program, preset, tmp_path
     for scale in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match=f"`scale` must be positive, got {scale}"):
             weights(scale)
+
+
+@pytest.mark.parametrize(
+    ("program", "preset", "widths"),
+    [("text", "sonnets", ("width",)), ("forecast", "etth2-96", ("width", "hidden"))],
+)
+def test_a_scale_is_that_of_every_width(program, preset, widths, tmp_path):
+    module, usual = small(program, preset, tmp_path)
+    form = {"text": text.SMALL, "forecast": forecast.SMOKE}[program]
+    usual = common.small(usual, {x: form[x] for x in widths})
+    if program == "text":  # whose own small form sets its width
+        usual = dataclasses.replace(usual, smoke=False)
+
+    def shapes(**changed):
+        init = module.task(dataclasses.replace(usual, **changed)).init
+        return jax.tree.map(lambda x: x.shape, jax.eval_shape(init, jax.random.key(0)))
+
+    twice = {x: 2 * getattr(usual, x) for x in widths}
+    assert shapes(scale=2.0) == shapes(**twice) != shapes()
