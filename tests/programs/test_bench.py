@@ -21,7 +21,6 @@ from train.bench.settings import Settings, read_rates
 from train.models.mlp import MLP
 from train.models.resnet import ResNet
 from train.models.vit import VisionTransformer
-from train.studies import decompositions, polar
 
 TINY_VIT = (
     VisionTransformer(patch=8, depth=1, heads=2, width=32, classes=10, qkv_bias=False),
@@ -36,7 +35,6 @@ TINY = Settings(batch=4, fractions=(0.5,), repeats=1)
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     cases = {"mini-vit": TINY_VIT, "resnet18": TINY_RESNET, "mlp": TINY_MLP}
-    cases["basic-cnn"] = (problem.CASES["basic-cnn"][0], (8, 8, 3))
     monkeypatch.setattr(problem, "CASES", cases)
     monkeypatch.setattr(timing, "SAMPLE", 1e-4)
     small = (layers.Layer(8, 12, 16), layers.Layer(32, 36, 8, side=4))
@@ -137,55 +135,6 @@ def test_layers_compare_every_order_with_the_estimate():
         rates = cost.RATES["cpu"]
         estimate = cost.seconds(order, load, rates) / cost.seconds(dense, load, rates)
         assert row["estimated_ratio"] == pytest.approx(estimate)
-
-
-def test_orthogonal_compares_methods_with_the_svd_and_steps_with_sgd(monkeypatch):
-    monkeypatch.setattr(polar, "SIDES", (8, 16))
-    chosen = {x: polar.POLAR[x] for x in ("svd", "polar_express, 7 steps")}
-    monkeypatch.setattr(polar, "POLAR", chosen)
-    rows = polar.orthogonal(TINY)
-    whats = ["8x8"] * 2 + ["16x16"] * 2 + ["4 of 8x8"] * 2 + ["4 of 16x16"] * 2
-    whats += ["BasicCNN's gradient"] * 2
-    whats += ["BasicCNN, batch 4"] * 3
-    assert [row["what"] for row in rows] == whats
-    assert [row["method"] for row in rows[10:]] == ["sgd", *chosen]
-    base = {row["what"]: row["ms"] for row in reversed(rows)}
-    for row in rows:
-        assert row["ms_min"] <= row["ms"] <= row["ms_max"]
-        assert row["ratio"] == pytest.approx(row["ms"] / base[row["what"]])
-
-
-def test_decompositions_compares_routes_by_time_and_error(monkeypatch):
-    monkeypatch.setattr(decompositions, "SHAPES", ((2, 16, 40), (1, 24, 12)))
-    monkeypatch.setattr(decompositions, "SPREAD", 0.1)
-    rows = decompositions.decompositions(TINY)
-    methods = ["svd", "qdwh", "values: svd", "values: gram"]
-    methods += ["gram, 1/2 of the vectors", "gram, 1/8 of the vectors"]
-    assert [row["method"] for row in rows] == 2 * methods
-    assert [row["what"] for row in rows] == 6 * ["2 of 16x40"] + 6 * ["1 of 24x12"]
-    for row in rows:
-        assert 0 < row["values_error"] < 1e-4
-        assert ("excess" in row) == (not row["method"].startswith("values"))
-        assert abs(row.get("excess", 0)) < 1e-4
-        assert row["ms"] > 0
-
-
-def test_decompositions_sees_a_route_that_is_wrong(monkeypatch):
-    monkeypatch.setattr(decompositions, "SHAPES", ((2, 16, 40),))
-    real = decompositions.linalg.gram_svd
-
-    def swapped(matrix, rank):
-        left, sigma, right = real(matrix, rank)
-        return left[..., ::-1], 1.01 * sigma, right
-
-    monkeypatch.setattr(decompositions.linalg, "gram_svd", swapped)
-    wrong = [
-        x for x in decompositions.decompositions(TINY) if x["method"].startswith("gram")
-    ]
-    assert len(wrong) == 2
-    for row in wrong:
-        assert row["values_error"] == pytest.approx(0.01, rel=0.01)
-        assert row["excess"] > 0.1
 
 
 def test_nested_compilations_count_once():

@@ -1,7 +1,6 @@
 """A run is exported by its folder alone, and what was exported predicts from files."""
 
 import dataclasses
-import json
 import pickle
 
 import jax
@@ -11,7 +10,6 @@ import pytest
 import oialr_jax as oialr
 from train import export, forecast, images, predict, recipe, selfsup, text
 from train import settings as common
-from train.studies import storage
 
 
 def written(folder, program, preset, small, rank=3):
@@ -156,24 +154,3 @@ def test_every_program_is_exported(program, preset, small, tmp_path):
     found = oialr.load(tmp_path / "small" / "export")(*inputs)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(desired), strict=True):
         assert np.max(np.abs(a - b)) <= 1e-4 * np.max(np.abs(b))
-
-
-def test_what_storage_costs_is_said_for_each_run(run, tmp_path, capsys):
-    out = tmp_path / "storage.json"
-    forms = ["--forms", "factors/float32", "core/int8"]
-    storage.main([str(run), str(run), *forms, "--json", str(out)])
-    rows = json.loads(out.read_text())["rows"]
-    assert [(x["form"], x["dtype"]) for x in rows] == 2 * [
-        ("factors", "float32"),
-        ("core", "int8"),
-    ]
-    exact, narrow = rows[:2]
-    assert exact["lost"] == pytest.approx(0, abs=1e-6)
-    assert narrow["of_run"] == exact["of_run"]
-    assert narrow["lost"] == pytest.approx(narrow["of_run"] - narrow["of_export"])
-    assert narrow["weights_bytes"] < exact["weights_bytes"] < exact["bytes"]
-    assert "| core, int8 |" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="is no run"):
-        storage.main([str(tmp_path)])
-    with pytest.raises(SystemExit, match="name the folders of finished runs"):
-        storage.main([])

@@ -58,6 +58,29 @@ RUNS = [
 ]
 
 
+def look(rank, step, look, sums):
+    times = {"step_ms": step, "look_ms": look, "ratio": look / step}
+    return {"model": "net", "rank_fraction": rank, **times, "sums_bytes": sums}
+
+
+LOOKS = [
+    {**look(None, 10.0, 15.0, 300), "weights_bytes": 100},
+    {**look(0.25, 4.0, 5.0, 20), "weights_bytes": 80},
+]
+
+
+def stored(seed, form, before, lost, size):
+    told = {"form": form, "dtype": "int8", "of_run": before, "lost": lost}
+    return {"run": f"net-seed{seed}", **told, "bytes": size}
+
+
+STORED = [
+    stored(1, "core", 0.9, 0.01, 1000),
+    stored(1, "dense", 0.9, 0.0, 5000),
+    stored(20, "core", 0.8, -0.02, 3000),
+]
+
+
 @pytest.mark.parametrize(
     ("table", "rows", "lines"),
     [
@@ -102,8 +125,26 @@ RUNS = [
                 "| 0.990 | 2.0 M | 30 s |",
             ],
         ),
+        (
+            results.looking,
+            LOOKS,
+            [
+                "| model | rank | step, ms | look, ms | ratio | sums over weights |",
+                "| net | dense | 10.0 | 15.0 | 1.50 | 3.00 |",
+                "| net | 0.25 | 4.0 | 5.0 | 1.25 | 0.25 |",
+            ],
+        ),
+        (
+            results.storage,
+            STORED,
+            [
+                "| runs | form | of the runs | lost, mean | lost, most | bytes, mean |",
+                "| 2 net | core, int8 | 85.00 | -0.50 | 1.00 | 2,000 |",
+                "| 1 net | dense, int8 | 90.00 | 0.00 | 0.00 | 5,000 |",
+            ],
+        ),
     ],
-    ids=["steps", "layers", "decompositions", "compression"],
+    ids=["steps", "layers", "decompositions", "compression", "looking", "storage"],
 )
 def test_every_number_is_where_its_names_are(table, rows, lines):
     head, _, *found = table(rows).splitlines()

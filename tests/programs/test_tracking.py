@@ -18,8 +18,6 @@ from oialr_jax.lowrank import Axes, factor
 from oialr_jax.matrices import Matrix
 from oialr_jax.stability.singular import Spectrum
 from train import files, images, loop
-from train.bench.settings import Settings
-from train.studies import following
 from train.tracking import Tracking
 
 SHAPES: Mapping[str, tuple[int, int]] = {"tall": (24, 10), "square": (12, 12)}
@@ -162,11 +160,3 @@ def test_a_run_records_its_bases_across_events(tmp_path):
         (t - 2, t) for t in range(2, 13, 2)
     ]
     assert all(0 < y["basis"] <= 1 for x in found for y in x["layers"].values())
-
-
-@pytest.mark.long
-def test_the_benchmark_compares_epochs_with_and_without_a_record():
-    rows = following.tracking(Settings(suite="tracking", repeats=1))
-    assert [row["record"] for row in rows] == ["usual", "detailed", "all"] * 2
-    for row in rows:
-        assert row["share"] == pytest.approx(row["record_ms"] / row["epoch_ms"])

@@ -3,10 +3,6 @@
 steps    time of a training step: dense, low rank in every order, GaLore and LoRA
 events   what conversion and truncations cost, and for how long training stalls
 layers   one matrix at a time against the cost model; --calibrate measures its rates
-orthogonal  polar factors by every method, and what they add to a step of a small
-         convolutional network; with OPENBLAS_NUM_THREADS=1, or SVDs are slower
-tracking  an epoch of the digits preset with and without a record of its bases
-decompositions  singular values and vectors of matrices to be converted, by every route
 
 No data is needed. Everything runs in one process; whatever is compared is timed in
 turn, once per round, after one untimed step, and the medians are reported.
@@ -27,17 +23,11 @@ from train.bench.layers import calibrate, layers
 from train.bench.settings import Row, Settings
 from train.bench.steps import steps
 from train.bench.timing import table, write
-from train.studies.decompositions import decompositions
-from train.studies.following import tracking
-from train.studies.polar import orthogonal
 
 SUITES: Mapping[str, Callable[[Settings], list[Row]]] = {
     "steps": steps,
     "events": events,
     "layers": layers,
-    "orthogonal": orthogonal,
-    "tracking": tracking,
-    "decompositions": decompositions,
 }
 
 

@@ -21,7 +21,6 @@ CASES: Mapping[str, tuple[nn.Module, tuple[int, ...]]] = {
         "mini-vit": (32, 32, 3),
         "vit-b16": (224, 224, 3),
         "resnet18": (32, 32, 3),
-        "basic-cnn": (32, 32, 3),
         "mlp": (28, 28, 1),
     }.items()
 }

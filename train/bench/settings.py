@@ -15,14 +15,7 @@ Row = dict[str, Any]
 class Settings:
     """What is measured."""
 
-    suite: Literal[
-        "steps",
-        "events",
-        "layers",
-        "orthogonal",
-        "tracking",
-        "decompositions",
-    ] = "steps"
+    suite: Literal["steps", "events", "layers"] = "steps"
     """Which table."""
     models: tuple[str, ...] = ("mini-vit", "resnet18", "mlp")
     """Of the suite steps; events takes the first."""

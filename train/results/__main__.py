@@ -10,11 +10,12 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from statistics import fmean
 from typing import Any
 
 from train import finetune, serve
 from train.markdown import table
-from train.studies import controls, front_door, looking, storage
+from train.studies import controls, front_door
 
 FOLDER = pathlib.Path(__file__).parent
 Rows = Sequence[Mapping[str, Any]]
@@ -145,16 +146,45 @@ def tracking(rows: Rows) -> str:
     return table([*head, "share of training, all"], lines)
 
 
+def looking(rows: Rows) -> str:
+    """A batch that is looked at over a step, and the sums over the weights."""
+    head = ["model", "rank", "step, ms", "look, ms", "ratio", "sums over weights"]
+    lines = []
+    for x in rows:
+        rank = x["rank_fraction"]
+        cells = [x["model"], "dense" if rank is None else f"{rank:.3g}"]
+        cells += [f"{x[name]:.1f}" for name in ("step_ms", "look_ms")]
+        share = x["sums_bytes"] / x["weights_bytes"]
+        lines.append([*cells, f"{x['ratio']:.2f}", f"{share:.2f}"])
+    return table(head, lines)
+
+
+def storage(rows: Rows) -> str:
+    """Of runs that differ in their seed: the points lost, on average and at most."""
+    found: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for x in rows:
+        run = re.sub(r"-seed\d+$", "", x["run"])
+        found.setdefault((run, x["form"], x["dtype"]), []).append(x)
+    lines = []
+    for (run, form, dtype), mine in found.items():
+        before, lost = ([100 * x[k] for x in mine] for k in ("of_run", "lost"))
+        cells = [f"{len(mine)} {run}", f"{form}, {dtype}"]
+        cells += [f"{x:.2f}" for x in (fmean(before), fmean(lost), max(lost))]
+        lines.append([*cells, f"{fmean(x['bytes'] for x in mine):,.0f}"])
+    head = ["runs", "form", "of the runs", "lost, mean", "lost, most", "bytes, mean"]
+    return table(head, lines)
+
+
 TABLES: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "steps-cpu": ("rows", steps),
     "events-cpu": ("rows", events),
     "decompositions-cpu": ("rows", decompositions),
     "layers-cpu": ("rows", layers),
     "compress-minilm-cpu": ("runs", compression),
-    "looking-cpu": ("rows", looking.table),
+    "looking-cpu": ("rows", looking),
     "front_door-cpu": ("rows", front_door.table),
     "serve-cpu": ("rows", serve.table),
-    "storage-cpu": ("rows", storage.table),
+    "storage-cpu": ("rows", storage),
     "finetune-mnist-cpu": ("ways", finetune.table),
     "orthogonal-cpu": ("rows", orthogonal),
     "tracking-cpu": ("rows", tracking),
