@@ -65,8 +65,7 @@ class Settings(common.Settings):
     """Use only the first so many windows of each part; by default all."""
 
 
-SMOKE: Mapping[str, Any] = {
-    **common.SMOKE,
+SMALL: Mapping[str, Any] = {
     "horizon": 8,
     "history": 16,
     "width": 16,
@@ -74,6 +73,7 @@ SMOKE: Mapping[str, Any] = {
     "encoder_layers": 1,
     "windows": 40,
 }
+"""The small form of every preset."""
 
 
 def _preset(dataset: str, horizon: int) -> tuple[str, Settings]:
@@ -133,16 +133,6 @@ PRESETS: Mapping[str, tuple[str, Settings]] = {
 }
 
 
-def run(settings: Settings, *, name: str) -> dict[str, Any]:
-    """Host side: train, record, plot; the summary that was written.
-
-    Raises:   as `recipe.run` and `task`.
-    """
-    if settings.smoke:
-        settings = common.small(settings, SMOKE)
-    return recipe.run(settings, task, name=name)
-
-
 def task(settings: Settings) -> recipe.Task:
     """Host side: the forecaster that the settings name.
 
@@ -150,6 +140,8 @@ def task(settings: Settings) -> recipe.Task:
               that is not positive.
               FileNotFoundError: the dataset is not prepared.
     """
+    if settings.smoke:
+        settings = dataclasses.replace(settings, **SMALL)
     windows = load(settings)
     mesh = oialr.sharding.make_mesh(settings.mesh)
     if "model" in mesh.shape:
@@ -266,6 +258,10 @@ def _sums(
     """Of a batch: the sums of its squared and of its absolute errors."""
     error = jnp.where(counted[:, None, None], forecast - target, 0)
     return jnp.sum(error**2), jnp.sum(jnp.abs(error))
+
+
+run = functools.partial(recipe.run, build=task)
+"""Host side: (settings, name=) -> the summary that was written."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

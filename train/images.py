@@ -295,16 +295,6 @@ EVALUATION_BATCH = 500
 """One piece of the digits, a divisor of the others: one shape is compiled per ranks."""
 
 
-def run(settings: Settings, *, name: str) -> dict[str, Any]:
-    """Host side: train, record, plot; the summary that was written.
-
-    Raises:   as `recipe.run` and `task`.
-    """
-    if settings.smoke:
-        settings = common.small(settings)
-    return recipe.run(settings, task, name=name)
-
-
 def dataset(settings: Settings) -> Dataset:
     """Host side: the images that the settings name.
 
@@ -501,6 +491,10 @@ def rules(mesh: Mesh, model: str) -> Rules:
         (r"(attention_in|mlp_in)/kernel$", PartitionSpec(other, "model")),
         (r"(attention_out|mlp_out)/kernel$", PartitionSpec("model", other)),
     )
+
+
+run = functools.partial(recipe.run, build=task)
+"""Host side: (settings, name=) -> the summary that was written."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -24,7 +24,16 @@ from oialr_jax.lowrank import without_identity
 from oialr_jax.matrices import Matrices, Matrix
 from oialr_jax.reports import Report
 from train import command, files, loop, optimizers, report
-from train.settings import S, Settings, optimizer, rank_rule, same, schedule, stored
+from train.settings import (
+    S,
+    Settings,
+    optimizer,
+    rank_rule,
+    same,
+    schedule,
+    small,
+    stored,
+)
 from train.tracking import Tracking
 
 
@@ -132,6 +141,8 @@ def run(settings: S, build: Callable[[S], Task], *, name: str) -> dict[str, Any]
               FloatingPointError: the loss is no longer finite.
     """
     started = time.perf_counter()
+    if settings.smoke:
+        settings = small(settings)
     if settings.resume and settings.overwrite:
         raise ValueError("`resume` goes on and `overwrite` deletes: give one of them")
     folder = files.writable(settings.out / files.expanded(pathlib.Path(name)))

@@ -88,16 +88,6 @@ PROBED = 10_000
 """Training images that the linear classifier sees at most."""
 
 
-def run(settings: Settings, *, name: str) -> dict[str, Any]:
-    """Host side: train, record, plot; the summary that was written.
-
-    Raises:   as `recipe.run` and `task`.
-    """
-    if settings.smoke:
-        settings = common.small(settings)
-    return recipe.run(settings, task, name=name)
-
-
 def task(settings: Settings) -> recipe.Task:
     """Host side: the network and views that the settings describe.
 
@@ -228,6 +218,10 @@ def probe(
     classifier = LogisticRegression(max_iter=2000)
     classifier.fit((train - mean) / deviation, train_label)
     return float(classifier.score((test - mean) / deviation, label))
+
+
+run = functools.partial(recipe.run, build=task)
+"""Host side: (settings, name=) -> the summary that was written."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

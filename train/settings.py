@@ -167,10 +167,10 @@ def scaled(width: int, scale: float, multiple: int = 1) -> int:
     return max(1, round(scale * width / multiple)) * multiple
 
 
-def small(settings: S, form: Mapping[str, Any] = SMOKE) -> S:
+def small(settings: S) -> S:
     """The small form of a preset; what it has of weights may lie outside matrices."""
     budget = None if settings.budget is None else 0.7
-    return dataclasses.replace(settings, **form, budget=budget)
+    return dataclasses.replace(settings, **SMOKE, budget=budget)
 
 
 def optimizer(

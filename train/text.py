@@ -96,16 +96,6 @@ EVALUATION_BATCH = 128
 """Passages in one piece of the test text."""
 
 
-def run(settings: Settings, *, name: str) -> dict[str, Any]:
-    """Host side: train, record, plot; the summary that was written.
-
-    Raises:   as `recipe.run` and `task`.
-    """
-    if settings.smoke:
-        settings = common.small(settings)
-    return recipe.run(settings, task, name=name)
-
-
 def task(settings: Settings) -> recipe.Task:
     """Host side: the language model that the settings describe.
 
@@ -213,6 +203,10 @@ def _each(logits: Array, target: Int[Array, "b t"]) -> tuple[Array, Array]:
     """The loss at each place, and whether the guess there is right."""
     entropy = optax.softmax_cross_entropy_with_integer_labels(logits, target)
     return entropy, jnp.argmax(logits, -1) == target
+
+
+run = functools.partial(recipe.run, build=task)
+"""Host side: (settings, name=) -> the summary that was written."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

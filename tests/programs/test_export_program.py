@@ -12,9 +12,9 @@ from train import export, forecast, images, predict, recipe, selfsup, text
 from train import settings as common
 
 
-def written(folder, program, preset, small, rank=3):
+def written(folder, program, preset, rank=3):
     """The folder of a run that was never trained, with a checkpoint in low rank."""
-    settings = dataclasses.replace(small(program.PRESETS[preset][1]), smoke=True)
+    settings = dataclasses.replace(common.small(program.PRESETS[preset][1]), smoke=True)
     begun = recipe.begun(settings, program.task(settings))
     state = begun.create(begun.key)
     ranks = {x.path: min(rank, x.m, x.n) for x in begun.matrices}
@@ -30,7 +30,7 @@ def written(folder, program, preset, small, rank=3):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "small"
-    written(folder, images, "digits", common.small)
+    written(folder, images, "digits")
     return folder
 
 
@@ -134,18 +134,18 @@ def test_the_settings_name_the_program(run, tmp_path):
 
 
 EVERY = [
-    (text, "sonnets", common.small),
-    (selfsup, "digits", common.small),
-    (forecast, "etth2-192-short", lambda x: common.small(x, forecast.SMOKE)),
+    (text, "sonnets"),
+    (selfsup, "digits"),
+    (forecast, "etth2-192-short"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("program", "preset", "small"), EVERY, ids=["text", "selfsup", "forecast"]
+    ("program", "preset"), EVERY, ids=["text", "selfsup", "forecast"]
 )
 @pytest.mark.long
-def test_every_program_is_exported(program, preset, small, tmp_path):
-    params = written(tmp_path / "small", program, preset, small)
+def test_every_program_is_exported(program, preset, tmp_path):
+    params = written(tmp_path / "small", program, preset)
     export.main([str(tmp_path / "small"), "--form", "identity"])
     _, task, _, variables = export.opened(tmp_path / "small", tmp_path)
     inputs = [np.ones((3, *x.shape[1:]), x.dtype) for x in task.inputs]

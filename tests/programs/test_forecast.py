@@ -124,9 +124,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
 @pytest.mark.long
 def test_the_task_trains_in_bfloat16_with_layers_computed_again():
     _, settings = forecast.PRESETS["etth1-96"]
-    settings = dataclasses.replace(
-        settings, **forecast.SMOKE, smoke=True, mesh="data=1"
-    )
+    settings = dataclasses.replace(settings, **common.SMOKE, smoke=True, mesh="data=1")
     narrow = dataclasses.replace(settings, dtype="bfloat16", remat=True)
     losses = []
     for each in (settings, narrow):

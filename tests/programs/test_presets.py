@@ -10,7 +10,6 @@ import pytest
 import oialr_jax as oialr
 from oialr_jax.lowrank import abstract_low_rank
 from train import files, forecast, images, loop, selfsup, text
-from train import settings as common
 
 PROGRAMS = {"images": images, "text": text, "selfsup": selfsup, "forecast": forecast}
 PRESETS = [
@@ -123,8 +122,6 @@ SCALED = [("images", "digits"), ("text", "sonnets"), ("forecast", "etth2-96")]
 @pytest.mark.parametrize(("program", "preset"), SCALED)
 def test_a_scale_makes_a_smaller_network_or_is_refused(program, preset, tmp_path):
     module, usual = small(program, preset, tmp_path)
-    if program == "forecast":  # the small form is made by `run`
-        usual = common.small(usual, forecast.SMOKE)
 
     def weights(scale):
         task = module.task(dataclasses.replace(usual, scale=scale))
@@ -140,12 +137,11 @@ def test_a_scale_makes_a_smaller_network_or_is_refused(program, preset, tmp_path
     ("program", "preset", "widths"),
     [("text", "sonnets", ("width",)), ("forecast", "etth2-96", ("width", "hidden"))],
 )
-def test_a_scale_is_that_of_every_width(program, preset, widths, tmp_path):
+def test_a_scale_is_that_of_every_width(program, preset, widths, tmp_path, monkeypatch):
     module, usual = small(program, preset, tmp_path)
-    form = {"text": text.SMALL, "forecast": forecast.SMOKE}[program]
-    usual = common.small(usual, {x: form[x] for x in widths})
-    if program == "text":  # whose own small form sets its width
-        usual = dataclasses.replace(usual, smoke=False)
+    usual = dataclasses.replace(usual, **{x: module.SMALL[x] for x in widths})
+    rest = {name: x for name, x in module.SMALL.items() if name not in widths}
+    monkeypatch.setattr(module, "SMALL", rest)
 
     def shapes(**changed):
         init = module.task(dataclasses.replace(usual, **changed)).init

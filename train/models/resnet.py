@@ -126,7 +126,19 @@ class Bottleneck(nn.Module):
         y = nn.relu(self.norm(name="norm2")(y))
         y = Conv(wide, (1, 1), dtype=self.dtype, name="conv3")(y)
         y = self.norm(name="norm3", scale_init=nn.initializers.zeros)(y)
+        y = self.gated(y)
         if x.shape != y.shape:
-            x = Conv(wide, (1, 1), stride, dtype=self.dtype, name="shortcut")(x)
+            x = self.shortcut(x, wide)
             x = self.norm(name="shortcut_norm")(x)
         return nn.relu(x + y)
+
+    def gated(self, y: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """What is added to the shortcut."""
+        return y
+
+    def shortcut(
+        self, x: Float[Array, "b h w c"], wide: int
+    ) -> Float[Array, "b i j wide"]:
+        """A strided 1x1 convolution, where the shape changes."""
+        stride = (self.stride, self.stride)
+        return Conv(wide, (1, 1), stride, dtype=self.dtype, name="shortcut")(x)

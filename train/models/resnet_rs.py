@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from train.models import resnet
 from train.models.resnet import Conv
 
 WIDTHS = (64, 128, 256, 512)
@@ -67,44 +68,24 @@ class ResNetRS(nn.Module):
         return nn.Dense(self.classes, dtype=jnp.float32, name="head")(x)
 
 
-class Bottleneck(nn.Module):
-    """ReLU of the shortcut plus 1x1, 3x3 and 1x1 convolutions and a gate.
+class Bottleneck(resnet.Bottleneck):
+    """That of ResNet-50 with a gate, and a shortcut that averages what it strides."""
 
-    The scale of the last normalisation begins at zero.
-    """
-
-    width: int
-    stride: int
-    norm: Any
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j wide"]:
-        """The output has four times `width` channels."""
-        stride, wide = (self.stride, self.stride), 4 * self.width
-        y = Conv(self.width, (1, 1), dtype=self.dtype, name="conv1")(x)
-        y = nn.relu(self.norm(name="norm1")(y))
-        y = Conv(self.width, (3, 3), stride, padding=1, dtype=self.dtype, name="conv2")(
-            y
-        )
-        y = nn.relu(self.norm(name="norm2")(y))
-        y = Conv(wide, (1, 1), dtype=self.dtype, name="conv3")(y)
-        y = self.norm(name="norm3", scale_init=nn.initializers.zeros)(y)
-        y = y * self.gate(y)
-        if x.shape != y.shape:
-            if self.stride > 1:
-                x = _average(x, self.stride)
-            x = Conv(wide, (1, 1), dtype=self.dtype, name="shortcut")(x)
-            x = self.norm(name="shortcut_norm")(x)
-        return nn.relu(x + y)
-
-    def gate(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 1 1 c"]:
-        """A factor in (0, 1) for each channel, from the means of all of them."""
-        channels = x.shape[-1]  # a quarter of them is a multiple of 8 at these widths
-        x = jnp.mean(x, axis=(1, 2), keepdims=True)
+    def gated(self, y: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Each channel times a factor in (0, 1), from the means of all of them."""
+        channels = y.shape[-1]  # a quarter of them is a multiple of 8 at these widths
+        x = jnp.mean(y, axis=(1, 2), keepdims=True)
         x = nn.Conv(channels // 4, (1, 1), dtype=self.dtype, name="squeeze")(x)
         x = nn.Conv(channels, (1, 1), dtype=self.dtype, name="excite")(nn.relu(x))
-        return nn.sigmoid(x)
+        return y * nn.sigmoid(x)
+
+    def shortcut(
+        self, x: Float[Array, "b h w c"], wide: int
+    ) -> Float[Array, "b i j wide"]:
+        """A 1x1 convolution, of means where it strides."""
+        if self.stride > 1:
+            x = _average(x, self.stride)
+        return Conv(wide, (1, 1), dtype=self.dtype, name="shortcut")(x)
 
 
 def _average(x: Float[Array, "b h w c"], stride: int) -> Float[Array, "b i j c"]:
