@@ -119,10 +119,11 @@ class StoppedError(Exception):
 
 
 class Interrupts:
-    """Whether this process was asked to stop: by SIGTERM, or by SIGINT once.
+    """Whether this run was asked to stop: by SIGTERM, or by SIGINT once.
 
-    A second SIGINT quits at once. Outside the main thread signals cannot be had and
-    nothing ever asks.
+    A second SIGINT quits at once. Of several processes each is asked by JAX's own
+    service, which has SIGTERM there and finds a step before which all of them stop.
+    Outside the main thread signals cannot be had and nothing ever asks.
     """
 
     def __init__(self) -> None:
@@ -131,8 +132,11 @@ class Interrupts:
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
+        several = jax.process_count() > 1
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (
+                (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
+            ):
                 self._old[number] = signal.signal(number, self._ask)
         return self
 
@@ -146,6 +150,14 @@ class Interrupts:
             os._exit(128 + number)
         self.asked = True
         print("\nstopping after this step, with a checkpoint", file=sys.stderr)
+        if jax.process_count() > 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    def reached(self, step: int) -> bool:
+        """Whether to stop after this step, the same in all processes."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.asked
 
 
 class _Run:
@@ -290,7 +302,7 @@ def train(
                 done % every == 0 or done == pace.steps
                 for every in (pace.log_every, pace.eval_every, pace.save_every)
             )
-            stop = _anyone(interrupts.asked, at=logged)
+            stop = interrupts.reached(t)
             if logged or evaluated or saved or stop:
                 run.record_moved()
                 run.window = _on_host(run.window, done)
@@ -324,15 +336,6 @@ def _bar(first: int, steps: int) -> Any:
         mininterval=0.2 if sys.stderr.isatty() else 10,
         disable=jax.process_index() != 0,
     )
-
-
-def _anyone(asked: bool, *, at: bool) -> bool:
-    """Whether any process was asked to stop; several agree on it only `at` times."""
-    if jax.process_count() == 1:
-        return asked
-    if not at:
-        return False
-    return bool(np.any(multihost_utils.process_allgather(np.array(asked))))
 
 
 def _on_host(

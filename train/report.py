@@ -48,13 +48,31 @@ def draw(folder: pathlib.Path) -> list[pathlib.Path]:
     figures["fractions.png"] = _fractions(records)
     if events:
         figures["ranks.png"] = _ranks(records, events)
-        figures["spectra.png"] = _spectra(events)
+        figures["spectra.png"] = _spectra(
+            [
+                (layer["path"], event["step"], sigma, layer["after"])
+                for event in events
+                for layer in event["event"]["layers"]
+                if layer["finite"]
+                for sigma in layer["sigma"]
+            ],
+            "step of the event",
+            "index of the singular value (dot: the last one that a cut kept)",
+        )
     tracked = [record for record in records if record["kind"] == "stability"]
     if tracked:
         figures["stability.png"] = _stability(tracked)
     known = [r for r in tracked if "sigma" in next(iter(r["layers"].values()))]
     if known:
-        figures["basis_spectra.png"] = _basis_spectra(known)
+        figures["basis_spectra.png"] = _spectra(
+            [
+                (path, record["epoch"], sigma, None)
+                for record in known
+                for path, layer in record["layers"].items()
+                for sigma in np.atleast_2d(layer["sigma"])
+            ],
+            "epoch",
+        )
         figures["basis_ranks.png"] = _basis_ranks(known)
     (folder / "plots").mkdir(exist_ok=True)
     paths = []
@@ -175,28 +193,27 @@ def _ranks(records: Sequence[Record], events: Sequence[Record]) -> Figure:
     return figure
 
 
-def _spectra(events: Sequence[Record]) -> Figure:
-    """One panel per layer, one line per event; a dot is the last value that is kept."""
-    paths = list(_full_ranks(events))
+def _spectra(
+    found: Sequence[tuple[str, float, Sequence[float], int | None]],
+    time: str,
+    below: str = "index of the singular value",
+) -> Figure:
+    """One panel per layer, a line for each (path, time, values, how many are kept)."""
+    paths = list(dict.fromkeys(path for path, *_ in found))
     figure, panels = _panels(len(paths))
-    steps = [event["step"] for event in events]
-    norm = mpl.colors.Normalize(min(steps), max(max(steps), min(steps) + 1))
+    times = [x for _, x, *_ in found]
+    norm = mpl.colors.Normalize(min(times), max(times) + 1e-9)
+    for path, x, sigma, kept in found:
+        panel, color = panels[paths.index(path)], LAYERS(0.9 * norm(x))
+        panel.plot(range(1, len(sigma) + 1), sigma, color=color, linewidth=1)
+        if kept is not None and kept < len(sigma):
+            panel.plot(kept, sigma[kept - 1], "o", color=color, ms=4)
     for panel, path in zip(panels, paths, strict=True):
-        for event in events:
-            color = LAYERS(0.9 * norm(event["step"]))
-            for layer in event["event"]["layers"]:
-                if layer["path"] != path or not layer["finite"]:
-                    continue
-                for sigma in layer["sigma"]:
-                    panel.plot(range(1, len(sigma) + 1), sigma, color=color)
-                    kept = layer["after"]
-                    if kept < len(sigma):
-                        panel.plot(kept, sigma[kept - 1], "o", color=color, ms=4)
         panel.set_title(path, fontsize=8)
         panel.set_ylim(0, None)
-    figure.supxlabel("index of the singular value (dot: the last one that a cut kept)")
+    figure.supxlabel(below)
     figure.supylabel("singular value")
-    _scale(figure, panels, norm, "step of the event")
+    _scale(figure, panels, norm, time)
     return figure
 
 
@@ -269,24 +286,6 @@ def layer_mean(record: Record, path: str, name: str) -> float:
 
 def _epoch(record: Record, name: str) -> float:
     return record["epoch"] * record[name] / record["step"]
-
-
-def _basis_spectra(known: Sequence[Record]) -> Figure:
-    """One panel per layer, one line per record, which all have a spectrum."""
-    paths = list(known[-1]["layers"])
-    figure, panels = _panels(len(paths))
-    norm = mpl.colors.Normalize(known[0]["epoch"], known[-1]["epoch"] + 1e-9)
-    for panel, path in zip(panels, paths, strict=True):
-        for record in known:
-            for sigma in np.atleast_2d(record["layers"][path]["sigma"]):
-                color = LAYERS(0.9 * norm(record["epoch"]))
-                panel.plot(range(1, len(sigma) + 1), sigma, color=color, linewidth=1)
-        panel.set_title(path, fontsize=8)
-        panel.set_ylim(0, None)
-    figure.supxlabel("index of the singular value")
-    figure.supylabel("singular value")
-    _scale(figure, panels, norm, "epoch")
-    return figure
 
 
 def _basis_ranks(known: Sequence[Record]) -> Figure:

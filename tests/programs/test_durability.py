@@ -1,5 +1,6 @@
 """Real processes: killed at any moment, stopped by a signal, or two of them as one."""
 
+import contextlib
 import json
 import os
 import random
@@ -67,6 +68,7 @@ def slow(*args):
     return out
 AdaptiveStep.__call__ = slow
 """
+SLOW = ASLEEP.replace("600", "0.3")
 STEP = "oialr_jax.adaptive:AdaptiveStep.__call__"
 
 
@@ -96,6 +98,15 @@ def end(process, code=0):
     out, err = process.communicate(timeout=240)
     assert process.returncode == code, err[-3000:]
     return out, err
+
+
+def wait_for(record, *processes):
+    """Until there is a line; meanwhile what they say is read, or their pipes fill."""
+    while not record.exists() or not record.read_text():
+        for process in processes:
+            assert process.poll() is None, process.communicate()[1]
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=0.05)
 
 
 def records(folder):
@@ -195,9 +206,7 @@ def test_a_signal_from_outside_saves_and_the_run_goes_on(whole, tmp_path):
     arguments += ["--compilation-cache", whole.parent / "cache"]
     process = start(PROGRAM, *arguments)
     record = tmp_path / whole.name / files.METRICS
-    while not record.exists() or not record.read_text():
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.05)
+    wait_for(record, process)
     process.terminate()
     out, _ = end(process)
     assert "it is saved. Go on with the same command and --resume" in out
@@ -263,6 +272,22 @@ def test_two_processes_are_one(whole, tmp_path):
     arguments = [*RUN, "--out", tmp_path, "--resume"]
     end(start(PROGRAM, *arguments))
     assert records(tmp_path / whole.name) == two
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_one_of_two_processes_is_asked_and_both_stop(number, whole, tmp_path):
+    arguments = [*RUN, "--out", tmp_path, "--distributed", "--processes", 2]
+    arguments += ["--coordinator", f"127.0.0.1:{free_port()}"]
+    both = [start(SLOW + PROGRAM, *arguments, "--process-id", i) for i in range(2)]
+    record = tmp_path / whole.name / files.METRICS
+    wait_for(record, *both)
+    both[1].send_signal(number)
+    said = [end(process)[0] for process in both]
+    assert all("it is saved. Go on with the same command" in x for x in said)
+    assert not (record.parent / files.SUMMARY).exists()
+    end(start(PROGRAM, *RUN, "--out", tmp_path, "--resume"))
+    assert_same_run(records(record.parent), records(whole))
 
 
 @pytest.mark.long
