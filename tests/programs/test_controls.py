@@ -161,18 +161,19 @@ def test_the_overview_has_a_row_for_each_budget_with_the_whole_networks():
     for i, budget in enumerate(("0.5", "0.25")):
         for j, kind in enumerate((*controls.KINDS, "muon")):
             arms[f"{kind}, {budget}"] = arm(3.0 + 4 * i + j)
-    arms["late weighed, 0.25"] = arm(0.0)
-    result = {"preset": "sonnets", "arms": arms}
+    arms |= {"late plain, 0.25": arm(11.0), "late weighed, 0.25": arm(12.0)}
+    result = {"preset": "sonnets", "arms": arms, "labels": {"": [], "late ": ["x"]}}
     head, _, *lines = controls.overview([result]).splitlines()
     whole = "| preset | test | weights | dense | dense, Muon"
     assert head == f"{whole} | small dense | plain | weighed |"
     numbers = [
         " ± 0.0000 | ".join(f"{x}.0000" for x in (1, 2, *y)) + " ± 0.0000"
-        for y in ((3, 4, 5), (7, 8, 9))
+        for y in ((3, 4, 5), (7, 8, 9), (7, 11, 12))
     ]
     assert lines == [
         f"| sonnets | loss | 50.0% | {numbers[0]} |",
         f"| sonnets | loss | 25.0% | {numbers[1]} |",
+        f"| sonnets, late | loss | 25.0% | {numbers[2]} |",
     ]
 
 

@@ -16,6 +16,7 @@ was measured, and the table is printed.
 
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import statistics
@@ -259,16 +260,19 @@ KINDS = ("small dense", "plain", "weighed")
 
 
 def overview(results: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: a row for each preset and budget, a column for each kind of run."""
+    """Markdown: a row for each preset, budget and label, a column for each kind."""
     lines = []
     for result in results:
         arms = result["arms"]
-        for budget in dict.fromkeys(x.rpartition(", ")[2] for x in arms):
-            names = ["dense", "dense, Muon", *(f"{x}, {budget}" for x in KINDS)]
+        budgets = dict.fromkeys(x.rpartition(", ")[2] for x in arms)
+        for budget, label in itertools.product(budgets, result["labels"]):
+            kinds = (KINDS[0], *(f"{label}{x}" for x in KINDS[1:]))
+            names = ["dense", "dense, Muon", *(f"{x}, {budget}" for x in kinds)]
             if names[-1] not in arms:
                 continue
             found = [_tested(arms[name]) for name in names]
-            task = result["preset"], found[0][0], f"{float(budget):.1%}"
+            named = ", ".join(filter(None, (result["preset"], label.strip())))
+            task = named, found[0][0], f"{float(budget):.1%}"
             lines.append([*task, *(markdown.spread(x, form) for _, x, form in found)])
     head = ["preset", "test", "weights", "dense", "dense, Muon", *KINDS]
     return markdown.table(head, lines)
