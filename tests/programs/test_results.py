@@ -151,8 +151,10 @@ def test_every_number_is_where_its_names_are(table, rows, lines):
     assert [head, *found] == lines
 
 
-def test_a_table_is_put_below_its_comment_and_the_text_is_kept(monkeypatch):
-    monkeypatch.setattr(results, "printed", lambda name: f"| {name} |")
-    text = "Before\n\n<!-- a-cpu.json -->\n| old |\n| row |\n\nAfter | x |\n"
-    new = "Before\n\n<!-- a-cpu.json -->\n| a-cpu |\n\nAfter | x |\n"
-    assert results.marked(text) == new
+@pytest.mark.parametrize("printed", ["| {} |", "| {} |\n\n| more |"])
+def test_tables_are_put_below_their_comment_and_the_text_is_kept(printed, monkeypatch):
+    monkeypatch.setattr(results, "printed", printed.format)
+    text = "Before\n\n<!-- a-cpu.json -->\n{}\n\nAfter | x |\n"
+    new = text.format(printed.format("a-cpu"))
+    assert results.marked(text.format("| old |\n| row |")) == new
+    assert results.marked(text.format("| old |\n\n| other |\n| row |")) == new

@@ -223,9 +223,12 @@ def _read(name: str) -> Any:
 
 
 def marked(text: str) -> str:
-    """Host side: a Markdown text with its tables printed anew."""
+    """Host side: a Markdown text with its tables printed anew.
+
+    To a comment belong all tables below it with nothing but empty lines between them.
+    """
     return re.sub(
-        r"(<!-- (\S+)\.json -->\n)(?:\|.*\n)*",
+        r"(<!-- (\S+)\.json -->\n)(?:\|.*\n(?:\n(?=\|))?)*",
         lambda found: f"{found[1]}{printed(found[2])}\n",
         text,
     )
