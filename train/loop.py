@@ -132,11 +132,11 @@ class Interrupts:
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        several = jax.process_count() > 1
         if threading.current_thread() is threading.main_thread():
-            for number in (
-                (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
-            ):
+            numbers = [signal.SIGINT]
+            if jax.process_count() == 1:
+                numbers.append(signal.SIGTERM)
+            for number in numbers:
                 self._old[number] = signal.signal(number, self._ask)
         return self
 

@@ -49,6 +49,7 @@ def draw(folder: pathlib.Path) -> list[pathlib.Path]:
     if events:
         figures["ranks.png"] = _ranks(records, events)
         figures["spectra.png"] = _spectra(
+            list(_full_ranks(events)),
             [
                 (layer["path"], event["step"], sigma, layer["after"])
                 for event in events
@@ -65,6 +66,7 @@ def draw(folder: pathlib.Path) -> list[pathlib.Path]:
     known = [r for r in tracked if "sigma" in next(iter(r["layers"].values()))]
     if known:
         figures["basis_spectra.png"] = _spectra(
+            list(known[-1]["layers"]),
             [
                 (path, record["epoch"], sigma, None)
                 for record in known
@@ -194,14 +196,14 @@ def _ranks(records: Sequence[Record], events: Sequence[Record]) -> Figure:
 
 
 def _spectra(
+    paths: Sequence[str],
     found: Sequence[tuple[str, float, Sequence[float], int | None]],
     time: str,
     below: str = "index of the singular value",
 ) -> Figure:
     """One panel per layer, a line for each (path, time, values, how many are kept)."""
-    paths = list(dict.fromkeys(path for path, *_ in found))
     figure, panels = _panels(len(paths))
-    times = [x for _, x, *_ in found]
+    times = [x for _, x, *_ in found] or [0]
     norm = mpl.colors.Normalize(min(times), max(times) + 1e-9)
     for path, x, sigma, kept in found:
         panel, color = panels[paths.index(path)], LAYERS(0.9 * norm(x))

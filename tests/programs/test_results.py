@@ -135,6 +135,55 @@ STORED = [
             ],
         ),
         (
+            results.front_door,
+            [
+                {"what": "wrap", "ms": 2.0, "by_hand_ms": 1.0}
+                | {"ratio": 1.5, "low": 1.25, "high": 1.75}
+            ],
+            [
+                "| front door | ms a step | by hand | ratio | middle half |",
+                "| wrap | 2.000 | 1.000 | 1.5000 | 1.250 to 1.750 |",
+            ],
+        ),
+        (
+            results.events,
+            [
+                {"lag": 8, "step": 18, "step_ms": 40.0, "step_after_ms": 30.0}
+                | {"event_ms": 1500.0, "stall_ms": 2500.0, "stall_steps": 62.5}
+            ],
+            [
+                "| lag | event at step | step before | step after | host part | stall "
+                "| stall in steps before |",
+                "| 8 | 18 | 40 ms | 30 ms | 1.50 s | 2.5 s | 62.5 |",
+            ],
+        ),
+        (
+            results.orthogonal,
+            [
+                {"what": "8x8", "method": "svd", "ms": 12.0},
+                {"what": "8x8", "method": "polar_express, 3 steps", "ms": 2.0},
+                {"what": "8x8", "method": "newton_schulz, 5 steps", "ms": 3.0},
+            ],
+            [
+                "|  | svd | polar_express, 3 steps | newton_schulz, 5 steps "
+                "| times faster |",
+                "| 8x8 | 12 | 2 | 3 | 6.0, 4.0 |",
+            ],
+        ),
+        (
+            results.tracking,
+            [
+                {"what": "a", "record": x, "epoch_ms": 200.0, "record_ms": y}
+                | {"share": y / 200}
+                for x, y in (("usual", 4.0), ("detailed", 12.0), ("all", 5.0))
+            ],
+            [
+                "| run | an epoch | a record | with null and spectra "
+                "| share of training, all |",
+                "| a | 200 ms | 4.0 ms (2.0%) | 12 ms | 2.5% |",
+            ],
+        ),
+        (
             results.storage,
             STORED,
             [
@@ -144,7 +193,7 @@ STORED = [
             ],
         ),
     ],
-    ids=["steps", "layers", "decompositions", "compression", "looking", "storage"],
+    ids=lambda x: getattr(x, "__name__", ""),
 )
 def test_every_number_is_where_its_names_are(table, rows, lines):
     head, _, *found = table(rows).splitlines()

@@ -160,6 +160,16 @@ def test_plots_are_redrawn_from_the_record(low_rank, capsys):
     assert str(target) in capsys.readouterr().out
 
 
+def test_layers_that_were_never_finite_have_an_empty_panel(low_rank, tmp_path):
+    lines = records(low_rank, timed=True)
+    for event in (x["event"] for x in lines if x["kind"] == "event"):
+        for layer in event["layers"]:
+            layer |= {"finite": False, "after": None}
+    text = "\n".join(map(json.dumps, lines))
+    (tmp_path / files.METRICS).write_text(text + "\n")
+    assert tmp_path / "plots" / "spectra.png" in report.draw(tmp_path)
+
+
 def test_report_of_no_run_is_an_error(tmp_path):
     with pytest.raises(SystemExit, match="is no folder of a run"):
         report.main([str(tmp_path)])
@@ -514,6 +524,26 @@ def test_a_signal_saves_and_stops_after_the_step(tmp_path, number, capsys):
         assert checkpoints.steps == (5,)
         found = checkpoints.restore(state, state.tx)
     assert found.extra["progress"]["window"] == [{"loss": 1.0}] * 2
+
+
+def test_several_processes_are_stopped_by_the_service_of_jax(monkeypatch, capsys):
+    """SIGTERM is the service's, SIGINT becomes one, and the service says when."""
+    terms, asked = [], []
+    monkeypatch.setattr(loop.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        loop.multihost_utils,
+        "reached_preemption_sync_point",
+        lambda step: asked.append(step) or step == 5,
+    )
+    before = signal.signal(signal.SIGTERM, lambda *_: terms.append(1))
+    try:
+        with loop.Interrupts() as interrupts:
+            signal.raise_signal(signal.SIGINT)
+            assert [interrupts.reached(t) for t in (4, 5)] == [False, True]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (terms, asked) == ([1], [4, 5])
+    assert "stopping after this step" in capsys.readouterr().err
 
 
 def stopped(out, at, *arguments):
