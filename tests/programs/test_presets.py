@@ -149,3 +149,16 @@ def test_a_scale_is_that_of_every_width(program, preset, widths, tmp_path, monke
 
     twice = {x: 2 * getattr(usual, x) for x in widths}
     assert shapes(scale=2.0) == shapes(**twice) != shapes()
+
+
+@pytest.mark.parametrize(("program", "preset"), SCALED[1:])
+def test_the_small_form_of_a_program_is_small(program, preset, tmp_path, monkeypatch):
+    module, settings = small(program, preset, tmp_path)
+
+    def weights():
+        init = module.task(settings).init
+        return oialr.counts(jax.eval_shape(init, jax.random.key(0))).stored
+
+    few = weights()
+    monkeypatch.setattr(module, "SMALL", {})
+    assert 5 * few < weights()
