@@ -204,7 +204,8 @@ def _spectra(
     """One panel per layer, a line for each (path, time, values, how many are kept)."""
     figure, panels = _panels(len(paths))
     times = [x for _, x, *_ in found] or [0]
-    norm = mpl.colors.Normalize(min(times), max(times) + 1e-9)
+    first, last = min(times), max(times)
+    norm = mpl.colors.Normalize(first, last if last > first else first + 1)
     for path, x, sigma, kept in found:
         panel, color = panels[paths.index(path)], LAYERS(0.9 * norm(x))
         panel.plot(range(1, len(sigma) + 1), sigma, color=color, linewidth=1)
