@@ -380,21 +380,10 @@ def conv(
     The first factor carries window, stride, padding and dilation; core and last factor
     act on channels alone.
     """
-    numbers = params["dimension_numbers"]
-    channel = numbers.out_spec[1]
+    channel = params["dimension_numbers"].out_spec[1]
     precision, out_dtype = params["precision"], params["preferred_element_type"]
     first, rest = _folded(order, factors, 0, precision)
-    y = jax.lax.conv_general_dilated(
-        x,
-        jnp.moveaxis(first, -1, use.free[0]),
-        params["window_strides"],
-        params["padding"],
-        lhs_dilation=params["lhs_dilation"],
-        rhs_dilation=params["rhs_dilation"],
-        dimension_numbers=numbers,
-        precision=precision,
-        preferred_element_type=None if rest else out_dtype,
-    )
+    y = conv_to_rank(x, first, use, params, None if rest else out_dtype)
     if not rest:
         return y
     y = jnp.moveaxis(y, channel, -1)
@@ -407,6 +396,23 @@ def conv(
             preferred_element_type=out_dtype if i == len(rest) else None,
         )
     return jnp.moveaxis(y, -1, channel)
+
+
+def conv_to_rank(
+    x: Array, first: Array, use: views.Use, params: dict[str, Any], dtype: Any = None
+) -> Array:
+    """The convolution of x with the columns of `first`, r channels, in `dtype`."""
+    return jax.lax.conv_general_dilated(
+        x,
+        jnp.moveaxis(first, -1, use.free[0]),
+        params["window_strides"],
+        params["padding"],
+        lhs_dilation=params["lhs_dilation"],
+        rhs_dilation=params["rhs_dilation"],
+        dimension_numbers=params["dimension_numbers"],
+        precision=params["precision"],
+        preferred_element_type=dtype,
+    )
 
 
 def _folded(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from oialr_jax import contract
 from oialr_jax.lowrank import Axes
 from oialr_jax.views import Use, View, atoms, split
 from oialr_jax.weighted import BLOCK, WIDE, Sides
@@ -34,15 +35,21 @@ def sums(
 ) -> Sides:
     """The sums of one use, in the leaf's own layout."""
     x, scales, count, bases = operands
-    meet = _rows_of_conv if meeting.use.kind == "conv" else _rows_of_dot
-    seen, gradient = (side.astype(jnp.float32) for side in meet(x, gradient, meeting))
+    is_conv = meeting.use.kind == "conv"
+    if is_conv:
+        seen, gradient = _rows_of_conv(x, gradient, meeting, bases)
+    else:
+        seen, gradient = _rows_of_dot(x, gradient, meeting)
+    seen, gradient = seen.astype(jnp.float32), gradient.astype(jnp.float32)
     gradient = gradient * count  # of one term, where the loss has the mean
     counted = jnp.any(gradient != 0, axis=-1)
     found = jnp.sum(counted, axis=(-2, -1), dtype=jnp.float32)
-    inputs, outputs = (gradient, seen) if meeting.is_turned else (seen, gradient)
     if bases is not None:
         u, vt = (side.astype(jnp.float32)[..., None, :, :] for side in bases)
-        inputs, outputs = inputs @ u, outputs @ vt.mT
+        first, last = (vt.mT, u) if meeting.is_turned else (u, vt.mT)
+        gradient = gradient @ last
+        seen = seen if is_conv else seen @ first
+    inputs, outputs = (gradient, seen) if meeting.is_turned else (seen, gradient)
     of_rows, of_columns = (side[..., None, None, :] for side in scales)
     inputs, outputs = inputs * of_rows, outputs * of_columns
     if meeting.examples is None:
@@ -117,18 +124,31 @@ def _rows_of_dot(x: Array, gradient: Array, meeting: Meeting) -> tuple[Array, Ar
     )
 
 
-def _rows_of_conv(x: Array, gradient: Array, meeting: Meeting) -> tuple[Array, Array]:
-    """Rows of patches and of the gradient of a convolution, one for each position."""
+def _rows_of_conv(
+    x: Array, gradient: Array, meeting: Meeting, bases: Any
+) -> tuple[Array, Array]:
+    """Rows of patches and of the gradient of a convolution, one for each position.
+
+    With bases the patches are in the coordinates of a core, (*l, e, t, r): what the
+    convolution of x with the base gives, and no patch is cut out.
+    """
     use, params = meeting.use, meeting.eqn.params
     out = params["dimension_numbers"].out_spec
-    patches = _patches(x, meeting.view.shape, params)
-    rows = range(patches.ndim - len(use.contracted))
-    window = range(len(rows), patches.ndim)
     positions = jnp.transpose(gradient, (out[0], *out[2:], out[1]))
-    return (
-        _laid_out(patches, (), rows, window, use.contracted, meeting),
-        _laid_out(positions, (), rows, (len(rows),), use.free, meeting),
-    )
+    rows = range(positions.ndim - 1)
+    of_gradient = _laid_out(positions, (), rows, (len(rows),), use.free, meeting)
+    if bases is None:
+        patches = _patches(x, meeting.view.shape, params)
+        window = range(len(rows), patches.ndim)
+        seen = _laid_out(patches, (), rows, window, use.contracted, meeting)
+        return seen, of_gradient
+    u, vt = (base.astype(jnp.float32) for base in bases)
+    view = meeting.view.replace(data=(u, None, vt), dtype=u.dtype)
+    factors = contract.turned(view, meeting.axes, use)
+    assert factors is not None  # else the use would not have been contracted
+    z = contract.conv_to_rank(x.astype(u.dtype), factors.first, use, params)
+    z = jnp.transpose(z, (out[0], *out[2:], out[1]))
+    return z.reshape(*of_gradient.shape[:-1], u.shape[-1]), of_gradient
 
 
 def _others(array: Array, *groups: Sequence[int]) -> list[int]:

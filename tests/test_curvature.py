@@ -510,6 +510,21 @@ def test_no_array_of_rows_times_a_matrix(independent):
     assert max(math.prod(x.shape) for x in made) == 64 * 16
 
 
+def test_of_a_core_of_a_convolution_no_patches_are_cut_out():
+    def loss(w, x):
+        return jnp.sum(jax.lax.conv(x, w, (1, 1), "SAME")) ** 2
+
+    w, x = normal(0, 4, 8, 5, 5), normal(1, 3, 8, 9, 9)
+    matrices = oialr.find_matrices(loss, w, x)
+    patches = x.size * 5 * 5
+    low = in_low_rank(w, matrices)
+    for params, are_there in ((w, True), (low, False)):
+        jaxpr = jax.make_jaxpr(oialr.curvature(loss, matrices))(params, x)
+        made = [v.aval for eqn in equations(jaxpr.jaxpr) for v in eqn.outvars]
+        largest = max(math.prod(x.shape) for x in made)
+        assert (largest >= patches) is are_there
+
+
 def test_no_gradient_of_a_weight_is_computed():
     """Three products forward, two of gradients of inputs, six of sums."""
     params, x, target, matrices = problem(width=16, rows=64)
