@@ -15,7 +15,7 @@ from typing import Any
 
 from train import finetune, serve
 from train.markdown import table
-from train.studies import controls
+from train.studies import controls, stability
 
 FOLDER = pathlib.Path(__file__).parent
 Rows = Sequence[Mapping[str, Any]]
@@ -199,6 +199,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "finetune-mnist-cpu": ("ways", finetune.table),
     "orthogonal-cpu": ("rows", orthogonal),
     "tracking-cpu": ("rows", tracking),
+    "stability-cpu": ("rows", stability.table),
     **{x.stem: ("arms", controls.table) for x in sorted(FOLDER.glob("controls-*"))},
 }
 """By the name of a JSON file: what of it is printed, and how."""

@@ -85,12 +85,12 @@ def draw(found: Found, preset: str) -> Figure:
 
 
 def curves(found: Found, preset: str) -> list[Row]:
-    """Means over layers and seeds at every other interval."""
+    """Means over layers and seeds at every interval."""
     return [
         {
             **{"preset": preset, "rate": rate, "what": title},
-            "epochs": [r["epoch"] for r in runs[0][::2]],
-            "means": values.mean(0)[::2].tolist(),
+            "epochs": [r["epoch"] for r in runs[0]],
+            "means": values.mean(0).tolist(),
             "deviation": float(np.nanmax(np.std(values, axis=0, ddof=1)))
             if len(runs) > 1
             else None,
@@ -136,28 +136,39 @@ def accuracy(settings: Settings, preset: str) -> list[Row]:
 
 
 def _shown(x: float | None) -> str:
-    """Three digits; a dash for what was not recorded, which JSON has as null."""
-    return "-" if x is None or np.isnan(x) else f"{x:.3f}"
+    """Three digits; a dash for what was not recorded."""
+    return f"{x:.3f}" if _is_known(x) else "-"
+
+
+def _is_known(x: float | None) -> bool:
+    """Whether it was recorded; if not it is NaN, and null in JSON."""
+    return x is not None and not np.isnan(x)
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: a table of curves for each preset and rate, one of layers, accuracy."""
+    """Markdown: a table of curves for each preset and rate, one of layers, accuracy.
+
+    Curves are shown where all of them are known, and at the end.
+    """
     tables: list[str] = []
     by_layer: dict[str, list[str]] = {}
     for preset, rate in dict.fromkeys((x["preset"], x["rate"]) for x in rows):
         mine = [x for x in rows if (x["preset"], x["rate"]) == (preset, rate)]
         found = [x for x in mine if "what" in x]
+        points = zip(*(x["means"] for x in found), strict=True)
+        known = [i for i, each in enumerate(points) if all(map(_is_known, each))]
+        shown = sorted({*known, len(found[0]["means"]) - 1})
         lines = [
             [
                 f"{x['what']} (sd to {_shown(x['deviation'])})",
-                *map(_shown, x["means"]),
+                *(_shown(x["means"][i]) for i in shown),
             ]
             for x in found
         ]
         (right,) = (x["accuracy"] for x in mine if "accuracy" in x)
-        shown = markdown.spread(right, ".2f", scale=100)
-        head = f"{preset}, {rate}, accuracy {shown} %; epoch"
-        epochs = [f"{x:.3g}" for x in found[0]["epochs"]]
+        accurate = markdown.spread(right, ".2f", scale=100)
+        head = f"{preset}, {rate}, accuracy {accurate} %; epoch"
+        epochs = [f"{found[0]['epochs'][i]:.3g}" for i in shown]
         tables.append(markdown.table([head, *epochs], lines))
         for x in mine:
             if "layer" in x:
