@@ -43,6 +43,7 @@ RATES = tuple(float(f"{x:.0e}") for x in np.logspace(-3, 0, 7))
 """1e-3 to 1 in half decades, the grid of every arm."""
 FEWER = {
     "selfsup": RATES[:6],
+    "cores": RATES[:5],
     "dense": RATES[:5],
     "fashion": RATES[2:6],
     "text": RATES[:4],
