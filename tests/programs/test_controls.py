@@ -150,6 +150,10 @@ def test_the_table_has_means_and_deviations():
     same = "1,500 | 91.00 ± 1.41 | 90.00 92.00"
     assert f"| dense | {same} | 0.1 | 10 |" in shown
     assert f"| plain | {same} | preset's | 10 |" in shown
+    del runs[0]["wall_seconds"]
+    assert f"| dense | {same} | 0.1 | 10 |" in controls.table(arms)
+    del runs[1]["wall_seconds"]
+    assert f"| dense | {same} | 0.1 | - |" in controls.table(arms)
 
 
 def test_the_overview_has_a_row_for_each_budget_with_the_whole_networks():

@@ -242,13 +242,15 @@ def table(arms: Mapping[str, Any]) -> str:
         metric, values, form = _tested(arm)
         each = " ".join(format(x, form) for x in values)
         weights = statistics.mean(x["stored_weights"] for x in arm["runs"])
-        seconds = statistics.median(x["wall_seconds"] for x in arm["runs"])
+        # The wall time of a run may be unknown; its weights and metric never are.
+        timed = [x["wall_seconds"] for x in arm["runs"] if "wall_seconds" in x]
+        seconds = f"{statistics.median(timed):.0f}" if timed else "-"
         named = [x.split() for x in arm["options"]]
         rate = next((x[1] for x in named if x[0] == "--learning-rate"), "preset's")
         lines.append(
             [
                 *(name, f"{weights:,.0f}", markdown.spread(values, form), each),
-                *(rate, f"{seconds:.0f}"),
+                *(rate, seconds),
             ]
         )
     head = ["run", "weights", f"test {metric}", "seeds", "rate", "s"]
