@@ -175,6 +175,7 @@ def test_the_rate_is_chosen_by_validation_and_the_test_reported():
     assert (sgd["arm"], sgd["rate"], sgd["plateau"]) == ("sgd", 1e-2, 1)
     assert (sgd["accuracy"], sgd["loss"]) == ([0.5, 0.6], [1.0, 2.0])
     assert (orthogonal["rate"], orthogonal["plateau"]) == (1e-3, 2)
+    assert json.loads(json.dumps([sgd, orthogonal])) == [sgd, orthogonal]
     lines = program.table([sgd, orthogonal]).splitlines()
     assert lines[2].startswith("| sgd | 55.0 ± 5.0 / 1.500 (55.0) |  |")
     assert lines[3].startswith("| orthogonal | 95.0 ± 0.0 / 0.500 (94.5) |")

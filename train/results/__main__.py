@@ -16,6 +16,7 @@ from typing import Any
 from train import finetune, serve
 from train.markdown import table
 from train.studies import controls, stability
+from train.studies import orthogonal as orthogonal_training
 
 FOLDER = pathlib.Path(__file__).parent
 Rows = Sequence[Mapping[str, Any]]
@@ -200,6 +201,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "orthogonal-cpu": ("rows", orthogonal),
     "tracking-cpu": ("rows", tracking),
     "stability-cpu": ("rows", stability.table),
+    "orthogonal-training-cpu": ("rows", orthogonal_training.table),
     **{x.stem: ("arms", controls.table) for x in sorted(FOLDER.glob("controls-*"))},
 }
 """By the name of a JSON file: what of it is printed, and how."""

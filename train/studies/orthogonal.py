@@ -280,14 +280,16 @@ def summary(study: str, rows: Sequence[Mapping[str, Any]]) -> list[Row]:
         for row in rows:
             if row["arm"] == arm:
                 by_rate.setdefault(row["rate"], []).append(row)
-        means = {k: np.mean([x["accuracy"] for x in v]) for k, v in by_rate.items()}
+        means = {
+            k: float(np.mean([x["accuracy"] for x in v])) for k, v in by_rate.items()
+        }
         found.append(
             {
                 **{"study": study, "arm": arm, "rate": rate},
                 "steps": by_rate[rate][0]["steps"],
                 "accuracy": [x["accuracy"] for x in by_rate[rate]],
                 "loss": [x["loss"] for x in by_rate[rate]],
-                "untuned": float(means[UNTUNED]) if UNTUNED in means else None,
+                "untuned": means.get(UNTUNED),
                 "plateau": sum(x > max(means.values()) - 0.01 for x in means.values()),
                 "rates": len(means),
             }
