@@ -47,7 +47,8 @@ def steps(rows: Rows) -> str:
         auto, base = by["auto"], dense[model]
         cells.append(f"{auto['flops_ratio']:.2g}")
         cells += [f"{auto[x] / base[x]:.2g}" for x in ("temp_bytes", "state_bytes")]
-        lines.append([f"{model}, {base['step_ms']:.3g} ms", rank, *cells])
+        ms = float(f"{base['step_ms']:.3g}")
+        lines.append([f"{model}, {ms:g} ms", rank, *cells])
     ours = ["FLOPs", "temporary memory", "optimizer state"]
     return table(["model, dense step", "rank", *orders, *ours], lines)
 
