@@ -53,6 +53,16 @@ def test_a_rate_is_chosen_on_a_seed_of_its_own(metric, chosen, tmp_path):
     assert [x["seed"] for x in arm["runs"]] == [0, 1]
 
 
+def test_nothing_is_trained_to_choose_among_one_rate(tmp_path):
+    def run(options, seed):
+        assert seed != controls.CHOOSING
+        return {"metric": "loss", "best": {"loss": 1.0}, "seed": seed}
+
+    arm = controls._best(settings(tmp_path), run, ["--method dense"], [0.1])
+    assert arm["options"] == ["--method dense", "--learning-rate 0.1"]
+    assert [x["seed"] for x in arm["runs"]] == [0, 1]
+
+
 def test_optimizers_train_the_plain_runs_each_at_its_best_rate(tmp_path, monkeypatch):
     def run(_, program, options, seed):
         assert program == "train.text"
@@ -154,6 +164,9 @@ def test_the_table_has_means_and_deviations():
     assert f"| dense | {same} | 0.1 | 10 |" in controls.table(arms)
     del runs[1]["wall_seconds"]
     assert f"| dense | {same} | 0.1 | - |" in controls.table(arms)
+    runs[1]["test_accuracy"] = None
+    broken = "1,500 | nan ± nan | 90.00 nan"
+    assert f"| dense | {broken} | 0.1 | - |" in controls.table(arms)
 
 
 def test_the_overview_has_a_row_for_each_budget_with_the_whole_networks():
@@ -210,7 +223,7 @@ def test_a_rate_that_was_never_finite_is_not_chosen(tmp_path):
     arm = controls._best(settings(tmp_path), run, ["--method dense"], [0.1, 0.2])
     assert arm["tried"] == {"0.2": 0.2}
     with pytest.raises(RuntimeError, match="not finite at any rate"):
-        controls._best(settings(tmp_path), run, ["--method dense"], [0.1])
+        controls._best(settings(tmp_path), run, ["--method dense"], [0.1, 0.12])
 
 
 def test_an_unknown_preset_is_told(tmp_path, capsys):

@@ -7,17 +7,18 @@ For each budget, a part of all weights, the preset is trained by the plain rule 
 weighed by curvature, and beside them the controls that such a number needs: the dense
 network, the dense network with Muon, and a small dense network, of all widths scaled,
 that stores no more weights. Each of the controls has the best of several rates, chosen
-on a seed that is not reported; so has each of --optimizers, which train runs of the
-plain rule, and at that rate weighed ones; Muon and SWAN train small dense networks too.
-A second command of other --options with a --label adds to the table. Every run is a
-folder in OUT; the same command goes on after a kill. OUT/PRESET/controls.json has what
-was measured, and the table is printed.
+on a seed that is not reported (one rate alone is taken untried); so has each of
+--optimizers, which train runs of the plain rule, and at that rate weighed ones; Muon
+and SWAN train small dense networks too. A second command of other --options with a
+--label adds to the table. Every run is a folder in OUT; the same command goes on after
+a kill. OUT/PRESET/controls.json has what was measured, and the table is printed.
 """
 
 import dataclasses
 import functools
 import itertools
 import json
+import math
 import pathlib
 import statistics
 import subprocess
@@ -162,15 +163,17 @@ def _best(
     settings: Settings, run: Any, options: Sequence[str], rates: Sequence[float]
 ) -> dict[str, Any]:
     """The runs of a control at the rate that was best on the choosing seed."""
-    tried = {}
-    for rate in rates:
-        found = run([*options, f"--learning-rate {rate:g}"], CHOOSING)
-        if found["best"]:  # else no evaluation was finite
-            tried[f"{rate:g}"] = found["best"][found["metric"]]
-    if not tried:
-        raise RuntimeError(f"{' '.join(options)}: not finite at any rate")
-    largest = "loss" not in found["metric"] and "mse" not in found["metric"]
-    chosen = (max if largest else min)(tried, key=lambda x: tried[x])
+    tried: dict[str, float] = {}
+    chosen = f"{rates[0]:g}"
+    if len(rates) > 1:
+        for rate in rates:
+            found = run([*options, f"--learning-rate {rate:g}"], CHOOSING)
+            if found["best"]:  # else no evaluation was finite
+                tried[f"{rate:g}"] = found["best"][found["metric"]]
+        if not tried:
+            raise RuntimeError(f"{' '.join(options)}: not finite at any rate")
+        largest = "loss" not in found["metric"] and "mse" not in found["metric"]
+        chosen = (max if largest else min)(tried, key=lambda x: tried[x])
     options = [*options, f"--learning-rate {chosen}"]
     return {
         "options": options,
@@ -229,7 +232,8 @@ def _scale(settings: Settings, program: Any, usual: Any, budget: float) -> float
 def _tested(arm: Mapping[str, Any]) -> tuple[str, list[float], str]:
     """What was measured, in per cent if it is accuracy, by seed; digits to show."""
     metric = arm["runs"][0]["metric"].removeprefix("validation_")
-    values = [x[f"test_{metric}"] for x in arm["runs"]]
+    tested = [x[f"test_{metric}"] for x in arm["runs"]]
+    values = [math.nan if x is None else x for x in tested]  # not finite
     if metric == "accuracy":
         return "accuracy, %", [100 * x for x in values], ".2f"
     return metric, values, ".4f"
