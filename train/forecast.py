@@ -125,7 +125,7 @@ PRESETS: Mapping[str, tuple[str, Settings]] = {
             projections=(0.0, 0.03),
             multiple=1,
             log_every=29,
-            eval_every=29,
+            eval_every=174,  # half a minute or more of a core
             save_every=174,
             patience=None,
         ),
