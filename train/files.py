@@ -61,6 +61,26 @@ def writable(path: pathlib.Path) -> pathlib.Path:
     return path
 
 
+def writable_file(path: pathlib.Path) -> pathlib.Path:
+    """Host side: the expanded path of a file that can be written, its folder made.
+
+    Raises:   ValueError: as `writable`, or a file cannot be opened there.
+    """
+    path = expanded(path)
+    writable(path.parent)
+    there = path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written ({error.strerror}): name another file"
+        ) from None
+    if not there:
+        path.unlink()
+    return path
+
+
 def with_paths_expanded(settings: S) -> S:
     """Host side: settings with every path in them expanded.
 

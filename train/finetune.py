@@ -330,14 +330,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Host side: the command."""
     settings = tyro.cli(Settings, args=arguments, prog="python -m train.finetune")
     try:
+        settings = files.with_paths_expanded(settings)
         if settings.json is not None:
-            files.writable(settings.json.parent)
+            files.writable_file(settings.json)
         results = run(settings)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    print(table(results["ways"]))
     if settings.json is not None:
         settings.json.write_text(json.dumps(files.nulled(results), indent=2) + "\n")
-    print(table(results["ways"]))
 
 
 def table(ways: Mapping[str, Any]) -> str:

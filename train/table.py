@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import tyro
 from matplotlib.figure import Figure
 
 from train import files
@@ -112,6 +113,7 @@ def draw(groups: Mapping[str, Sequence[Summary]]) -> Figure:
     return figure
 
 
+LARGE = ("mini-vit", "resnet18")
 ORDERS = {"auto": "oialr", "rebuilt": "W rebuilt", "galore": "GaLore", "lora": "LoRA"}
 
 
@@ -119,10 +121,15 @@ def steps(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """The step over that of the dense model against rank, as `train.bench` timed them.
 
     A panel for each of the two larger models, a line for each way to train.
+
+    Raises:   ValueError: neither of them was timed.
     """
+    models = [x for x in LARGE if any(row["model"] == x for row in rows)]
+    if not models:
+        raise ValueError(f"has no steps of {' or '.join(LARGE)}")
     figure = Figure(figsize=(8, 3.2), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, model in zip(panels, ("mini-vit", "resnet18"), strict=True):
+    panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
+    for axes, model in zip(panels, models, strict=True):
         for i, (order, title) in enumerate(ORDERS.items()):
             found = [x for x in rows if (x["model"], x["order"]) == (model, order)]
             axes.plot(
@@ -142,12 +149,17 @@ def steps(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def main(path: str) -> None:
-    """Host side: draw the steps of a benchmark into a PNG file beside its JSON."""
-    source = pathlib.Path(path)
-    rows = json.loads(source.read_text())["rows"]
-    steps(rows).savefig(source.with_suffix(".png"), dpi=110)
+def main(path: tyro.conf.Positional[pathlib.Path]) -> None:
+    """Draw the steps of a benchmark into a PNG file beside its JSON."""
+    try:
+        path = files.expanded(path)
+        picture = files.writable_file(path.with_suffix(".png"))
+        steps(json.loads(path.read_text())["rows"]).savefig(picture, dpi=110)
+    except (KeyError, TypeError):
+        sys.exit(f"error: {path} has no rows of `python -m train.bench --suite steps`")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {path}: {error}")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    tyro.cli(main, prog="python -m train.table")

@@ -163,6 +163,8 @@ def test_a_result_that_cannot_be_written_is_not_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(program, "SUITES", {"steps": lambda _: pytest.fail("measured")})
     with pytest.raises(SystemExit, match="file is a file: name another folder"):
         program.main(["--json", str(tmp_path / "file" / "x.json")])
+    with pytest.raises(SystemExit, match="cannot be written"):
+        program.main(["--json", str(tmp_path)])
 
 
 @pytest.mark.long

@@ -207,6 +207,13 @@ def test_a_damaged_file_is_named_with_both_checksums(tmp_path, tiny):
         prepared.images(tmp_path / "data", "mnist")
 
 
+def test_a_file_as_the_folder_of_datasets_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    settings = prepare.Settings("mnist", data_dir=tmp_path / "file")
+    with pytest.raises(SystemExit, match="file is a file: name another folder"):
+        prepare.main(settings)
+
+
 def test_a_missing_file_is_named_with_its_checksum(tmp_path, tiny):
     folder, _, table = tiny
     (folder / FILES[1]).unlink()

@@ -106,6 +106,26 @@ def test_a_folder_that_is_read_only_is_refused(tmp_path, monkeypatch):
         files.writable(tmp_path / "x" / "y")
 
 
+def test_a_file_that_can_be_written_is_left_as_it_is(tmp_path):
+    new = tmp_path / "a" / "b" / "new.json"
+    assert files.writable_file(new) == new
+    assert list(new.parent.iterdir()) == []
+    old = tmp_path / "old.json"
+    old.write_text("kept")
+    files.writable_file(old)
+    assert old.read_text() == "kept"
+
+
+def test_a_file_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"cannot be written \(Is a directory\): name"):
+        files.writable_file(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file: name another folder"):
+        files.writable_file(tmp_path / "file" / "x.json")
+    with pytest.raises(ValueError, match="cannot be written"):  # whoever asks
+        files.writable_file(pathlib.Path("/proc/x.json"))
+
+
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert files.writable(pathlib.Path("~/runs")) == tmp_path / "runs"

@@ -71,6 +71,11 @@ def test_unknown_names_are_one_line():
         finetune.main(["mnst"])
 
 
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_trained(tmp_path):
+    with pytest.raises(SystemExit, match=r"cannot be written \(Is a directory\)"):
+        finetune.main(["mnist", "--json", str(tmp_path)])
+
+
 @pytest.mark.long
 def test_every_way_is_run(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(images, "dataset", lambda _: drawn((28, 28, 1), 10))

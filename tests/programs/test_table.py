@@ -78,5 +78,27 @@ def test_the_lines_of_the_steps_are_the_rows_of_the_benchmark(tmp_path):
             assert line.get_ydata() == pytest.approx([1.0 + i, 0.5 + i])
     source = tmp_path / "steps.json"
     source.write_text(json.dumps({"rows": rows}))
-    table.main(str(source))
+    table.main(source)
     assert (tmp_path / "steps.png").stat().st_size > 0
+    assert len(table.steps(rows[: len(rows) // 2]).axes) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        ("{", "Expecting"),
+        ("[]", "has no rows of `python -m train.bench --suite steps`"),
+        ('{"rows": [{"lag": 1}]}', "has no rows of `python -m train.bench"),
+        ('{"rows": [{"model": "mlp"}]}', "has no steps of mini-vit or resnet18"),
+    ],
+)
+def test_a_file_without_steps_is_told_in_one_line(content, message, tmp_path):
+    source = tmp_path / "x.json"
+    if content is not None:
+        source.write_text(content)
+    with pytest.raises(SystemExit, match=message) as told:
+        table.main(source)
+    assert str(source) in str(told.value)
+    assert "\n" not in str(told.value)
+    assert not source.with_suffix(".png").exists()

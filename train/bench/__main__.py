@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = tyro.cli(Settings, args=arguments, prog="python -m train.bench")
         settings = files.with_paths_expanded(settings)
         if settings.json is not None:
-            files.writable(settings.json.parent)
+            files.writable_file(settings.json)
         if settings.calibrate:
             rates = dataclasses.asdict(calibrate(settings))
             text = json.dumps(rates, indent=2)

@@ -153,13 +153,13 @@ def command(
         settings = files.with_paths_expanded(settings)
         path = settings.json
         if path is not None:  # before what takes minutes
-            files.writable(path.parent)
+            files.writable_file(path)
         rows = measured(settings)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    print(shown(rows))  # first: nothing that follows can lose it
     if path is not None:
         write(program, arguments, rows, path)
-    print(shown(rows))
 
 
 def write(
@@ -176,5 +176,4 @@ def write(
         "date": time.strftime("%Y-%m-%d"),
         "rows": rows,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(files.nulled(record), indent=1, allow_nan=False) + "\n")

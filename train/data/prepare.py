@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import tensorflow_datasets as tfds
 import tyro
 
-from train import names
+from train import files, names
 from train.data import imagenet
 from train.data.originals import ORIGINALS, Original, contents
 
@@ -181,9 +181,9 @@ class Settings:
 def main(settings: Settings) -> None:
     """Prepare, and say where the dataset is."""
     try:
-        folder = prepare(
-            settings.name, data_dir=settings.data_dir, source=settings.source
-        )
+        settings = files.with_paths_expanded(settings)
+        data_dir = files.writable(settings.data_dir)
+        folder = prepare(settings.name, data_dir=data_dir, source=settings.source)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     print(f"{settings.name} is prepared in {folder}")

@@ -341,14 +341,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         settings = files.with_paths_expanded(settings)
         if settings.json is not None:
-            files.writable(settings.json.parent)
+            files.writable_file(settings.json)
         with files.held(files.writable(settings.out.parent)):
             rows = [row for x in settings.studies or STUDIES for row in of(x, settings)]
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    print(table(rows))
     if settings.json is not None:
         write("train.studies.orthogonal", arguments, rows, settings.json)
-    print(table(rows))
 
 
 def of(study: str, settings: Settings) -> list[Row]:
