@@ -293,8 +293,10 @@ def compressed(
 
     Raises:   FileExistsError: the folder for the program is there.
     """
-    if settings.export is not None and settings.export.exists():
-        raise FileExistsError(f"{settings.export} exists: name another --export")
+    if settings.export is not None:
+        if settings.export.exists():
+            raise FileExistsError(f"{settings.export} exists: name another --export")
+        files.writable(settings.export)
     start = time.perf_counter()
     passed: dict[str, float] = {}
 

@@ -8,7 +8,6 @@ the evaluation of each, and OUT/checkpoints the last: `python -m train.export OU
 
 import dataclasses
 import functools
-import json
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
@@ -58,8 +57,10 @@ def run(settings: Settings) -> dict[str, Any]:
         raise ValueError(f"`keep` must be in (0, 1), got {settings.keep}")
     if settings.batches < 1:
         raise ValueError(f"`batches` must be at least 1, got {settings.batches}")
-    out = settings.out or settings.run.with_name(f"{settings.run.name}-compressed")
-    if out.exists():
+    settings = files.with_paths_expanded(settings)
+    usual = settings.run.absolute()
+    out = settings.out or usual.with_name(f"{usual.name}-compressed")
+    if files.writable(out).exists():
         raise ValueError(f"{out} is there already: name another --out")
     opened = export.opened(settings.run, settings.data_dir)
     if oialr.ranks(opened.variables["params"]):
@@ -70,7 +71,7 @@ def run(settings: Settings) -> dict[str, Any]:
     summary, state = _compressed(opened, settings)
     with oialr.Checkpoints(out / files.CHECKPOINTS) as checkpoints:
         checkpoints.save(state, {"settings": opened.stored})
-    (out / files.SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+    files.finish(out, summary)
     return summary
 
 

@@ -116,8 +116,9 @@ def run(settings: Settings) -> tuple[Exported, dict[str, dict[str, float]]]:
 
     Raises:   as `opened` and `oialr_jax.export`.
     """
+    settings = files.with_paths_expanded(settings)
+    out = files.writable(settings.out or settings.run / "export")
     found = opened(settings.run, settings.data_dir)
-    out = settings.out or settings.run / "export"
     program = written(found, out, settings.form, settings.dtype, settings.batch)
     if not settings.evaluate:
         return program, {}

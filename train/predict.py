@@ -23,6 +23,7 @@ import tyro
 
 import oialr_jax as oialr
 from oialr_jax.lowrank import path_name
+from train import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +64,13 @@ def read(path: pathlib.Path, names: Sequence[str]) -> list[np.ndarray]:
 def run(settings: Settings) -> dict[str, np.ndarray]:
     """Host side: the outputs by name, which are in the file now.
 
-    Raises:   ValueError: OUT has another ending. As `oialr_jax.load`, its result, and
-              `read`.
+    Raises:   ValueError: OUT has another ending, or cannot be written. As
+              `oialr_jax.load`, its result, and `read`.
     """
     if settings.out.suffix != ".npz":
         raise ValueError(f"`out` must end in .npz, got {settings.out}")
+    settings = files.with_paths_expanded(settings)
+    files.writable_file(settings.out)
     program = oialr.load(settings.export)
     names = [x["path"] for x in program.manifest["inputs"]]
     arrays = read(settings.input, names)

@@ -59,6 +59,8 @@ class _State:
         (["--keep", "1.5"], r"`keep` must be in \(0, 1\), got 1.5"),
         (["--batches", "0"], "`batches` must be at least 1, got 0"),
         (["--keep", "0.5"], "is no run"),
+        (["--out", "gs://bucket/x"], "is a URL"),
+        (["--out", __file__ + "/x"], "is a file: name another folder"),
     ],
 )
 def test_mistakes_are_told_before_a_run_is_opened(options, said, tmp_path):

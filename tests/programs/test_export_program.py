@@ -102,10 +102,13 @@ def test_outputs_go_to_the_file_that_is_named(exported, tmp_path):
     given = [str(exported), str(tmp_path / "x.npy"), "--out"]
     with pytest.raises(SystemExit, match=r"`out` must end in \.npz, got .*y\.npy"):
         predict.main([*given, str(tmp_path / "y.npy")])
-    with pytest.raises(SystemExit, match="No such file or directory"):
-        predict.main([*given, str(tmp_path / "nowhere" / "y.npz")])
-    predict.main([*given, str(tmp_path / "y.npz")])
-    assert sorted(x.name for x in tmp_path.iterdir()) == ["x.npy", "y.npz"]
+    with pytest.raises(SystemExit, match=r"x\.npy is a file: name another folder"):
+        predict.main([*given, str(tmp_path / "x.npy" / "y.npz")])
+    with pytest.raises(SystemExit, match="is a URL"):
+        predict.main([*given, "gs://bucket/y.npz"])
+    assert [x.name for x in tmp_path.iterdir()] == ["x.npy"]
+    predict.main([*given, str(tmp_path / "new" / "y.npz")])
+    assert [x.name for x in (tmp_path / "new").iterdir()] == ["y.npz"]
 
 
 def test_other_names_than_the_inputs_are_one_line(exported, tmp_path):
@@ -121,6 +124,8 @@ def test_what_is_no_run_is_one_line(run, exported, tmp_path):
         export.main([str(run)])
     with pytest.raises(SystemExit, match="`batch` must be at least 1, got 0"):
         export.main([str(run), "--batch", "0", "--out", str(tmp_path / "new")])
+    with pytest.raises(SystemExit, match="is a URL"):
+        export.main([str(run), "--out", "gs://bucket/new"])
     empty = tmp_path / "empty"
     (empty / "checkpoints").mkdir(parents=True)
     with pytest.raises(SystemExit, match="no checkpoint that can be read"):
