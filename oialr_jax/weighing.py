@@ -19,7 +19,7 @@ class Weighing:
     """What the cuts of a run are weighed by: the curvature of a loss, and when.
 
     The `batches` up to and including that of a cut are looked at before they are
-    trained on, each at the cost of one step in low rank, and of two or three dense
+    trained on, each at the cost of one to one and two thirds of a step
     (train/results/README.md). The sums wait in `state.curvature`, a field that the
     state has to have, None between the cuts. A checkpoint holds them.
 
