@@ -257,9 +257,11 @@ def _endless(
 def run(settings: Settings) -> dict[str, Any]:
     """Host side: compress, measure, write the summary, which it gives.
 
-    Raises:   ValueError: `keep` outside (0, 1), or too few passages.
+    Raises:   ValueError: `keep` outside (0, 1), too few passages, or a place that
+              cannot be written.
               FileNotFoundError: the encoder, its readers or the text are missing.
-              FileExistsError: there is a summary already, or another process.
+              FileExistsError: there is a summary already, the folder for the program,
+              or another process.
     """
     if not 0 < settings.keep < 1:
         raise ValueError(f"`keep` must be in (0, 1), got {settings.keep}")
@@ -267,6 +269,8 @@ def run(settings: Settings) -> dict[str, Any]:
     out = files.writable(settings.out)
     if (out / files.SUMMARY).exists():
         raise FileExistsError(f"{out} has a {files.SUMMARY}: name another --out")
+    if settings.export is not None and files.writable(settings.export).exists():
+        raise FileExistsError(f"{settings.export} exists: name another --export")
     with files.held(out):
         summary = _measured_on(settings)
         files.finish(out, summary)
@@ -289,14 +293,7 @@ def _measured_on(settings: Settings) -> dict[str, Any]:
 def compressed(
     model: SentenceEncoder, params: Any, tokens: Tokens, settings: Settings
 ) -> dict[str, Any]:
-    """Host side: the summary of all four ways, each said as it is done.
-
-    Raises:   FileExistsError: the folder for the program is there.
-    """
-    if settings.export is not None:
-        if settings.export.exists():
-            raise FileExistsError(f"{settings.export} exists: name another --export")
-        files.writable(settings.export)
+    """Host side: the summary of all four ways, each said as it is done."""
     start = time.perf_counter()
     passed: dict[str, float] = {}
 

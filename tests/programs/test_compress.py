@@ -1,5 +1,6 @@
 """Compression of the sentence encoder: a tiny one end to end, and its parts."""
 
+import dataclasses
 import json
 
 import jax
@@ -57,8 +58,10 @@ def test_a_tiny_encoder_is_compressed_in_every_way(tmp_path):
     assert again["cosine"] == pytest.approx(found["tuned"]["cosine"], abs=1e-5)
     size = sum(x.stat().st_size for x in folder.iterdir() if x.suffix != ".json")
     assert found["export_mb"] == pytest.approx(size / 1e6)
+    other = dataclasses.replace(settings, out=tmp_path / "again")
     with pytest.raises(FileExistsError, match="name another --export"):
-        program.compressed(TINY, tiny(), tokens, settings)
+        program.run(other)
+    assert not other.out.exists()
 
 
 def test_padding_changes_no_vector():
