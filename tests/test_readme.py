@@ -135,6 +135,7 @@ TIMED = [
     ("takes {} of the dense step at a quarter", ("mini-vit", 0.25, "auto")),
     ("rebuilt, as in the authors' code, {}", ("mini-vit", 0.25, "rebuilt")),
     ("takes {} times the dense step at full rank", ("mlp", 1, "auto")),
+    ("at full rank and {} at half", ("mlp", 0.5, "auto")),
 ]
 
 

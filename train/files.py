@@ -68,7 +68,7 @@ def writable_file(path: pathlib.Path) -> pathlib.Path:
     """
     path = expanded(path)
     writable(path.parent)
-    there = path.exists()
+    there = os.path.lexists(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("a").close()

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import pathlib
 import sys
 import time
 
@@ -14,7 +15,7 @@ from helpers import assert_close
 
 import oialr_jax as oialr
 from oialr_jax import cost
-from train import process
+from train import files, process
 from train.bench import __main__ as program
 from train.bench import events, layers, peers, problem, steps, timing
 from train.bench.settings import Settings, read_rates
@@ -165,6 +166,25 @@ def test_a_result_that_cannot_be_written_is_not_measured(tmp_path, monkeypatch):
         program.main(["--json", str(tmp_path / "file" / "x.json")])
     with pytest.raises(SystemExit, match="cannot be written"):
         program.main(["--json", str(tmp_path)])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    json: pathlib.Path
+
+
+def test_what_cannot_be_written_any_more_has_been_printed(
+    tmp_path, monkeypatch, capsys
+):
+    given = "train.x", _Place, lambda _: [{"ms": 1.0}], str, ["--json", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "writable_file", lambda path: path)  # as it was before
+        with pytest.raises(SystemExit, match=f"^error: {tmp_path} is not written: "):
+            timing.command(*given)
+    assert "{'ms': 1.0}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="cannot be written"):
+        timing.command(*given)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.long

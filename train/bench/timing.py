@@ -157,7 +157,7 @@ def command(
         rows = measured(settings)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
-    print(shown(rows))  # first: nothing that follows can lose it
+    print(shown(rows))
     if path is not None:
         write(program, arguments, rows, path)
 
@@ -165,7 +165,10 @@ def command(
 def write(
     program: str, arguments: Sequence[str] | None, rows: list[Row], path: pathlib.Path
 ) -> None:
-    """Host side: the rows, with the command, device, versions and date."""
+    """Host side: the rows, with the command, device, versions and date.
+
+    A file that cannot be written any more ends the program with one line: print first.
+    """
     record = {
         "command": ["python", "-m", program, *(arguments or sys.argv[1:])],
         "device": jax.devices()[0].device_kind,
@@ -176,4 +179,8 @@ def write(
         "date": time.strftime("%Y-%m-%d"),
         "rows": rows,
     }
-    path.write_text(json.dumps(files.nulled(record), indent=1, allow_nan=False) + "\n")
+    text = json.dumps(files.nulled(record), indent=1, allow_nan=False)
+    try:
+        path.write_text(text + "\n")
+    except OSError as error:
+        sys.exit(f"error: {path} is not written: {error}")
