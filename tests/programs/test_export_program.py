@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 import oialr_jax as oialr
-from train import export, forecast, images, predict, recipe, selfsup, text
+from train import (
+    compress,
+    export,
+    forecast,
+    images,
+    predict,
+    recipe,
+    selfsup,
+    text,
+)
 from train import settings as common
 
 
@@ -126,10 +135,26 @@ def test_what_is_no_run_is_one_line(run, exported, tmp_path):
         export.main([str(run), "--batch", "0", "--out", str(tmp_path / "new")])
     with pytest.raises(SystemExit, match="is a URL"):
         export.main([str(run), "--out", "gs://bucket/new"])
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="file is a file: name another folder"):
+        export.main([str(run), "--out", str(tmp_path / "file" / "new")])
     empty = tmp_path / "empty"
     (empty / "checkpoints").mkdir(parents=True)
     with pytest.raises(SystemExit, match="no checkpoint that can be read"):
         export.main([str(empty)])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [(export, "~/none"), (predict, "~/none", "x.npy"), (compress, "run", "~/none")],
+    ids=["export", "predict", "compress"],
+)
+def test_a_tilde_is_the_home_folder(given, tmp_path, monkeypatch):
+    program, *arguments = given
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=f"^error: .*{tmp_path}/none"):
+        program.main(arguments)
 
 
 def test_the_settings_name_the_program(run, tmp_path):

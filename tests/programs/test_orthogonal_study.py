@@ -162,6 +162,13 @@ def test_a_record_in_use_is_refused(tmp_path, monkeypatch):
         program.main(["--studies", "digits", "--out", str(tmp_path / "x.jsonl")])
 
 
+def test_a_result_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "of", lambda *_: pytest.fail("trained"))
+    given = ["--out", str(tmp_path / "x.jsonl"), "--json", str(tmp_path)]
+    with pytest.raises(SystemExit, match="cannot be written"):
+        program.main(given)
+
+
 def test_the_rate_is_chosen_by_validation_and_the_test_reported():
     rows = [
         row("sgd", 1e-3, 0, 0.7, 0.99),
