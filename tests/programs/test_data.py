@@ -214,6 +214,14 @@ def test_a_file_as_the_folder_of_datasets_is_refused(tmp_path):
         prepare.main(settings)
 
 
+def test_originals_in_the_home_folder_are_looked_for_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    source = pathlib.Path("~/files")
+    settings = prepare.Settings("mnist", data_dir=tmp_path / "data", source=source)
+    with pytest.raises(SystemExit, match=f"{tmp_path}/files"):
+        prepare.main(settings)
+
+
 def test_a_missing_file_is_named_with_its_checksum(tmp_path, tiny):
     folder, _, table = tiny
     (folder / FILES[1]).unlink()

@@ -11,6 +11,7 @@ import oialr_jax as oialr
 from train import (
     compress,
     export,
+    finetune,
     forecast,
     images,
     predict,
@@ -106,7 +107,8 @@ def test_an_input_that_does_not_fit_is_one_line(exported, tmp_path, content, err
         predict.main([str(exported), str(tmp_path / "x.npy")])
 
 
-def test_outputs_go_to_the_file_that_is_named(exported, tmp_path):
+def test_outputs_go_to_the_file_that_is_named(exported, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     np.save(tmp_path / "x.npy", np.zeros((2, 8, 8, 1), np.uint8))
     given = [str(exported), str(tmp_path / "x.npy"), "--out"]
     with pytest.raises(SystemExit, match=r"`out` must end in \.npz, got .*y\.npy"):
@@ -116,7 +118,7 @@ def test_outputs_go_to_the_file_that_is_named(exported, tmp_path):
     with pytest.raises(SystemExit, match="is a URL"):
         predict.main([*given, "gs://bucket/y.npz"])
     assert [x.name for x in tmp_path.iterdir()] == ["x.npy"]
-    predict.main([*given, str(tmp_path / "new" / "y.npz")])
+    predict.main([*given, "~/new/y.npz"])
     assert [x.name for x in (tmp_path / "new").iterdir()] == ["y.npz"]
 
 
@@ -146,8 +148,12 @@ def test_what_is_no_run_is_one_line(run, exported, tmp_path):
 
 @pytest.mark.parametrize(
     "given",
-    [(export, "~/none"), (predict, "~/none", "x.npy"), (compress, "run", "~/none")],
-    ids=["export", "predict", "compress"],
+    [
+        (export, "~/none"),
+        (compress, "run", "~/none"),
+        (finetune, "mnist", "--data-dir", "~/none"),
+    ],
+    ids=["export", "compress", "finetune"],
 )
 def test_a_tilde_is_the_home_folder(given, tmp_path, monkeypatch):
     program, *arguments = given
