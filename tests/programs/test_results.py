@@ -184,6 +184,19 @@ STORED = [
             ],
         ),
         (
+            results.evaluations,
+            [
+                {"run": "dense", "epoch": 2, "mse": 0.25, "mae": 0.5, "seconds": 150.0}
+                | {"validation_mse": 0.125, "stored_fraction": 0.75}
+                | {"trainable_fraction": 0.071}
+            ],
+            [
+                "| run | epoch | test MSE | MAE | validation MSE | trained | stored "
+                "| minutes |",
+                "| dense | 2 | 0.2500 | 0.5000 | 0.1250 | 7.1% | 75.0% | 2 |",
+            ],
+        ),
+        (
             results.storage,
             STORED,
             [

@@ -188,6 +188,18 @@ def storage(rows: Rows) -> str:
     return table(head, lines)
 
 
+def evaluations(rows: Rows) -> str:
+    """What a forecaster's record has of each evaluation, and of the weights by then."""
+    head = ["run", "epoch", "test MSE", "MAE", "validation MSE", "trained", "stored"]
+    lines = []
+    for x in rows:
+        cells = [x["run"], f"{x['epoch']:g}"]
+        cells += [f"{x[name]:.4f}" for name in ("mse", "mae", "validation_mse")]
+        cells += [f"{x[f'{name}_fraction']:.1%}" for name in ("trainable", "stored")]
+        lines.append([*cells, f"{x['seconds'] / 60:.0f}"])
+    return table([*head, "minutes"], lines)
+
+
 TABLES: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "steps-cpu": ("rows", steps),
     "events-cpu": ("rows", events),
@@ -201,6 +213,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "finetune-mnist-cpu": ("ways", finetune.table),
     "orthogonal-cpu": ("rows", orthogonal),
     "tracking-cpu": ("rows", tracking),
+    "forecast-ettm2-192-cpu": ("rows", evaluations),
     "stability-cpu": ("rows", stability.table),
     "orthogonal-training-cpu": ("rows", orthogonal_training.table),
     **{x.stem: ("arms", controls.table) for x in sorted(FOLDER.glob("controls-*"))},
