@@ -14,8 +14,8 @@ Order of operations, for every step t from `state.step` to the last:
 6. every `save_every` steps, after the last, and when asked to stop: a checkpoint, with
    the length of the record, so that a resumed run cuts it there and writes on.
 
-The loop waits for the device in 4, 5 and 6 only, and events do, so the host reads ahead
-between them.
+Between them the host is at most `AHEAD` steps before the device: it reads the next
+batch meanwhile, holds no more batches than those, and a signal to stop is soon obeyed.
 """
 
 import dataclasses
@@ -39,6 +39,9 @@ import oialr_jax as oialr
 from oialr_jax.reports import Report
 from train import files
 from train.tracking import Tracking
+
+AHEAD = 2
+"""Steps that wait for the device, the running one with them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,6 +300,7 @@ def train(
                 run.record_moved()
             state, metrics = step(state, values)
             run.stepped(t, metrics, state.params, bar)
+            jax.block_until_ready(run.window[-1 - AHEAD : -AHEAD])
             done = t + 1
             logged, evaluated, saved = (
                 done % every == 0 or done == pace.steps

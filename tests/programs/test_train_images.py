@@ -491,6 +491,38 @@ def test_a_record_goes_on_where_its_checkpoint_was(tmp_path, save):
     assert seconds == sorted(seconds)
 
 
+def test_the_host_is_two_steps_before_the_device_at_most(tmp_path):
+    _, state = toy([])
+    slow = jax.jit(lambda x: jax.lax.fori_loop(0, 40, lambda _, y: jnp.tanh(y @ x), x))
+    losses, waiting = [], []
+
+    def step(state, t):
+        losses.append(slow(jnp.full((400, 400), float(t)))[0, 0])
+        return state.replace(step=state.step + 1), {"loss": losses[-1]}
+
+    def batch(t):
+        waiting.append(sum(not x.is_ready() for x in losses))
+        return t
+
+    files.begin(tmp_path)
+    with (
+        loop.Interrupts() as interrupts,
+        oialr.Checkpoints(tmp_path / files.CHECKPOINTS) as checkpoints,
+    ):
+        loop.train(
+            state,
+            step,
+            batch,
+            half,
+            pace=loop.Pace(12, 12, 12, 12),
+            folder=tmp_path,
+            checkpoints=checkpoints,
+            settings={},
+            interrupts=interrupts,
+        )
+    assert 1 <= max(waiting) <= loop.AHEAD == 2
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_stops_after_the_step(tmp_path, number, capsys):
     before = signal.getsignal(number)
