@@ -14,8 +14,8 @@ Order of operations, for every step t from `state.step` to the last:
 6. every `save_every` steps, after the last, and when asked to stop: a checkpoint, with
    the length of the record, so that a resumed run cuts it there and writes on.
 
-Between them the host is at most `AHEAD` steps before the device: it reads the next
-batch meanwhile, holds no more batches than those, and a signal to stop is soon obeyed.
+The loop waits for the device in 4, 5 and 6, and events do. Between them the host reads
+ahead, at most `AHEAD` steps: so many batches are held, and a stop waits for no more.
 """
 
 import dataclasses

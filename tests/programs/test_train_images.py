@@ -296,10 +296,19 @@ def half(state):
 
 
 def toy_run(
-    folder, losses, pace, state=None, evaluate=half, keep=9, best=None, **options
+    folder,
+    losses,
+    pace,
+    state=None,
+    evaluate=half,
+    keep=9,
+    best=None,
+    step=None,
+    batch=lambda t: t,
+    **options,
 ):
-    """The loop over a step that does nothing but name these losses."""
-    step, first = toy(losses)
+    """The loop over a step that does nothing but name these losses, or over another."""
+    named, first = toy(losses)
     with (
         loop.Interrupts() as interrupts,
         oialr.Checkpoints(
@@ -308,8 +317,8 @@ def toy_run(
     ):
         return loop.train(
             first if state is None else state,
-            step,
-            lambda t: t,
+            step or named,
+            batch,
             evaluate,
             pace=pace,
             folder=folder,
@@ -492,7 +501,6 @@ def test_a_record_goes_on_where_its_checkpoint_was(tmp_path, save):
 
 
 def test_the_host_is_two_steps_before_the_device_at_most(tmp_path):
-    _, state = toy([])
     slow = jax.jit(lambda x: jax.lax.fori_loop(0, 40, lambda _, y: jnp.tanh(y @ x), x))
     losses, waiting = [], []
 
@@ -505,21 +513,7 @@ def test_the_host_is_two_steps_before_the_device_at_most(tmp_path):
         return t
 
     files.begin(tmp_path)
-    with (
-        loop.Interrupts() as interrupts,
-        oialr.Checkpoints(tmp_path / files.CHECKPOINTS) as checkpoints,
-    ):
-        loop.train(
-            state,
-            step,
-            batch,
-            half,
-            pace=loop.Pace(12, 12, 12, 12),
-            folder=tmp_path,
-            checkpoints=checkpoints,
-            settings={},
-            interrupts=interrupts,
-        )
+    toy_run(tmp_path, [], loop.Pace(12, 12, 12, 12), step=step, batch=batch)
     assert 1 <= max(waiting) <= loop.AHEAD == 2
 
 
@@ -534,22 +528,8 @@ def test_a_signal_saves_and_stops_after_the_step(tmp_path, number, capsys):
         return step(state, t)
 
     files.begin(tmp_path)
-    with (
-        loop.Interrupts() as interrupts,
-        oialr.Checkpoints(tmp_path / files.CHECKPOINTS) as checkpoints,
-        pytest.raises(loop.StoppedError, match="before step 5 of 9; it is saved"),
-    ):
-        loop.train(
-            state,
-            interrupted,
-            lambda t: t,
-            half,
-            pace=loop.Pace(9, 3, 9, 9),
-            folder=tmp_path,
-            checkpoints=checkpoints,
-            settings={},
-            interrupts=interrupts,
-        )
+    with pytest.raises(loop.StoppedError, match="before step 5 of 9; it is saved"):
+        toy_run(tmp_path, [], loop.Pace(9, 3, 9, 9), step=interrupted)
     assert "stopping after this step" in capsys.readouterr().err
     assert signal.getsignal(number) == before
     with oialr.Checkpoints(tmp_path / files.CHECKPOINTS) as checkpoints:
